@@ -1,0 +1,1 @@
+"""Colonnade: column-wise N:M pruning, measured kernels, native bundles."""

@@ -1,0 +1,48 @@
+/* AVX-512: one vector is 16 f32 lanes in a zmm register.
+ *
+ * Contract of every vec_<isa>.h. L is the register group (1 here; LMUL on RVV). A strip starts at a lane that is a
+ * multiple of 8. `vl` is what vecL_setvl returned; fixed-length ISAs move whole vectors whatever it says (planes are
+ * whole cache lines), the _n forms touch exactly n <= lanes elements (arrays of the user, rows, weights of a tile).
+ */
+#ifndef COLONNADE_VEC_H
+#define COLONNADE_VEC_H
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define VEC_INLINE static inline __attribute__((always_inline, unused))
+#define VEC_MAX_LANES 16
+
+typedef __m512 vec1_t;
+
+/* lanes one vector handles when n are left: always all of them on a fixed-length ISA */
+VEC_INLINE size_t vec1_setvl(size_t n) { (void)n; return 16; }
+VEC_INLINE vec1_t vec1_load(const float *p, size_t vl) { (void)vl; return _mm512_loadu_ps(p); }
+VEC_INLINE void vec1_store(float *p, vec1_t v, size_t vl) { (void)vl; _mm512_storeu_ps(p, v); }
+VEC_INLINE __mmask16 vec_first(size_t n) { return (__mmask16)((1u << n) - 1); }
+VEC_INLINE vec1_t vec1_load_n(const float *p, size_t n) { return _mm512_maskz_loadu_ps(vec_first(n), p); }
+VEC_INLINE void vec1_store_n(float *p, vec1_t v, size_t n) { _mm512_mask_storeu_ps(p, vec_first(n), v); }
+VEC_INLINE vec1_t vec1_splat(float x, size_t vl) { (void)vl; return _mm512_set1_ps(x); }
+/* acc + s * v */
+VEC_INLINE vec1_t vec1_fma(vec1_t acc, float s, vec1_t v, size_t vl) { (void)vl; return _mm512_fmadd_ps(_mm512_set1_ps(s), v, acc); }
+VEC_INLINE vec1_t vec1_fmav(vec1_t acc, vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_fmadd_ps(a, b, acc); }
+VEC_INLINE vec1_t vec1_add(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_add_ps(a, b); }
+VEC_INLINE vec1_t vec1_sub(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_sub_ps(a, b); }
+VEC_INLINE vec1_t vec1_mul(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_mul_ps(a, b); }
+VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_div_ps(a, b); }
+/* a NaN in the second operand stays a NaN */
+VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_max_ps(a, b); }
+VEC_INLINE vec1_t vec1_min(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_min_ps(a, b); }
+/* v where bit `lane + i` of `bits` is set, else 0 (a select, never a product: 0 * NaN is NaN) */
+VEC_INLINE vec1_t vec1_select(const uint8_t *bits, size_t lane, vec1_t v, size_t vl)
+{
+    (void)vl;
+    uint16_t m;
+    memcpy(&m, bits + lane / 8, 2);
+    return _mm512_maskz_mov_ps((__mmask16)m, v);
+}
+VEC_INLINE float vec1_sum(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_add_ps(v); }
+VEC_INLINE float vec1_top(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_max_ps(v); }
+VEC_INLINE void vec_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+#endif

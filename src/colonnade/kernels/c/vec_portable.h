@@ -1,0 +1,52 @@
+/* Portable C: one vector is 8 f32 lanes in an array; any compiler, any machine. Contract: see vec_avx512.h. */
+#ifndef COLONNADE_VEC_H
+#define COLONNADE_VEC_H
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define VEC_INLINE static inline __attribute__((always_inline, unused))
+#define VEC_MAX_LANES 8
+
+typedef struct { float at[8]; } vec1_t;
+
+#define VEC_EACH(expression) \
+    vec1_t r; \
+    for (int i = 0; i < 8; i++) r.at[i] = (expression); \
+    return r
+
+VEC_INLINE size_t vec1_setvl(size_t n) { (void)n; return 8; }
+VEC_INLINE vec1_t vec1_load(const float *p, size_t vl) { (void)vl; VEC_EACH(p[i]); }
+VEC_INLINE void vec1_store(float *p, vec1_t v, size_t vl) { (void)vl; memcpy(p, v.at, sizeof v.at); }
+VEC_INLINE vec1_t vec1_load_n(const float *p, size_t n) { VEC_EACH((size_t)i < n ? p[i] : 0.0f); }
+VEC_INLINE void vec1_store_n(float *p, vec1_t v, size_t n) { memcpy(p, v.at, n * sizeof(float)); }
+VEC_INLINE vec1_t vec1_splat(float x, size_t vl) { (void)vl; VEC_EACH(x); }
+VEC_INLINE vec1_t vec1_fma(vec1_t acc, float s, vec1_t v, size_t vl) { (void)vl; VEC_EACH(acc.at[i] + s * v.at[i]); }
+VEC_INLINE vec1_t vec1_fmav(vec1_t acc, vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(acc.at[i] + a.at[i] * b.at[i]); }
+VEC_INLINE vec1_t vec1_add(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] + b.at[i]); }
+VEC_INLINE vec1_t vec1_sub(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] - b.at[i]); }
+VEC_INLINE vec1_t vec1_mul(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] * b.at[i]); }
+VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] / b.at[i]); }
+VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] > b.at[i] ? a.at[i] : b.at[i]); }
+VEC_INLINE vec1_t vec1_min(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] < b.at[i] ? a.at[i] : b.at[i]); }
+VEC_INLINE vec1_t vec1_select(const uint8_t *bits, size_t lane, vec1_t v, size_t vl)
+{
+    (void)vl;
+    unsigned m = bits[lane / 8];
+    VEC_EACH(m >> i & 1 ? v.at[i] : 0.0f);
+}
+VEC_INLINE float vec1_sum(vec1_t v, size_t vl)
+{
+    (void)vl;
+    return ((v.at[0] + v.at[4]) + (v.at[2] + v.at[6])) + ((v.at[1] + v.at[5]) + (v.at[3] + v.at[7]));
+}
+VEC_INLINE float vec1_top(vec1_t v, size_t vl)
+{
+    (void)vl;
+    float top = v.at[0];
+    for (int i = 1; i < 8; i++) top = v.at[i] > top ? v.at[i] : top;
+    return top;
+}
+VEC_INLINE void vec_prefetch(const void *p) { __builtin_prefetch(p); }
+#endif

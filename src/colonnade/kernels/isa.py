@@ -1,0 +1,56 @@
+"""Instruction sets: what a kernel may use, how to compile for it, how a machine shows that it has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One row of the table below.
+
+    ``lanes``: f32 lanes of one vector register; 0 for a scalable ISA, whose ``vlenb`` is known at run time only.
+    ``registers``: architectural vector registers. ``features``: what ``-mcpu=baseline+...`` adds for the kernels'
+    file alone; the rest of a bundle stays at the architecture's baseline. ``flags``: the names by which
+    ``/proc/cpuinfo`` (x86 ``flags``, RISC-V ``isa``) shows that the machine has it, all needed.
+    """
+
+    name: str
+    arch: str
+    lanes: int
+    registers: int
+    features: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def header(self) -> str:
+        """File of its vector primitives under ``kernels/c``."""
+        return f"vec_{self.name}.h"
+
+    @property
+    def scalable(self) -> bool:
+        """Is the vector length known at run time only?"""
+        return self.lanes == 0
+
+
+PORTABLE = "portable"
+
+# best first: the first one that a machine has is its default
+ISAS: tuple[Isa, ...] = (
+    Isa("avx512", "x86_64", 16, 32, ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx2", "fma"),
+        ("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma")),
+    Isa("portable", "any", 8, 16, (), ()),
+)  # fmt: skip
+
+
+def isa(name: str) -> Isa:
+    """The row called ``name``."""
+    for row in ISAS:
+        if row.name == name:
+            return row
+    raise ValueError(f"unknown ISA {name!r}; known: {', '.join(r.name for r in ISAS)}")
+
+
+def available(arch: str, flags: frozenset[str]) -> list[Isa]:
+    """What a machine of ``arch`` with these cpuinfo ``flags`` can run, best first."""
+    return [row for row in ISAS if row.arch in (arch, "any") and set(row.flags) <= flags]

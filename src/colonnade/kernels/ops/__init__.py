@@ -1,0 +1,1 @@
+"""One file an operator family; each ends in ``ROWS`` for the registry."""

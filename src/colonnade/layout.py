@@ -1,0 +1,206 @@
+"""Where the elements of a tensor stand in memory: channel planes with shared zero halos, or rows.
+
+Planes (``CNHW`` order: channel, image, row, column) feed convolutions without im2col. One plane
+holds all images of one channel (or of one phase of it)::
+
+    lane = image * image_rows * pitch + row * pitch + column
+
+``pitch - columns`` lanes at the end of every row and ``image_rows - rows`` rows at the end of every
+image are zero. The right halo of a row is the left halo of the next one, and the bottom halo of an
+image (or plane) is the top halo of the next; the first plane of a buffer has ``lead`` zero lanes in
+front of it. Whoever writes a tensor writes all ``plane`` lanes of its planes, zeros included, and
+clears the lead: the arena is reused, nothing may rely on what lay there before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+LINE = 64  # bytes: planes start and end on whole cache lines
+ALIAS = 4096  # bytes: a plane stride that is a multiple of this maps all planes to the same L1 sets
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Geometry shared by all planes of one tensor. Lengths in elements (lanes) unless said otherwise.
+
+    ``height`` and ``width`` are those of the tensor. With ``phases = (sy, sx)`` each channel is kept as
+    ``sy * sx`` planes; plane ``(py, px)`` holds the pixels ``[py::sy, px::sx]``. ``kept_phases`` names the
+    phases that are stored at all (a 1x1 stride-2 reader needs only ``(0, 0)``); None means all of them,
+    ordered ``py`` outer, ``px`` inner.
+    """
+
+    batch: int
+    height: int
+    width: int
+    pitch: int
+    image_rows: int
+    lead: int = 0
+    phases: tuple[int, int] = (1, 1)
+    kept_phases: tuple[tuple[int, int], ...] | None = None
+    itemsize: int = 4
+
+    def __post_init__(self) -> None:
+        if self.pitch < self.columns or self.image_rows < self.rows:
+            raise ValueError(f"plane of {self.rows}x{self.columns} does not fit pitch {self.pitch}, {self.image_rows} rows")
+
+    @property
+    def rows(self) -> int:
+        """Rows of one stored plane (the largest phase)."""
+        return -(-self.height // self.phases[0])
+
+    @property
+    def columns(self) -> int:
+        """Columns of one stored plane (the largest phase)."""
+        return -(-self.width // self.phases[1])
+
+    @property
+    def stored_phases(self) -> tuple[tuple[int, int], ...]:
+        """Phases in the order in which their planes stand."""
+        if self.kept_phases is not None:
+            return self.kept_phases
+        return tuple((py, px) for py in range(self.phases[0]) for px in range(self.phases[1]))
+
+    @property
+    def lanes(self) -> int:
+        """Lanes up to and including the last pixel of the last image: what has to be computed."""
+        return ((self.batch - 1) * self.image_rows + self.rows - 1) * self.pitch + self.columns
+
+    @cached_property
+    def plane(self) -> int:
+        """Lanes from one plane to the next: whole cache lines, never a multiple of 4,096 bytes."""
+        line = LINE // self.itemsize
+        lanes = round_up(self.batch * self.image_rows * self.pitch, line)
+        return lanes + line if lanes * self.itemsize % ALIAS == 0 else lanes
+
+    @property
+    def lead_lanes(self) -> int:
+        """``lead`` rounded up to whole cache lines."""
+        return round_up(self.lead, LINE // self.itemsize)
+
+    def buffer_bytes(self, channels: int) -> int:
+        """Bytes of a buffer of ``channels`` channels: lead and planes."""
+        return (self.lead_lanes + channels * len(self.stored_phases) * self.plane) * self.itemsize
+
+    def valid(self, phase: tuple[int, int] = (0, 0)) -> npt.NDArray[np.bool_]:
+        """bool [plane]: which lanes hold pixels; all the others are zero."""
+        rows = len(range(phase[0], self.height, self.phases[0]))
+        columns = len(range(phase[1], self.width, self.phases[1]))
+        lanes = np.zeros(self.plane, bool)
+        images = lanes[: self.batch * self.image_rows * self.pitch].reshape(self.batch, self.image_rows, self.pitch)
+        images[:, :rows, :columns] = True
+        return lanes
+
+    def mask(self, phase: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
+        """``valid`` as bits, lane 0 in bit 0 of byte 0; padded with zero bits to 64 bytes beyond the plane."""
+        bits = np.packbits(self.valid(phase), bitorder="little")
+        return np.concatenate([bits, np.zeros(64, np.uint8)])
+
+    def key(self) -> str:
+        """Short text that is equal exactly for equal geometry (part of a tuning key)."""
+        phases = "" if self.phases == (1, 1) else f"s{self.phases[0]}x{self.phases[1]}n{len(self.stored_phases)}"
+        return f"n{self.batch}h{self.height}w{self.width}p{self.pitch}r{self.image_rows}{phases}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Plain row-major matrix ``[batch, width]``: classifier inputs, outputs, squeezed vectors (H = W = 1)."""
+
+    batch: int
+    width: int
+    itemsize: int = 4
+
+    def buffer_bytes(self, channels: int) -> int:
+        """Bytes of the whole matrix (``channels`` must equal ``width``), in whole cache lines."""
+        assert channels == self.width
+        return round_up(self.batch * self.width * self.itemsize, LINE)
+
+    def key(self) -> str:
+        """Short text that is equal exactly for equal geometry (part of a tuning key)."""
+        return f"rows{self.batch}x{self.width}"
+
+
+Layout = Planes | Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A tensor with its place in the arena.
+
+    ``offsets`` int64: byte offset from the arena's base of lane 0 (row 0, column 0 of image 0) of every
+    plane, channel-major, stored phases inner; any planes of any buffers may stand in the list, so concat,
+    channel split and shuffle cost nothing. For ``Rows`` there is one offset: that of element [0, 0].
+    ``shape`` is the logical shape (N, C, H, W) or (N, C). ``lead_offset`` is the first byte of the zero
+    lead that the writer of this tensor clears (``lead_bytes`` long; 0 when there is none).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    offsets: npt.NDArray[np.int64] = field(repr=False)
+    lead_offset: int = 0
+    lead_bytes: int = 0
+
+    @property
+    def planes(self) -> Planes:
+        """The layout, which must be planes."""
+        assert isinstance(self.layout, Planes), f"{self.name} is not in planes"
+        return self.layout
+
+    @property
+    def rows(self) -> Rows:
+        """The layout, which must be rows."""
+        assert isinstance(self.layout, Rows), f"{self.name} is not in rows"
+        return self.layout
+
+
+def place(name: str, shape: tuple[int, ...], layout: Layout, offset: int) -> Placed:
+    """A tensor that fills a buffer of its own, whose first byte stands at ``offset`` in the arena."""
+    if isinstance(layout, Rows):
+        return Placed(name, shape, layout, np.array([offset], np.int64))
+    lead = layout.lead_lanes * layout.itemsize
+    count = shape[1] * len(layout.stored_phases)
+    offsets = offset + lead + np.arange(count, dtype=np.int64) * layout.plane * layout.itemsize
+    return Placed(name, shape, layout, offsets, offset, lead)
+
+
+def write_planes(arena: npt.NDArray[np.uint8], tensor: Placed, values: npt.NDArray[np.float32]) -> None:
+    """Put ``values`` [N, C, H, W] (or [N, C] for rows) into ``arena``, halos and lead as zeros: the reference of every writer."""
+    layout = tensor.layout
+    if isinstance(layout, Rows):
+        _lanes(arena, int(tensor.offsets[0]), layout.batch * layout.width)[:] = values.reshape(-1)
+        return
+    arena[tensor.lead_offset : tensor.lead_offset + tensor.lead_bytes] = 0
+    phases = layout.stored_phases
+    for index, offset in enumerate(tensor.offsets):
+        channel, (py, px) = index // len(phases), phases[index % len(phases)]
+        lanes = _lanes(arena, int(offset), layout.plane)
+        lanes[:] = 0
+        lanes[layout.valid((py, px))] = values[:, channel, py :: layout.phases[0], px :: layout.phases[1]].reshape(-1)
+
+
+def read_planes(arena: npt.NDArray[np.uint8], tensor: Placed) -> npt.NDArray[np.float32]:
+    """The values [N, C, H, W] (or [N, C]) that stand in ``arena``; pixels of phases that are not stored read as 0."""
+    layout = tensor.layout
+    if isinstance(layout, Rows):
+        return _lanes(arena, int(tensor.offsets[0]), layout.batch * layout.width).reshape(tensor.shape).copy()
+    values = np.zeros((layout.batch, tensor.shape[1], layout.height, layout.width), np.float32)
+    phases = layout.stored_phases
+    for index, offset in enumerate(tensor.offsets):
+        channel, (py, px) = index // len(phases), phases[index % len(phases)]
+        part = values[:, channel, py :: layout.phases[0], px :: layout.phases[1]]
+        part[...] = _lanes(arena, int(offset), layout.plane)[layout.valid((py, px))].reshape(part.shape)
+    return values
+
+
+def _lanes(arena: npt.NDArray[np.uint8], offset: int, count: int) -> npt.NDArray[np.float32]:
+    return arena[offset : offset + 4 * count].view(np.float32)

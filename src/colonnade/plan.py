@@ -1,0 +1,68 @@
+"""The Plan: workloads in order on planned memory. Plain data, no behaviour of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.layout import Layout, Placed
+from colonnade.workload import Workload
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A stretch of the arena. ``offset`` and ``size`` in bytes; alive from step ``first`` to ``last`` inclusive."""
+
+    name: str
+    offset: int
+    size: int
+    layout: Layout
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One workload on placed tensors.
+
+    ``constants`` by role: ``weight`` [OC, IC/g, KH, KW] or [OC, IC] and ``bias`` [OC] (conv2d, linear), ``scale``
+    and ``shift`` [C] (affine). The order of ``inputs`` is that of the workload's ``reference``: data first, then
+    the residual. An ``import`` step has no inputs and an ``export`` step no output tensor of its own; ``external``
+    then names the model's input or output.
+    """
+
+    name: str
+    workload: Workload
+    inputs: tuple[Placed, ...]
+    output: Placed | None
+    constants: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    external: str = ""
+
+    def key(self) -> str:
+        """What decides this step's speed: the workload and the layouts it reads and writes."""
+        places = [*self.inputs, *([self.output] if self.output is not None else [])]
+        return " ".join([self.workload.key(), *(p.layout.key() for p in places)])
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the model as its user sees it: a dense array of ``dtype`` (numpy name)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A whole model. ``arena`` is its size in bytes, with slack for vector reads past the last plane's end."""
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    steps: tuple[Step, ...]
+    buffers: tuple[Buffer, ...]
+    arena: int

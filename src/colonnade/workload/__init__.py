@@ -1,0 +1,13 @@
+"""Operator calls and their numpy definitions: one file an operator family."""
+
+from colonnade.workload.base import NONE, RELU, RELU6, Activation, Array, Epilogue, Workload
+from colonnade.workload.conv import Conv2d, im2col, matrix, unmatrix
+from colonnade.workload.convert import Convert, Zeros
+from colonnade.workload.linear import Linear
+from colonnade.workload.pointwise import Affine, Binary, Softmax
+from colonnade.workload.pool import GlobalPool, Pool2d
+
+__all__ = [
+    "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Conv2d", "Convert", "Epilogue",
+    "GlobalPool", "Linear", "Pool2d", "Softmax", "Workload", "Zeros", "im2col", "matrix", "unmatrix",
+]  # fmt: skip

@@ -1,0 +1,78 @@
+"""What every operator call has: a stable key, its numpy definition, its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """``clip(x, low, high)``: none, ReLU and ReLU6 are limits alone, so they cost one or two instructions a vector."""
+
+    low: float = -np.inf
+    high: float = np.inf
+
+    def __call__(self, x: Array) -> Array:
+        return np.clip(x, np.float32(self.low), np.float32(self.high))
+
+    def __str__(self) -> str:
+        return {(-np.inf, np.inf): "none", (0.0, np.inf): "relu", (0.0, 6.0): "relu6"}.get(
+            (self.low, self.high), f"clip({self.low:g},{self.high:g})"
+        )
+
+
+NONE = Activation()
+RELU = Activation(low=0.0)
+RELU6 = Activation(low=0.0, high=6.0)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens between the sum and the only store: ``activation(sum + bias + residual)``."""
+
+    residual: bool = False
+    activation: Activation = NONE
+
+    def __str__(self) -> str:
+        return ("add+" if self.residual else "") + str(self.activation)
+
+
+@runtime_checkable
+class Workload(Protocol):
+    """One operator call: shapes, strides, dtype and epilogue, but no data. Frozen dataclasses implement it."""
+
+    @property
+    def op(self) -> str:
+        """Name of the operator: the kernels that implement it carry it in their registry row."""
+        ...
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the dense operator (0 where the notion makes no sense)."""
+        ...
+
+    def key(self) -> str:
+        """Text that is equal exactly for equal workloads, stable over versions: part of every tuning record."""
+        ...
+
+    def reference(self, *inputs: Any) -> Array:
+        """The operator's definition in numpy: what every kernel is tested against."""
+        ...
+
+
+def key_of(workload: Any) -> str:
+    """``op(field=value,...)`` of a workload dataclass, fields in order of declaration."""
+    values = ",".join(f"{f.name}={_text(getattr(workload, f.name))}" for f in fields(workload))
+    return f"{workload.op}({values})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(_text, value))
+    return str(value)

@@ -1,0 +1,118 @@
+"""Two-dimensional convolution, dense or column-pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from colonnade.workload.base import Array, Epilogue, key_of
+
+
+@dataclass(frozen=True)
+class Conv2d:
+    """``activation(conv(x, w) + bias + residual)``.
+
+    x [N, IC, H, W], w [OC, IC/groups, KH, KW], padding (top, left, bottom, right) in pixels.
+    ``tile`` and ``columns`` describe the sparsity: rows in the largest tile, and kept columns summed over
+    tiles weighted by their rows (``OC * K`` when dense): kept multiply-adds are ``columns * pixels``.
+    """
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    epilogue: Epilogue = Epilogue()
+    dtype: str = "f32"
+    tile: int = 0
+    columns: int = -1
+
+    @property
+    def op(self) -> str:
+        """``conv2d``"""
+        return "conv2d"
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output."""
+        return out_size(self.height, self.kernel[0], self.stride[0], self.padding[0], self.padding[2], self.dilation[0])
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output."""
+        return out_size(self.width, self.kernel[1], self.stride[1], self.padding[1], self.padding[3], self.dilation[1])
+
+    @property
+    def k(self) -> int:
+        """Columns of one row of the weight matrix: KH * KW * IC / groups."""
+        return self.kernel[0] * self.kernel[1] * self.in_channels // self.groups
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds when dense."""
+        return self.batch * self.out_channels * self.out_height * self.out_width * self.k
+
+    @property
+    def kept_macs(self) -> int:
+        """Multiply-adds on kept weights."""
+        if self.columns < 0:
+            return self.macs
+        return self.batch * self.out_height * self.out_width * self.columns
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None, *_: Any) -> Array:
+        """[N, OC, OH, OW]; sums in float64 where the problem is small enough to afford it."""
+        columns = im2col(x, self)
+        n, g = self.batch, self.groups
+        w = matrix(weight).reshape(g, self.out_channels // g, self.k)
+        wide = np.float64 if self.macs <= 50_000_000 else np.float32
+        y = np.einsum("gok,ngkp->ngop", w.astype(wide), columns.astype(wide), optimize=True)
+        y = y.reshape(n, self.out_channels, self.out_height, self.out_width)
+        if bias is not None:
+            y = y + bias[:, None, None]
+        if self.epilogue.residual:
+            assert residual is not None
+            y = y + residual
+        return self.epilogue.activation(y.astype(np.float32))
+
+
+def out_size(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:
+    """Output pixels along one axis."""
+    return (size + before + after - (kernel - 1) * dilation - 1) // stride + 1
+
+
+def matrix(weight: Array) -> Array:
+    """[OC, IC, KH, KW] → [OC, K] with K running over (kh, kw, ic)."""
+    return np.ascontiguousarray(weight.transpose(0, 2, 3, 1).reshape(weight.shape[0], -1))
+
+
+def unmatrix(rows: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of ``matrix``: [OC, K] → ``shape`` = [OC, IC, KH, KW]."""
+    oc, ic, kh, kw = shape
+    return np.ascontiguousarray(rows.reshape(oc, kh, kw, ic).transpose(0, 3, 1, 2))
+
+
+def im2col(x: Array, conv: Conv2d) -> Array:
+    """[N, groups, K, P]: the matrix that DESIGN's offsets stand for, K over (kh, kw, ic)."""
+    top, left, bottom, right = conv.padding
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    (kh, kw), (sy, sx), (dy, dx) = conv.kernel, conv.stride, conv.dilation
+    oh, ow, g = conv.out_height, conv.out_width, conv.groups
+    taps = [
+        x[:, :, i * dy : i * dy + (oh - 1) * sy + 1 : sy, j * dx : j * dx + (ow - 1) * sx + 1 : sx]
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    ic = conv.in_channels // g
+    stacked = np.stack(taps).reshape(kh * kw, conv.batch, g, ic, oh * ow)
+    return stacked.transpose(1, 2, 0, 3, 4).reshape(conv.batch, g, kh * kw * ic, oh * ow)

@@ -1,0 +1,70 @@
+"""Changes of layout: the values stay, only their places change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from colonnade.workload.base import Array, key_of
+
+
+@dataclass(frozen=True)
+class Convert:
+    """``import``: the user's dense array → planes or rows. ``export``: planes or rows → the user's dense array.
+    ``planes``: planes → planes of another pitch or of phases (``kept_phases`` may drop some; step
+    ``stride`` picks pixels ``[::sy, ::sx]``). ``flatten``: planes → rows in (channel, row, column) order."""
+
+    kind: str
+    shape: tuple[int, ...]
+    stride: tuple[int, int] = (1, 1)
+    dtype: str = "f32"
+
+    @property
+    def op(self) -> str:
+        """``convert``"""
+        return "convert"
+
+    @property
+    def macs(self) -> int:
+        """0"""
+        return 0
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, x: Array, *_: Any) -> Array:
+        """The same values: [N, C, H, W] or, for ``flatten``, [N, C*H*W]."""
+        if self.stride != (1, 1):
+            x = x[:, :, :: self.stride[0], :: self.stride[1]]
+        if self.kind == "flatten":
+            x = x.reshape(x.shape[0], -1)
+        return np.ascontiguousarray(x, np.float32)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Planes full of zeros [N, C, H, W]: the channels that a channel-padding shortcut appends."""
+
+    shape: tuple[int, ...]
+    dtype: str = "f32"
+
+    @property
+    def op(self) -> str:
+        """``zeros``"""
+        return "zeros"
+
+    @property
+    def macs(self) -> int:
+        """0"""
+        return 0
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, *_: Any) -> Array:
+        """Zeros of ``shape``."""
+        return np.zeros(self.shape, np.float32)

@@ -1,0 +1,99 @@
+"""Operators that touch each element once: add, multiply, scale and shift, activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from colonnade.workload.base import NONE, Activation, Array, key_of
+
+BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """``activation(a <kind> b)``. a is [N, C, H, W] or [N, C]; b has a's shape, or is [N, C] beside planes
+    (``broadcast``: one number a channel and image, as squeeze-and-excite scales)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    broadcast: bool = False
+    activation: Activation = NONE
+    dtype: str = "f32"
+
+    @property
+    def op(self) -> str:
+        """``binary``"""
+        return "binary"
+
+    @property
+    def macs(self) -> int:
+        """0"""
+        return 0
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, a: Array, b: Array, *_: Any) -> Array:
+        """Shape of a."""
+        b = b[:, :, None, None] if self.broadcast else b
+        return self.activation(BINARY[self.kind](a, b).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``activation(x * scale[c] + shift[c])``: a BatchNorm that no convolution could take, a bare activation, a
+    multiplication by constants. x [N, C, H, W] or [N, C]; scale and shift [C]."""
+
+    shape: tuple[int, ...]
+    activation: Activation = NONE
+    dtype: str = "f32"
+
+    @property
+    def op(self) -> str:
+        """``affine``"""
+        return "affine"
+
+    @property
+    def macs(self) -> int:
+        """0"""
+        return 0
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, x: Array, scale: Array, shift: Array, *_: Any) -> Array:
+        """Shape of x."""
+        axes = (slice(None),) + (None,) * (len(self.shape) - 2)
+        return self.activation((x * scale[axes] + shift[axes]).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax over the last axis of [N, C]."""
+
+    shape: tuple[int, int]
+    dtype: str = "f32"
+
+    @property
+    def op(self) -> str:
+        """``softmax``"""
+        return "softmax"
+
+    @property
+    def macs(self) -> int:
+        """0"""
+        return 0
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, x: Array, *_: Any) -> Array:
+        """[N, C]"""
+        e = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
+        return np.asarray(e / e.sum(axis=-1, keepdims=True), np.float32)

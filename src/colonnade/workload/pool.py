@@ -1,0 +1,121 @@
+"""Max, average and global pooling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from colonnade.workload.base import Array, key_of
+from colonnade.workload.conv import out_size
+
+
+@dataclass(frozen=True)
+class Pool2d:
+    """``kind`` is ``max`` or ``avg``; padding (top, left, bottom, right).
+
+    Padding never counts in a maximum. In an average it counts as zeros only when ``count_include_pad``;
+    pixels beyond the padding (``ceil_mode``) never count.
+    """
+
+    kind: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+    count_include_pad: bool = False
+    dtype: str = "f32"
+
+    @property
+    def op(self) -> str:
+        """``pool2d``"""
+        return "pool2d"
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the output."""
+        return self._out(self.height, 0)
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output."""
+        return self._out(self.width, 1)
+
+    def _out(self, size: int, axis: int) -> int:
+        kernel, stride, dilation = self.kernel[axis], self.stride[axis], self.dilation[axis]
+        before, after = self.padding[axis], self.padding[axis + 2]
+        if not self.ceil_mode:
+            return out_size(size, kernel, stride, before, after, dilation)
+        out = -(-(size + before + after - (kernel - 1) * dilation - 1) // stride) + 1
+        # a window that would start beyond the padded input is dropped
+        return out - 1 if (out - 1) * stride >= size + before else out
+
+    @property
+    def macs(self) -> int:
+        """0: a pool multiplies nothing."""
+        return 0
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, x: Array, *_: Any) -> Array:
+        """[N, C, OH, OW]"""
+        oh, ow = self.out_height, self.out_width
+        out = np.empty((self.batch, self.channels, oh, ow), np.float32)
+        for i in range(oh):
+            rows, row_count = self._window(i, 0, self.height)
+            for j in range(ow):
+                columns, column_count = self._window(j, 1, self.width)
+                window = x[:, :, rows][:, :, :, columns]
+                if self.kind == "max":
+                    out[:, :, i, j] = window.max(axis=(2, 3), initial=-np.inf)
+                else:
+                    count = row_count * column_count if self.count_include_pad else len(rows) * len(columns)
+                    out[:, :, i, j] = window.sum(axis=(2, 3), dtype=np.float64) / max(count, 1)
+        return out
+
+    def _window(self, index: int, axis: int, size: int) -> tuple[list[int], int]:
+        """Positions of one window inside the input, and their number when padding counts."""
+        first = index * self.stride[axis] - self.padding[axis]
+        taps = [first + t * self.dilation[axis] for t in range(self.kernel[axis])]
+        counted = sum(t < size + self.padding[axis + 2] for t in taps)
+        return [t for t in taps if 0 <= t < size], counted
+
+
+@dataclass(frozen=True)
+class GlobalPool:
+    """Mean (``avg``), ``sum`` or ``max`` over all pixels: [N, C, H, W] → [N, C]."""
+
+    kind: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    dtype: str = "f32"
+
+    @property
+    def op(self) -> str:
+        """``global_pool``"""
+        return "global_pool"
+
+    @property
+    def macs(self) -> int:
+        """0: a pool multiplies nothing."""
+        return 0
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, x: Array, *_: Any) -> Array:
+        """[N, C]"""
+        wide = x.astype(np.float64)
+        y = {"avg": wide.mean, "sum": wide.sum, "max": wide.max}[self.kind](axis=(2, 3))
+        return np.asarray(y, np.float32)
