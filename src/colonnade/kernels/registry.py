@@ -58,7 +58,7 @@ class Variant:
 
     symbol: str
     body: str
-    params: Mapping[str, int | str]
+    params: Mapping[str, object]
 
 
 @dataclass(frozen=True)

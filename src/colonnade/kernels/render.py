@@ -34,10 +34,13 @@ def kernel(variant: Variant, isa: Isa) -> str:
     ``NV`` registers of type ``vec1_t`` (``regs = NV, L = 1``), on a scalable one a single group of LMUL = NV
     (``regs = 1, L = NV``): bodies loop over ``range(regs)`` and call ``vec{{L}}_*``.
     """
-    nv = int(variant.params.get("NV", 1))
+    nv = variant.params.get("NV", 1)
+    assert isinstance(nv, int)
     regs, lmul = (1, nv) if isa.scalable else (nv, 1)
     template = _environment().get_template(variant.body)
-    return template.render(symbol=variant.symbol, isa=isa.name, regs=regs, L=lmul, **variant.params)
+    return template.render(
+        symbol=variant.symbol, isa=isa.name, isa_scalable=isa.scalable, regs=regs, L=lmul, **variant.params
+    )
 
 
 def ops_header() -> str:

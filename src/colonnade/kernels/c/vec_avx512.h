@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define VEC_INLINE static inline __attribute__((always_inline, unused))
+#define VEC_NOINLINE __attribute__((noinline, unused))
 #define VEC_MAX_LANES 16
 
 typedef __m512 vec1_t;

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define VEC_INLINE static inline __attribute__((always_inline, unused))
+#define VEC_NOINLINE __attribute__((noinline, unused))
 #define VEC_MAX_LANES 8
 
 typedef struct { float at[8]; } vec1_t;

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Arena, Call, Const
+from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed
-from colonnade.pattern import Tile, TiledWeights, discover
+from colonnade.pattern import TiledWeights, discover
 from colonnade.workload import Conv2d, matrix
 
 TILE = Struct(
@@ -53,3 +55,216 @@ CONV = Struct(
     ),
 )
 PREFETCH_MAX = 16  # the offset table is padded by this many entries, so looking ahead needs no test
+
+
+def variants(isa: Isa) -> Iterator[Variant]:
+    """Every (MR, NV) worth compiling for ``isa``."""
+    for mr, nv in _shapes(isa):
+        yield Variant(symbol(mr, nv, isa), "spconv.c.in", {"MR": mr, "NV": nv, "row_counts": row_counts(mr)})
+
+
+def row_counts(mr: int) -> list[int]:
+    """Heights of the register blocks in one kernel: MR, then powers of two for what is left of a tile."""
+    return [mr, *(p for p in (16, 8, 4, 2, 1) if p < mr)]
+
+
+def symbol(mr: int, nv: int, isa: Isa) -> str:
+    """``f32_spconv_8x3v__avx512``"""
+    return f"f32_spconv_{mr}x{nv}v__{isa.name}"
+
+
+def _shapes(isa: Isa) -> list[tuple[int, int]]:
+    if isa.registers >= 32:
+        wide = [(8, 3), (8, 2), (8, 1), (6, 4), (4, 6), (4, 4), (14, 2), (12, 2), (24, 1), (16, 1), (2, 8), (1, 8)]
+    else:
+        wide = [(4, 3), (4, 2), (6, 2), (8, 1), (12, 1), (2, 4), (1, 6)]
+    return [(mr, nv) for mr, nv in wide if legal(mr, nv, isa)]
+
+
+def legal(mr: int, nv: int, isa: Isa) -> bool:
+    """Do accumulators, the strip's vectors and one broadcast weight fit the registers?"""
+    return mr * nv + nv + 1 <= isa.registers
+
+
+def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
+    """MR x NV, strips in a block, prefetch distance, split over threads; for pruned weights also the dense self."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d) and step.output is not None
+    lanes = step.output.planes.lanes
+    pruned = not tiling(step, dense_tile=0).is_dense
+    for dense in (0, 1) if pruned else (1,):
+        for mr, nv in _shapes(isa):
+            tiled = tiling(step, dense_tile=mr if dense else 0)
+            if not _worth_trying(mr, tiled, isa):
+                continue
+            strips = -(-lanes // (nv * (isa.lanes or 8)))
+            cost = _cost(tiled, lanes, mr, nv, isa)
+            blocks = (1, 4, 0) if strips > 4 else (1, 0) if strips > 1 else (0,)
+            for block, ahead, split in product(blocks, (0, 4, 8, 16), (0, 1) if threads > 1 else (0,)):
+                # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
+                habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
+                shares = len(tiled.tiles) if split else strips
+                idle = -(-shares // threads) * threads / shares
+                params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense}
+                yield Candidate(symbol(mr, nv, isa), params, cost * habit * idle)
+
+
+def _worth_trying(mr: int, tiled: TiledWeights, isa: Isa) -> bool:
+    """Is ``mr`` not taller than the tiles, or the smallest kernel that is?"""
+    tallest = max(len(tile.rows) for tile in tiled.tiles)
+    return mr <= tallest or mr == min((m for m, _ in _shapes(isa) if m >= tallest), default=mr)
+
+
+def _cost(tiled: TiledWeights, lanes: int, mr: int, nv: int, isa: Isa) -> float:
+    """Static ranking: vector instructions issued, loads and broadcasts at half the price of a multiply-add."""
+    vectors = -(-lanes // (isa.lanes or 8))
+    widths = [nv] * (vectors // nv) + ([vectors % nv] if vectors % nv else [])
+    total = 0.0
+    for tile in tiled.tiles:
+        heights = _heights(len(tile.rows), mr)
+        total += len(tile.columns) * sum(m * v + 0.5 * (m + v) + 1 for m in heights for v in widths)
+    return total
+
+
+def _heights(rows: int, mr: int) -> list[int]:
+    """How a kernel of ``mr`` rows cuts a tile: whole blocks, then what is left in powers of two."""
+    heights, left = [mr] * (rows // mr), rows % mr
+    for part in row_counts(mr)[1:]:
+        if left >= part:
+            heights.append(part)
+            left -= part
+    return heights
+
+
+def tiling(step: Operands, dense_tile: int) -> TiledWeights:
+    """The tiles of the step's weights: read off their zeros, or all columns in tiles of ``dense_tile`` rows."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d)
+    return _tiling(_Identity(step.constants["weight"]), conv.groups, dense_tile)
+
+
+class _Identity:
+    """A weight array as a cache key: equal when it is the same object."""
+
+    def __init__(self, array: npt.NDArray[np.float32]) -> None:
+        self.array = array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.array is self.array
+
+
+@lru_cache(maxsize=64)
+def _tiling(weight: _Identity, groups: int, dense_tile: int) -> TiledWeights:
+    rows = matrix(weight.array)
+    return TiledWeights.dense_tiles(rows, dense_tile, groups) if dense_tile else discover(rows, groups)
+
+
+def column_offsets(conv: Conv2d, source: Placed, group: int) -> npt.NDArray[np.int64]:
+    """int64 [K]: byte offset from the arena's base of column k = (kh, kw, ic) of ``group`` at output lane 0.
+
+    Tap (kh, kw) of output pixel (0, 0) is pixel (kh * dh - top, kw * dw - left) of the input. With stride s that is
+    pixel ``floor(. / s)`` of phase ``. mod s``: one lane further in the output is one lane further in the phase.
+    """
+    layout = source.planes
+    if layout.phases != conv.stride:
+        raise ValueError(f"{conv.key()}: input in phases {layout.phases}, needed {conv.stride}")
+    phases = layout.stored_phases
+    planes = source.offsets.reshape(conv.in_channels, len(phases))
+    per_group = conv.in_channels // conv.groups
+    mine = planes[group * per_group : (group + 1) * per_group]
+    top, left = conv.padding[:2]
+    parts = []
+    for kh, kw in product(range(conv.kernel[0]), range(conv.kernel[1])):
+        row, py = divmod(kh * conv.dilation[0] - top, conv.stride[0])
+        column, px = divmod(kw * conv.dilation[1] - left, conv.stride[1])
+        parts.append(mine[:, phases.index((py, px))] + (row * layout.pitch + column) * layout.itemsize)
+    return np.concatenate(parts)
+
+
+def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    """One ``cn_conv`` call."""
+    conv, output = step.workload, step.output
+    assert isinstance(conv, Conv2d) and output is not None
+    source, layout = step.inputs[0], output.planes
+    if (source.planes.pitch, source.planes.image_rows) != (layout.pitch, layout.image_rows):
+        raise ValueError(f"{conv.key()}: input planes {source.planes.key()} do not match output {layout.key()}")
+    params = candidate.params
+    mr = int(candidate.kernel.split("_")[2].split("x")[0])
+    tiled = tiling(step, dense_tile=mr if params["dense"] else 0)
+    tables = _tables(conv, source, tiled)
+    order = np.concatenate([tile.rows for tile in tiled.tiles])
+    bias = step.constants.get("bias")
+    residual = None
+    if conv.epilogue.residual:
+        addend = step.inputs[1]
+        if (addend.planes.pitch, addend.planes.image_rows) != (layout.pitch, layout.image_rows):
+            raise ValueError(f"{conv.key()}: residual planes {addend.planes.key()} do not match output {layout.key()}")
+        residual = Const(addend.offsets[order].astype(np.uint32))
+    fields: dict[str, Field] = {
+        "arena": Arena(),
+        "offsets": Const(tables.offsets),
+        "weights": Const(tables.weights),
+        "bias": Const(np.zeros(len(order), np.float32) if bias is None else bias[order].astype(np.float32)),
+        "rows": Const(output.offsets[order].astype(np.uint32)),
+        "residual": residual,
+        "tiles": Const(tables.tiles),
+        "mask": Const(layout.mask()),
+        "lead": Arena(output.lead_offset),
+        "lead_bytes": output.lead_bytes,
+        "tile_count": len(tiled.tiles),
+        "row_count": len(order),
+        "lanes": layout.lanes,
+        "plane": layout.plane,
+        "strip_block": params["strip_block"],
+        "prefetch": params["prefetch"],
+        "split_tiles": params["split_tiles"],
+        "low": float(conv.epilogue.activation.low),
+        "high": float(conv.epilogue.activation.high),
+    }
+    return (Call(candidate.kernel, CONV.name, fields),)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    offsets: npt.NDArray[np.uint32]
+    weights: npt.NDArray[np.float32]
+    tiles: npt.NDArray[np.void]
+
+
+TILE_DTYPE = np.dtype(
+    [("rows", "<u4"), ("columns", "<u4"), ("first_row", "<u4"), ("first_column", "<u4"), ("first_weight", "<u8")]
+)
+
+
+def _tables(conv: Conv2d, source: Placed, tiled: TiledWeights) -> _Tables:
+    """Offsets, weights and tile records; tiles of equal supports share one run of offsets."""
+    per_group = conv.out_channels // conv.groups
+    full = [column_offsets(conv, source, g) for g in range(conv.groups)]
+    runs: list[npt.NDArray[np.int64]] = []
+    starts: dict[tuple[int, bytes], int] = {}
+    records = np.zeros(len(tiled.tiles), TILE_DTYPE)
+    row = column = weight = 0
+    for record, tile in zip(records, tiled.tiles, strict=True):
+        group = int(tile.rows[0]) // per_group
+        support = (group, tile.columns.tobytes())
+        if support not in starts:
+            starts[support] = column
+            runs.append(full[group][tile.columns])
+            column += len(tile.columns)
+        record["rows"], record["columns"] = len(tile.rows), len(tile.columns)
+        record["first_row"], record["first_column"], record["first_weight"] = row, starts[support], weight
+        row += len(tile.rows)
+        weight += tile.values.size
+    # looking ahead runs past the last column: repeat an offset that is there, so every prefetch hits the arena
+    padding = np.full(PREFETCH_MAX, runs[0][0] if runs and len(runs[0]) else source.offsets[0])
+    offsets = np.concatenate([*runs, padding])
+    if offsets.min() < 0 or offsets.max() >= 2**32:
+        raise ValueError(f"{conv.key()}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
+    weights = np.concatenate([tile.values.reshape(-1) for tile in tiled.tiles]).astype(np.float32)
+    return _Tables(offsets.astype(np.uint32), weights, records)
+
+
+ROWS = (Operator("conv2d", (TILE, CONV), variants, candidates, bind),)
