@@ -43,6 +43,41 @@ VEC_INLINE vec1_t vec1_select(const uint8_t *bits, size_t lane, vec1_t v, size_t
     memcpy(&m, bits + lane / 8, 2);
     return _mm512_maskz_mov_ps((__mmask16)m, v);
 }
+/* the first n lanes of p (never more is read), `fill` in all the others */
+VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill)
+{
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), vec_first(n), p);
+}
+/* the first n lanes of v, 0 in all the others */
+VEC_INLINE vec1_t vec1_keep(vec1_t v, size_t n) { return _mm512_maskz_mov_ps(vec_first(n), v); }
+/* p[0], p[step], p[2 * step], ...: nothing beyond the n-th (1 <= n <= lanes) is read, lanes from n on are 0 */
+VEC_INLINE vec1_t vec1_load_step_n(const float *p, size_t step, size_t n)
+{
+    if (step == 1) return vec1_load_n(p, n);
+    if (step == 2) { /* two vectors that share lane 15, so that element 2 * lanes is not touched */
+        const size_t last = 2 * n - 1;
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+        __m512 low = _mm512_maskz_loadu_ps(vec_first(last < 16 ? last : 16), p);
+        if (last <= 16) return _mm512_maskz_permutexvar_ps(0xff, even, low);
+        return _mm512_permutex2var_ps(low, even, _mm512_maskz_loadu_ps(vec_first(last - 15), p + 15));
+    }
+    const __m512i at = _mm512_mullo_epi32(
+        _mm512_set1_epi32((int)step), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), vec_first(n), at, p, 4);
+}
+VEC_INLINE vec1_t vec1_load_step(const float *p, size_t step, size_t vl)
+{
+    if (step == 1) return vec1_load(p, vl);
+    if (step == 2) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+        return _mm512_permutex2var_ps(_mm512_loadu_ps(p), even, _mm512_loadu_ps(p + 15));
+    }
+    return vec1_load_step_n(p, step, 16);
+}
+/* to the nearest integer, ties to even */
+VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; return _mm512_roundscale_ps(v, 0); }
+/* v * 2^n for integers n in -126..127 */
+VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl) { (void)vl; return _mm512_scalef_ps(v, n); }
 VEC_INLINE float vec1_sum(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_add_ps(v); }
 VEC_INLINE float vec1_top(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_max_ps(v); }
 VEC_INLINE void vec_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }

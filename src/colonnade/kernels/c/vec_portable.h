@@ -37,6 +37,22 @@ VEC_INLINE vec1_t vec1_select(const uint8_t *bits, size_t lane, vec1_t v, size_t
     unsigned m = bits[lane / 8];
     VEC_EACH(m >> i & 1 ? v.at[i] : 0.0f);
 }
+VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill) { VEC_EACH((size_t)i < n ? p[i] : fill); }
+VEC_INLINE vec1_t vec1_keep(vec1_t v, size_t n) { VEC_EACH((size_t)i < n ? v.at[i] : 0.0f); }
+VEC_INLINE vec1_t vec1_load_step(const float *p, size_t step, size_t vl) { (void)vl; VEC_EACH(p[(size_t)i * step]); }
+VEC_INLINE vec1_t vec1_load_step_n(const float *p, size_t step, size_t n) { VEC_EACH((size_t)i < n ? p[(size_t)i * step] : 0.0f); }
+/* |v| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction */
+VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; VEC_EACH((v.at[i] + 12582912.0f) - 12582912.0f); }
+VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl)
+{
+    (void)vl;
+    vec1_t power;
+    for (int i = 0; i < 8; i++) {
+        const uint32_t bits = n.at[i] > -127.0f ? (uint32_t)((int32_t)n.at[i] + 127) << 23 : 0; /* a NaN must not be cast */
+        memcpy(&power.at[i], &bits, 4);
+    }
+    VEC_EACH(v.at[i] * power.at[i]);
+}
 VEC_INLINE float vec1_sum(vec1_t v, size_t vl)
 {
     (void)vl;

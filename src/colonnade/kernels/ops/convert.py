@@ -1,0 +1,212 @@
+"""Changes of layout: one copying kernel for every pair of places, and planes of zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.kernels.call import Arena, Call, External, Field
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, extents, lead, u32
+from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
+from colonnade.kernels.structs import Member, Struct
+from colonnade.layout import Placed, Planes, Rows
+from colonnade.workload import Convert, Zeros
+
+COPY = Struct(
+    "cn_copy",
+    "Copies pixels: out[plane, image, y, x] = in[plane, image, y * in_row, x * in_column], zeros around them.",
+    (
+        Member("from", "const char *", "all source offsets are bytes from here"),
+        Member("to", "char *", "all target offsets are bytes from here"),
+        Member("in", "const uint32_t *", "offset of the first pixel of every target plane in the source"),
+        Member("out", "const uint32_t *", "offset of lane 0 of every target plane"),
+        Member("extent", "const uint32_t *", "rows and columns of every phase [phases][2]"),
+        *LEAD_MEMBERS,
+        Member("phases", "u32", "plane p is of phase p % phases"),
+        Member("planes", "u32"),
+        Member("images", "u32"),
+        Member("in_image", "u32", "lanes from one image to the next"),
+        Member("in_row", "u32"),
+        Member("in_column", "u32"),
+        Member("out_image", "u32"),
+        Member("pitch", "u32", "lanes from one target row to the next; what is no pixel is zeroed"),
+        Member("image_rows", "u32", "rows of a target image with those below its pixels"),
+        Member("tail", "u32", "zero lanes after the last image of a plane"),
+    ),
+)
+ZEROS = Struct(
+    "cn_zeros",
+    "Planes full of zeros.",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("out", "const uint32_t *", "offset of every plane"),
+        *LEAD_MEMBERS,
+        Member("planes", "u32"),
+        Member("plane", "u32", "lanes of a whole plane"),
+    ),
+)
+
+
+def _convert_variants(isa: Isa) -> Iterator[Variant]:
+    yield Variant(f"f32_copy_1v__{isa.name}", "copy.c.in", {"NV": 1})
+
+
+def _convert_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+    yield Candidate(f"f32_copy_1v__{isa.name}")
+
+
+def _convert_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    workload = operands.workload
+    assert isinstance(workload, Convert)
+    bound = {"import": _import, "export": _export, "planes": _planes, "flatten": _flatten}[workload.kind](operands)
+    return (Call(candidate.kernel, COPY.name, bound),)
+
+
+def _import(operands: Operands) -> dict[str, Field]:
+    """The user's dense array to planes or rows."""
+    y = operands.output
+    assert y is not None
+    source = External(operands.external)
+    if isinstance(y.layout, Rows):
+        return _matrix(source, np.zeros(1, np.int64), Arena(), y.offsets, y.layout)
+    channels, height, width = y.shape[1:]
+    starts = np.arange(channels) * height * width
+    return _to_planes(source, starts, y, channels * height * width, width, (1, 1))
+
+
+def _planes(operands: Operands) -> dict[str, Field]:
+    """Planes to planes of another pitch, of phases, or of every ``stride``-th pixel."""
+    workload, (x,), y = operands.workload, operands.inputs, operands.output
+    assert isinstance(workload, Convert) and y is not None
+    layout = _whole(x)
+    starts = x.offsets // layout.itemsize
+    return _to_planes(Arena(), starts, y, layout.image_rows * layout.pitch, layout.pitch, workload.stride)
+
+
+def _export(operands: Operands) -> dict[str, Field]:
+    """Planes or rows to the user's dense array."""
+    (x,) = operands.inputs
+    target = External(operands.external)
+    if isinstance(x.layout, Rows):
+        return _matrix(Arena(), x.offsets, target, np.zeros(1, np.int64), x.layout)
+    return _to_dense(x, target, 0)
+
+
+def _flatten(operands: Operands) -> dict[str, Field]:
+    """Planes to rows in (channel, row, column) order."""
+    (x,), y = operands.inputs, operands.output
+    assert y is not None
+    return _to_dense(x, Arena(), int(y.offsets[0]))
+
+
+def _whole(x: Placed) -> Planes:
+    """The layout of ``x``, whose channels must be one plane each."""
+    assert x.planes.phases == (1, 1), f"{x.name}: a source in phases cannot be converted"
+    return x.planes
+
+
+def _to_planes(
+    source: Field, starts: npt.NDArray[np.int64], y: Placed, image: int, pitch: int, stride: tuple[int, int]
+) -> dict[str, Field]:
+    """``starts``: element of pixel (0, 0) of every channel; ``image`` and ``pitch`` of the source in elements."""
+    layout = y.planes
+    (oy, ox), (sy, sx) = layout.phases, stride
+    shifts = np.array([py * sy * pitch + px * sx for py, px in layout.stored_phases], np.int64)
+    return {
+        "from": source,
+        "to": Arena(),
+        "in": u32((starts[:, None] + shifts).reshape(-1) * layout.itemsize),
+        "out": u32(y.offsets),
+        "extent": extents(layout),
+        **lead(y),
+        "phases": len(shifts),
+        "planes": len(y.offsets),
+        "images": layout.batch,
+        "in_image": image,
+        "in_row": oy * sy * pitch,
+        "in_column": ox * sx,
+        "out_image": layout.image_rows * layout.pitch,
+        "pitch": layout.pitch,
+        "image_rows": layout.image_rows,
+        "tail": layout.plane - layout.batch * layout.image_rows * layout.pitch,
+    }
+
+
+def _to_dense(x: Placed, target: Field, start: int) -> dict[str, Field]:
+    """``start``: byte offset of the dense array from ``target``."""
+    layout = _whole(x)
+    channels, height, width = x.shape[1:]
+    return {
+        "from": Arena(),
+        "to": target,
+        "in": u32(x.offsets),
+        "out": u32(start + np.arange(channels) * height * width * layout.itemsize),
+        "extent": u32([(height, width)]),
+        "lead": None,
+        "lead_bytes": 0,
+        "phases": 1,
+        "planes": channels,
+        "images": layout.batch,
+        "in_image": layout.image_rows * layout.pitch,
+        "in_row": layout.pitch,
+        "in_column": 1,
+        "out_image": channels * height * width,
+        "pitch": width,
+        "image_rows": height,
+        "tail": 0,
+    }
+
+
+def _matrix(
+    source: Field, start: npt.NDArray[np.int64], target: Field, end: npt.NDArray[np.int64], layout: Rows
+) -> dict[str, Field]:
+    """A dense matrix to another: every sample is an image of one row."""
+    return {
+        "from": source,
+        "to": target,
+        "in": u32(start),
+        "out": u32(end),
+        "extent": u32([(1, layout.width)]),
+        "lead": None,
+        "lead_bytes": 0,
+        "phases": 1,
+        "planes": 1,
+        "images": layout.batch,
+        "in_image": layout.width,
+        "in_row": layout.width,
+        "in_column": 1,
+        "out_image": layout.width,
+        "pitch": layout.width,
+        "image_rows": 1,
+        "tail": 0,
+    }
+
+
+def _zeros_variants(isa: Isa) -> Iterator[Variant]:
+    yield Variant(f"f32_zeros__{isa.name}", "zeros.c.in", {})
+
+
+def _zeros_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+    yield Candidate(f"f32_zeros__{isa.name}")
+
+
+def _zeros_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    y = operands.output
+    assert isinstance(operands.workload, Zeros) and y is not None
+    fields: dict[str, Field] = {
+        "arena": Arena(),
+        "out": u32(y.offsets),
+        **lead(y),
+        "planes": len(y.offsets),
+        "plane": y.planes.plane,
+    }
+    return (Call(candidate.kernel, ZEROS.name, fields),)
+
+
+ROWS: tuple[Operator, ...] = (
+    Operator("convert", (COPY,), _convert_variants, _convert_candidates, _convert_bind),
+    Operator("zeros", (ZEROS,), _zeros_variants, _zeros_candidates, _zeros_bind),
+)

@@ -1,0 +1,169 @@
+"""Pools: windows over planes, and whole planes to one number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from colonnade.kernels.call import Arena, Call, Field, Scratch
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
+from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
+from colonnade.kernels.structs import Member, Struct
+from colonnade.layout import LINE, round_up
+from colonnade.workload import GlobalPool, Pool2d
+
+MAX_LANES = 256  # of one vector: 16 on AVX-512, this many for LMUL 8 at VLEN 1024
+POOL = Struct(
+    "cn_pool",
+    "Pool over windows: planes to planes. A row of vertical results stands in scratch between its paddings.",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("in", "const uint32_t *", "offset of every input plane"),
+        Member("out", "const uint32_t *"),
+        Member("row_factor", "const float *", "1 / rows counted in a window of every output row (avg)"),
+        Member("column_factor", "const float *", "likewise of every output column, padded with zeros to whole vectors"),
+        Member("scratch", "float *", "scratch_lanes for every thread"),
+        *LEAD_MEMBERS,
+        Member("scratch_lanes", "u32"),
+        Member("planes", "u32"),
+        Member("images", "u32"),
+        Member("height", "u32"),
+        Member("width", "u32"),
+        Member("in_pitch", "u32"),
+        Member("in_image", "u32", "lanes from one image to the next"),
+        Member("out_height", "u32"),
+        Member("out_width", "u32"),
+        Member("pitch", "u32", "of the output"),
+        Member("image_rows", "u32", "of the output"),
+        Member("tail", "u32", "zero lanes after the last image of a plane"),
+        Member("kernel_y", "u32"),
+        Member("kernel_x", "u32"),
+        Member("stride_y", "u32"),
+        Member("stride_x", "u32"),
+        Member("dilation_y", "u32"),
+        Member("dilation_x", "u32"),
+        Member("top", "u32"),
+        Member("left", "u32"),
+    ),
+)
+GLOBAL = Struct(
+    "cn_global_pool",
+    "Mean, sum or maximum of every plane and image: y[n, c].",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("in", "const uint32_t *", "offset of every plane"),
+        Member("y", "float *"),
+        Member("planes", "u32"),
+        Member("images", "u32"),
+        Member("height", "u32"),
+        Member("width", "u32"),
+        Member("pitch", "u32"),
+        Member("image", "u32", "lanes from one image to the next"),
+        Member("factor", "f32", "the sum is multiplied by this"),
+    ),
+)
+
+
+def _pool_variants(isa: Isa) -> Iterator[Variant]:
+    for kind in ("max", "avg"):
+        yield Variant(f"f32_{kind}pool_1v__{isa.name}", "pool.c.in", {"NV": 1, "KIND": kind})
+
+
+def _pool_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+    pool = operands.workload
+    assert isinstance(pool, Pool2d)
+    yield Candidate(f"f32_{pool.kind}pool_1v__{isa.name}")
+
+
+def _pool_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    pool, (x,), y = operands.workload, operands.inputs, operands.output
+    assert isinstance(pool, Pool2d) and y is not None
+    source, target = x.planes, y.planes
+    assert source.phases == target.phases == (1, 1), f"{pool.key()}: pools neither read nor write phases"
+    (kh, kw), (sy, sx), (dy, dx) = pool.kernel, pool.stride, pool.dilation
+    # a step of 2 loads two whole vectors; the last window may reach past padding (ceil_mode)
+    reach = (round_up(pool.out_width, MAX_LANES) + MAX_LANES) * sx + (kw - 1) * dx
+    written = pool.padding[1] + round_up(pool.width, MAX_LANES)
+    scratch_lanes = round_up(max(reach, written), LINE // 4)
+    fields: dict[str, Field] = {
+        "arena": Arena(),
+        "in": u32(x.offsets),
+        "out": u32(y.offsets),
+        "row_factor": f32(_factors(pool, 0)),
+        "column_factor": f32(np.pad(_factors(pool, 1), (0, MAX_LANES))),
+        "scratch": Scratch(),
+        **lead(y),
+        "scratch_lanes": scratch_lanes,
+        "planes": pool.channels,
+        "images": pool.batch,
+        "height": pool.height,
+        "width": pool.width,
+        "in_pitch": source.pitch,
+        "in_image": source.image_rows * source.pitch,
+        "out_height": pool.out_height,
+        "out_width": pool.out_width,
+        "pitch": target.pitch,
+        "image_rows": target.image_rows,
+        "tail": target.plane - target.batch * target.image_rows * target.pitch,
+        "kernel_y": kh,
+        "kernel_x": kw,
+        "stride_y": sy,
+        "stride_x": sx,
+        "dilation_y": dy,
+        "dilation_x": dx,
+        "top": pool.padding[0],
+        "left": pool.padding[1],
+    }
+    return (Call(candidate.kernel, POOL.name, fields, scratch=4 * scratch_lanes),)
+
+
+def _factors(pool: Pool2d, axis: int) -> list[float]:
+    """1 / how many positions along ``axis`` count in the mean of every window."""
+    size, before, after = (pool.height, pool.width)[axis], pool.padding[axis], pool.padding[axis + 2]
+    factors = []
+    for index in range((pool.out_height, pool.out_width)[axis]):
+        start = index * pool.stride[axis] - before
+        taps = [start + t * pool.dilation[axis] for t in range(pool.kernel[axis])]
+        counted = sum(t < size + after if pool.count_include_pad else 0 <= t < size for t in taps)
+        factors.append(1 / max(counted, 1))
+    return factors
+
+
+def _global_variants(isa: Isa) -> Iterator[Variant]:
+    for kind in ("max", "sum"):
+        yield Variant(f"f32_global{kind}_1v__{isa.name}", "pool_global.c.in", {"NV": 1, "KIND": kind})
+
+
+def _global_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+    pool = operands.workload
+    assert isinstance(pool, GlobalPool)
+    yield Candidate(f"f32_global{'max' if pool.kind == 'max' else 'sum'}_1v__{isa.name}")
+
+
+def _global_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    pool, (x,), y = operands.workload, operands.inputs, operands.output
+    assert isinstance(pool, GlobalPool) and y is not None
+    source = x.planes
+    assert source.phases == (1, 1), f"{pool.key()}: pools do not read phases"
+    assert y.rows.width == pool.channels
+    fields: dict[str, Field] = {
+        "arena": Arena(),
+        "in": u32(x.offsets),
+        "y": Arena(int(y.offsets[0])),
+        "planes": pool.channels,
+        "images": pool.batch,
+        "height": pool.height,
+        "width": pool.width,
+        "pitch": source.pitch,
+        "image": source.image_rows * source.pitch,
+        "factor": 1 / (pool.height * pool.width) if pool.kind == "avg" else 1.0,
+    }
+    return (Call(candidate.kernel, GLOBAL.name, fields),)
+
+
+ROWS: tuple[Operator, ...] = (
+    Operator("pool2d", (POOL,), _pool_variants, _pool_candidates, _pool_bind),
+    Operator("global_pool", (GLOBAL,), _global_variants, _global_candidates, _global_bind),
+)

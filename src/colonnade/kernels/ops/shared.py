@@ -1,0 +1,52 @@
+"""What the binders of several operators need: offset tables, masks, and the fields of a plane writer."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.kernels.call import Arena, Const, Field
+from colonnade.kernels.structs import Member
+from colonnade.layout import Placed, Planes
+
+# every struct of a plane writer has these: the writer clears the lead and zeroes what is no pixel
+LEAD_MEMBERS = (
+    Member("lead", "char *", "zero lanes in front of the output's first plane"),
+    Member("lead_bytes", "u32"),
+)
+
+
+def u32(values: npt.ArrayLike) -> Const:
+    """A table of uint32; values that do not fit are our mistake, never wrapped."""
+    wide = np.asarray(values, np.int64)
+    if wide.size and not (0 <= wide.min() and wide.max() < 2**32):
+        raise OverflowError(f"{wide.max()} does not fit an offset of 32 bits")
+    return Const(wide.astype(np.uint32))
+
+
+def f32(values: npt.ArrayLike) -> Const:
+    """A table of float32."""
+    return Const(np.ascontiguousarray(values, np.float32))
+
+
+def lead(output: Placed) -> dict[str, Field]:
+    """The fields of ``LEAD_MEMBERS``."""
+    return {"lead": Arena(output.lead_offset), "lead_bytes": output.lead_bytes}
+
+
+def masks(layout: Planes) -> tuple[Const, int, int]:
+    """(bits of all stored phases one after the other, bytes from one phase's to the next, number of phases)."""
+    bits = [layout.mask(phase) for phase in layout.stored_phases]
+    return Const(np.concatenate(bits)), len(bits[0]), len(bits)
+
+
+def extents(layout: Planes) -> Const:
+    """uint32 [phases, 2]: rows and columns of pixels in a plane of every stored phase."""
+    (sy, sx), height, width = layout.phases, layout.height, layout.width
+    return u32([(len(range(py, height, sy)), len(range(px, width, sx))) for py, px in layout.stored_phases])
+
+
+def same_places(*tensors: Placed) -> bool:
+    """Does every pixel stand on the same lane in planes of all these tensors?"""
+    keys = {t.planes.key() for t in tensors}
+    return len(keys) == 1 and len({t.planes.stored_phases for t in tensors}) == 1

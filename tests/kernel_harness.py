@@ -1,0 +1,264 @@
+"""Run one kernel in this process, in memory that shows every stray read and write.
+
+The arena and every array a kernel sees end at a page that cannot be touched (and the arena starts behind one), all
+of it is poisoned beforehand, and afterwards everything but the output must be as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from colonnade.build.toolchain import Toolchain, host
+from colonnade.kernels import registry, render
+from colonnade.kernels.call import Arena, Call, Const, External, Scratch
+from colonnade.kernels.isa import Isa, available, isa
+from colonnade.layout import LINE, Layout, Placed, Planes, Rows, place, read_planes, round_up, write_planes
+from colonnade.workload import Workload
+
+# vector reads past the last plane's end: what a plan leaves at the end of its arena, in bytes
+SLACK = 4096
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """``registry.Operands`` and the arena they stand in (bytes, without slack)."""
+
+    workload: Workload
+    inputs: tuple[Placed, ...]
+    output: Placed | None
+    arena: int
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+    external: str = ""
+
+
+class Arranger:
+    """Places tensors one after the other, a poisoned cache line between them."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def put(self, name: str, shape: tuple[int, ...], layout: Layout) -> Placed:
+        """A tensor in a buffer of its own."""
+        tensor = place(name, shape, layout, self.end)
+        self.end += round_up(layout.buffer_bytes(shape[1]), LINE) + LINE
+        return tensor
+
+    def case(
+        self,
+        workload: Workload,
+        inputs: Sequence[Placed],
+        output: Placed | None,
+        constants: Mapping[str, np.ndarray] | None = None,
+        external: str = "",
+    ) -> Case:
+        """The operands, in an arena that ends with the last tensor."""
+        return Case(workload, tuple(inputs), output, max(self.end - LINE, 0), constants or {}, external)
+
+
+def machine_has(name: str) -> bool:
+    """Can this machine run kernels of the ISA called ``name``?"""
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            flags.update(line.split(":", 1)[1].split())
+    return isa(name) in available(host(), frozenset(flags))
+
+
+def need(name: str) -> Isa:
+    """The ISA called ``name``, or a skipped test."""
+    if not machine_has(name):
+        pytest.skip(f"this machine has no {name}")
+    return isa(name)
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """All kernels of one ISA, compiled once and kept in the build cache."""
+    target = isa(name)
+    files = render.library(target, registry.variants(target).values())
+    files["exports.c"] = (
+        f"extern const char cn_kernels_{name}[];\n"
+        '__attribute__((visibility("default"))) const void *cn_table(void) { return cn_kernels_' + name + "; }\n"
+    )
+    return ctypes.CDLL(str(Toolchain().compile(files, "shared", host())))
+
+
+@functools.cache
+def _kernels(name: str) -> dict[str, int]:
+    """Symbol → address, from the table that the library exports."""
+    export = library(name).cn_table
+    export.restype = ctypes.c_void_p
+    table = export()
+    found: dict[str, int] = {}
+    while symbol := ctypes.c_char_p.from_address(table).value:
+        address = ctypes.c_void_p.from_address(table + 8).value
+        assert address
+        found[symbol.decode()] = address
+        table += 16
+    return found
+
+
+@contextmanager
+def guarded(size: int, align: int, poison: float = np.nan) -> Iterator[tuple[int, np.ndarray]]:
+    """(address, uint8 [size]) that ends at a page nobody may touch, less what alignment takes; poisoned."""
+    page = mmap.PAGESIZE
+    room = max(round_up(size, page), page)
+    base = _libc.mmap(None, room + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANON, -1, 0)
+    assert base not in (None, ctypes.c_void_p(-1).value)
+    try:
+        whole = _view(base + page, room)
+        whole.view(np.float32)[:] = poison
+        for guard in (base, base + page + room):
+            assert _libc.mprotect(guard, page, 0) == 0
+        start = room - round_up(size, align)
+        before = whole[:start].copy()
+        yield base + page + start, whole[start : start + size]
+        np.testing.assert_array_equal(whole[:start], before, "something in front of the buffer was written")
+    finally:
+        _libc.munmap(base, room + 2 * page)
+
+
+def _view(address: int, size: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def expected(case: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """The workload's reference on ``inputs`` and the case's constants."""
+    constants, workload = case.constants, case.workload
+    if workload.op in ("conv2d", "linear"):
+        fixed = [constants["weight"], constants.get("bias")]
+    elif workload.op == "affine":
+        fixed = [constants["scale"], constants["shift"]]
+    else:
+        fixed = []
+    return workload.reference(*inputs[:1], *fixed, *inputs[1:])
+
+
+def run(
+    case: Any,
+    candidate: registry.Candidate,
+    target: Isa,
+    inputs: Sequence[np.ndarray],
+    threads: int = 1,
+    poison: float = np.nan,
+    tolerance: float = 2e-6,
+) -> np.ndarray:
+    """Run ``candidate`` on ``inputs`` (data first, then residual; of an import step the user's array).
+
+    Checked: the result (within ``tolerance`` of the largest magnitude, plus ``tolerance`` relative), zeros in every
+    halo and the lead of the output, and that no other byte of arena, constants or inputs has changed.
+    """
+    calls = registry.bind(case, candidate)
+    wanted = expected(case, inputs)
+    with guarded(case.arena + SLACK, LINE, poison) as (base, arena):
+        for tensor, values in zip(case.inputs, inputs, strict=False):
+            write_planes(arena, tensor, np.asarray(values, np.float32))
+        before = arena.copy()
+        external = _external(case, inputs, wanted)
+        with guarded(external.nbytes, 4, poison) as (user, user_bytes):
+            user_bytes[:] = external.reshape(-1).view(np.uint8)
+            for call in calls:
+                _run_call(call, target, threads, base, user, poison)
+            user_after = user_bytes.view(np.float32).reshape(external.shape).copy()
+        result = user_after
+        if case.output is not None:
+            result = read_planes(arena, case.output)
+            if case.external:
+                np.testing.assert_array_equal(user_after, external, "the user's input was written")
+            _check_zeros(arena, case.output)
+            _forget(before, arena, case.output)
+        changed = np.flatnonzero(before != arena)
+        assert not changed.size, f"{candidate.key()} wrote {changed.size} bytes it does not own, first at {changed[0]}"
+    with np.errstate(invalid="ignore"):
+        finite = np.abs(wanted[np.isfinite(wanted)])
+    scale = float(finite.max()) if finite.size else 0.0
+    np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance * scale, err_msg=candidate.key())
+    return result
+
+
+def _external(case: Any, inputs: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray:
+    """What stands at the external pointer before the call: the user's input, or room for his output."""
+    if not case.external:
+        return np.zeros(1, np.float32)
+    if case.output is None:
+        return np.full(wanted.shape, np.nan, np.float32)
+    return np.ascontiguousarray(inputs[0], np.float32)
+
+
+def _run_call(call: Call, target: Isa, threads: int, base: int, user: int, poison: float) -> None:
+    """All threads of one call, one after the other."""
+    struct = registry.structs()[call.struct]
+    assert set(call.fields) == {m.name for m in struct.members}, f"{call.kernel}: fields do not match {call.struct}"
+    scalars = {k: v for k, v in call.fields.items() if isinstance(v, int | float)}
+    image = np.frombuffer(bytearray(struct.pack(scalars)), np.uint8)
+    offsets = struct.offsets()
+    with ExitStack() as stack:
+        constants: list[tuple[np.ndarray, np.ndarray, str]] = []
+        for member in struct.members:
+            if not member.is_pointer:
+                continue
+            value, address = call.fields[member.name], 0
+            if isinstance(value, Arena):
+                address = base + value.offset
+            elif isinstance(value, External):
+                address = user
+            elif isinstance(value, Scratch):
+                address, _ = stack.enter_context(guarded(call.scratch * threads, LINE, poison))
+            elif isinstance(value, Const):
+                data = np.ascontiguousarray(value.data).reshape(-1).view(np.uint8)
+                address, place = stack.enter_context(guarded(data.nbytes, LINE, poison))
+                place[:] = data
+                constants.append((data, place, member.name))
+            else:
+                assert value is None, f"{member.name}: {value!r}"
+            at = offsets[member.name]
+            image[at : at + 8] = np.frombuffer(address.to_bytes(8, "little"), np.uint8)
+        address, place = stack.enter_context(guarded(struct.size, LINE))
+        place[:] = image
+        kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(
+            _kernels(target.name)[call.kernel]
+        )
+        for thread in range(threads):
+            kernel(address, thread, threads)
+        np.testing.assert_array_equal(place, image, "the arguments were written")
+        for data, place, name in constants:
+            np.testing.assert_array_equal(place, data, f"constant {name} was written")
+
+
+def _check_zeros(arena: np.ndarray, output: Placed) -> None:
+    """Every lane of the output that is no pixel is exactly zero."""
+    layout = output.layout
+    if isinstance(layout, Rows):
+        return
+    lead = arena[output.lead_offset : output.lead_offset + output.lead_bytes].view(np.float32)
+    assert not np.count_nonzero(lead), "the lead is not zero"
+    phases = layout.stored_phases
+    for index, offset in enumerate(output.offsets):
+        lanes = arena[offset : offset + 4 * layout.plane].view(np.float32)
+        wrong = np.flatnonzero(lanes[~layout.valid(phases[index % len(phases)])])
+        assert not wrong.size, f"plane {index}: {wrong.size} halo lanes are not zero"
+
+
+def _forget(before: np.ndarray, after: np.ndarray, output: Placed) -> None:
+    """Make ``before`` equal to ``after`` where the output may be written."""
+    layout = output.layout
+    stretches = [(output.lead_offset, output.lead_bytes)]
+    size = 4 * (layout.plane if isinstance(layout, Planes) else layout.batch * layout.width)
+    stretches += [(int(offset), size) for offset in output.offsets]
+    for start, length in stretches:
+        before[start : start + length] = after[start : start + length]

@@ -1,0 +1,290 @@
+"""Every operator but convolution against its numpy definition, over odd shapes and on every ISA of this machine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_harness import Arranger, Case, machine_has, need, run
+
+from colonnade.kernels import registry
+from colonnade.kernels.isa import ISAS, Isa
+from colonnade.layout import Planes, Rows
+from colonnade.pattern import ColumnPattern
+from colonnade.workload import (
+    NONE, RELU, RELU6, Activation, Affine, Binary, Convert, Epilogue, GlobalPool, Linear, Pool2d, Softmax, Zeros,
+)  # fmt: skip
+
+QUICK = settings(max_examples=60, deadline=None)
+sizes = st.integers(1, 40)
+channels = st.integers(1, 9)
+batches = st.integers(1, 3)
+threads_ = st.integers(1, 3)
+halos = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 20))  # beside, below, lead
+activations = st.sampled_from([NONE, RELU, RELU6, Activation(-0.5, 0.25)])
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(scope="module", params=[i.name for i in ISAS if i.arch in ("any", "x86_64")])
+def isa(request: pytest.FixtureRequest) -> Isa:
+    return need(request.param)
+
+
+def planes(shape, halo=(1, 1, 3), phases=(1, 1), kept=None) -> Planes:
+    n, _, h, w = shape
+    rows, columns = -(-h // phases[0]), -(-w // phases[1])
+    return Planes(n, h, w, columns + halo[0], rows + halo[1], halo[2], phases, kept)
+
+
+def values(shape, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def check(case: Case, isa: Isa, inputs, threads: int, tolerance: float = 2e-6) -> None:
+    """Every candidate that is legal."""
+    for candidate in registry.candidates(case, isa, threads):
+        assert candidate.kernel.endswith(f"__{isa.name}")
+        run(case, candidate, isa, inputs, threads, tolerance=tolerance)
+
+
+@QUICK
+@given(
+    n=batches,
+    c=channels,
+    h=sizes,
+    w=sizes,
+    halo=halos,
+    act=activations,
+    threads=threads_,
+    seed=seeds,
+    split=st.booleans(),
+)
+def test_affine_planes(isa, n, c, h, w, halo, act, threads, seed, split):
+    shape, arrange = (n, c, h, w), Arranger()
+    phases = (2, 2) if split else (1, 1)
+    x = arrange.put("x", shape, planes(shape, halo, phases))
+    y = arrange.put("y", shape, planes(shape, halo, phases))
+    constants = {"scale": values(c, seed + 1), "shift": values(c, seed + 2)}
+    check(arrange.case(Affine(shape, act), [x], y, constants), isa, [values(shape, seed)], threads)
+
+
+def test_affine_in_place(isa):
+    shape, arrange = (2, 3, 5, 7), Arranger()
+    x = arrange.put("x", shape, planes(shape))
+    constants = {"scale": values(3, 1), "shift": values(3, 2)}
+    check(arrange.case(Affine(shape), [x], x, constants), isa, [values(shape, 0)], 2)
+
+
+@QUICK
+@given(n=batches, c=st.integers(1, 70), act=activations, threads=threads_, seed=seeds)
+def test_affine_rows(isa, n, c, act, threads, seed):
+    shape, arrange = (n, c), Arranger()
+    x, y = arrange.put("x", shape, Rows(n, c)), arrange.put("y", shape, Rows(n, c))
+    constants = {"scale": values(c, seed + 1), "shift": values(c, seed + 2)}
+    check(arrange.case(Affine(shape, act), [x], y, constants), isa, [values(shape, seed)], threads)
+
+
+kinds = st.sampled_from(["add", "sub", "mul", "div"])
+
+
+@QUICK
+@given(
+    kind=kinds, n=batches, c=channels, h=sizes, w=sizes, halo=halos, act=activations, threads=threads_, seed=seeds,
+    broadcast=st.booleans(), split=st.booleans(),
+)  # fmt: skip
+def test_binary_planes(isa, kind, n, c, h, w, halo, act, threads, seed, broadcast, split):
+    shape, arrange = (n, c, h, w), Arranger()
+    layout = planes(shape, halo, (2, 3) if split else (1, 1))
+    a = arrange.put("a", shape, layout)
+    b = arrange.put("b", shape[:2], Rows(n, c)) if broadcast else arrange.put("b", shape, layout)
+    y = arrange.put("y", shape, layout)
+    inputs = [values(shape, seed), values(b.shape, seed + 1)]
+    check(arrange.case(Binary(kind, shape, broadcast, act), [a, b], y), isa, inputs, threads)
+
+
+@QUICK
+@given(kind=kinds, n=batches, c=st.integers(1, 70), act=activations, threads=threads_, seed=seeds)
+def test_binary_rows(isa, kind, n, c, act, threads, seed):
+    shape, arrange = (n, c), Arranger()
+    a, b, y = (arrange.put(name, shape, Rows(n, c)) for name in "aby")
+    inputs = [values(shape, seed), values(shape, seed + 1)]
+    check(arrange.case(Binary(kind, shape, False, act), [a, b], y), isa, inputs, threads)
+
+
+@QUICK
+@given(n=batches, c=st.integers(1, 100), scale=st.sampled_from([1e-3, 1.0, 30.0, 200.0]), threads=threads_, seed=seeds)
+def test_softmax(isa, n, c, scale, threads, seed):
+    shape, arrange = (n, c), Arranger()
+    x, y = arrange.put("x", shape, Rows(n, c)), arrange.put("y", shape, Rows(n, c))
+    check(arrange.case(Softmax(shape), [x], y), isa, [values(shape, seed) * np.float32(scale)], threads)
+
+
+def test_softmax_is_accurate_to_the_last_bits(isa):
+    """exp over its whole range, by softmax of pairs (0, -t): the ratio of the two results is exp(-t)."""
+    t = np.concatenate([np.linspace(0, 110, 4001), [np.inf]]).astype(np.float32)
+    shape, arrange = (len(t), 2), Arranger()
+    x, y = arrange.put("x", shape, Rows(*shape)), arrange.put("y", shape, Rows(*shape))
+    case = arrange.case(Softmax(shape), [x], y)
+    result = run(case, registry.candidates(case, isa, 1)[0], isa, [np.stack([np.zeros_like(t), -t], axis=1)])
+    wanted = np.exp(-t.astype(np.float64)) / (1 + np.exp(-t.astype(np.float64)))
+    unit = np.spacing(np.maximum(wanted, 2.0**-126).astype(np.float32))
+    assert (np.abs(result[:, 1] - wanted) / unit).max() <= 4  # exp, sum and quotient
+
+
+@st.composite
+def pools(draw) -> Pool2d:
+    kernel = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    dilation = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    padding = [draw(st.integers(0, k // 2)) for k in (*kernel, *kernel)]
+    least = [
+        max(1, d * (k - 1) + 1 - padding[i] - padding[i + 2])
+        for i, (k, d) in enumerate(zip(kernel, dilation, strict=True))
+    ]
+    return Pool2d(
+        draw(st.sampled_from(["max", "avg"])),
+        draw(batches),
+        draw(channels),
+        draw(st.integers(least[0], max(least[0], 40))),
+        draw(st.integers(least[1], max(least[1], 40))),
+        kernel,
+        draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
+        (padding[0], padding[1], padding[2], padding[3]),
+        dilation,
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
+
+
+@QUICK
+@given(pool=pools(), before=halos, after=halos, threads=threads_, seed=seeds, shift=st.sampled_from([0, -5]))
+def test_pool(isa, pool, before, after, threads, seed, shift):
+    """``shift`` makes all pixels negative: a zero halo read as data would win every maximum."""
+    arrange = Arranger()
+    x_shape = (pool.batch, pool.channels, pool.height, pool.width)
+    y_shape = (pool.batch, pool.channels, pool.out_height, pool.out_width)
+    x = arrange.put("x", x_shape, planes(x_shape, before))
+    y = arrange.put("y", y_shape, planes(y_shape, after))
+    check(arrange.case(pool, [x], y), isa, [values(x_shape, seed) + np.float32(shift)], threads, 4e-6)
+
+
+@QUICK
+@given(
+    kind=st.sampled_from(["avg", "sum", "max"]), n=batches, c=channels, h=sizes, w=sizes, halo=halos,
+    threads=threads_, seed=seeds, shift=st.sampled_from([0, -5]),
+)  # fmt: skip
+def test_global_pool(isa, kind, n, c, h, w, halo, threads, seed, shift):
+    shape, arrange = (n, c, h, w), Arranger()
+    x, y = arrange.put("x", shape, planes(shape, halo)), arrange.put("y", (n, c), Rows(n, c))
+    inputs = [values(shape, seed) + np.float32(shift)]
+    check(arrange.case(GlobalPool(kind, *shape), [x], y), isa, inputs, threads, 1e-5)
+
+
+@QUICK
+@given(
+    n=st.integers(1, 6), ic=st.integers(1, 70), oc=st.integers(1, 150), act=activations, residual=st.booleans(),
+    bias=st.booleans(), maps=st.booleans(), sparsity=st.sampled_from([0.0, 0.5, 0.9]), tile=st.integers(1, 40),
+    threads=threads_, seed=seeds,
+)  # fmt: skip
+def test_linear(isa, n, ic, oc, act, residual, bias, maps, sparsity, tile, threads, seed):
+    rng, arrange = np.random.default_rng(seed), Arranger()
+    weight = values((oc, ic), seed)
+    if sparsity:
+        kept = ColumnPattern(sparsity, tile).kept(ic)
+        order = rng.permutation(oc)
+        for first in range(0, oc, tile):
+            gone = rng.permutation(ic)[kept:]
+            weight[np.ix_(order[first : first + tile], gone)] = 0
+    constants = {"weight": weight, **({"bias": values(oc, seed + 1)} if bias else {})}
+    x = arrange.put("x", (n, ic, 1, 1), planes((n, ic, 1, 1))) if maps else arrange.put("x", (n, ic), Rows(n, ic))
+    r = arrange.put("r", (n, oc), Rows(n, oc))
+    y = arrange.put("y", (n, oc), Rows(n, oc))
+    case = arrange.case(Linear(n, ic, oc, Epilogue(residual, act)), [x, r] if residual else [x], y, constants)
+    data = values((n, ic), seed + 2)
+    inputs = [data, values((n, oc), seed + 3)] if residual else [data]
+    check(case, isa, inputs, threads, 1e-5)
+
+
+def phases_(draw) -> tuple[tuple[int, int], tuple[tuple[int, int], ...] | None]:
+    phases = draw(st.sampled_from([(1, 1), (2, 2), (3, 3), (4, 4), (2, 1), (1, 2)]))
+    every = [(py, px) for py in range(phases[0]) for px in range(phases[1])]
+    kept = draw(st.none() | st.lists(st.sampled_from(every), min_size=1, unique=True).map(lambda k: tuple(sorted(k))))
+    return phases, kept
+
+
+def stored(reference: np.ndarray, layout: Planes) -> np.ndarray:
+    """``reference`` with zeros for the pixels of phases that are not stored."""
+    result = np.zeros_like(reference)
+    (sy, sx) = layout.phases
+    for py, px in layout.stored_phases:
+        result[:, :, py::sy, px::sx] = reference[:, :, py::sy, px::sx]
+    return result
+
+
+class Partial(Convert):
+    """A conversion whose reference knows which phases are kept."""
+
+    layout: Planes
+
+    def reference(self, x, *_):
+        return stored(super().reference(x), self.layout)
+
+
+def conversion(kind: str, shape, layout: Planes, stride=(1, 1)) -> Convert:
+    workload = Partial(kind, shape, stride)
+    object.__setattr__(workload, "layout", layout)
+    return workload
+
+
+@QUICK
+@given(n=batches, c=channels, h=sizes, w=sizes, halo=halos, threads=threads_, seed=seeds, data=st.data())
+def test_import_to_planes(isa, n, c, h, w, halo, threads, seed, data):
+    shape, arrange = (n, c, h, w), Arranger()
+    layout = planes(shape, halo, *phases_(data.draw))
+    y = arrange.put("y", shape, layout)
+    case = arrange.case(conversion("import", shape, layout), [], y, external="input")
+    check(case, isa, [values(shape, seed)], threads)
+
+
+@QUICK
+@given(
+    n=batches, c=channels, h=sizes, w=sizes, before=halos, after=halos, threads=threads_, seed=seeds, data=st.data(),
+    stride=st.sampled_from([(1, 1), (2, 2), (3, 2)]),
+)  # fmt: skip
+def test_planes_to_planes(isa, n, c, h, w, before, after, threads, seed, data, stride):
+    shape, arrange = (n, c, h, w), Arranger()
+    small = (n, c, -(-h // stride[0]), -(-w // stride[1]))
+    layout = planes(small, after, *phases_(data.draw))
+    x, y = arrange.put("x", shape, planes(shape, before)), arrange.put("y", small, layout)
+    check(arrange.case(conversion("planes", shape, layout, stride), [x], y), isa, [values(shape, seed)], threads)
+
+
+@QUICK
+@given(n=batches, c=channels, h=sizes, w=sizes, halo=halos, threads=threads_, seed=seeds)
+def test_export_and_flatten_of_planes(isa, n, c, h, w, halo, threads, seed):
+    shape, arrange = (n, c, h, w), Arranger()
+    x = arrange.put("x", shape, planes(shape, halo))
+    check(arrange.case(Convert("export", shape), [x], None, external="output"), isa, [values(shape, seed)], threads)
+    y = arrange.put("y", (n, c * h * w), Rows(n, c * h * w))
+    check(arrange.case(Convert("flatten", shape), [x], y), isa, [values(shape, seed)], threads)
+
+
+@QUICK
+@given(n=batches, c=st.integers(1, 70), threads=threads_, seed=seeds)
+def test_import_and_export_of_rows(isa, n, c, threads, seed):
+    shape, arrange = (n, c), Arranger()
+    x = arrange.put("x", shape, Rows(n, c))
+    check(arrange.case(Convert("import", shape), [], x, external="input"), isa, [values(shape, seed)], threads)
+    check(arrange.case(Convert("export", shape), [x], None, external="output"), isa, [values(shape, seed)], threads)
+
+
+@QUICK
+@given(n=batches, c=channels, h=sizes, w=sizes, halo=halos, threads=threads_)
+def test_zeros(isa, n, c, h, w, halo, threads):
+    shape, arrange = (n, c, h, w), Arranger()
+    y = arrange.put("y", shape, planes(shape, halo, (2, 2)))
+    check(arrange.case(Zeros(shape), [], y), isa, [], threads)
+
+
+def test_portable_kernels_run_everywhere():
+    assert machine_has("portable")
