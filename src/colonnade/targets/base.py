@@ -1,0 +1,125 @@
+"""What a target is: a machine that can be probed and that runs static programs on files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from colonnade.errors import TargetError
+from colonnade.kernels.isa import Isa, available
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One level: ``kind`` is data, instruction or unified; ``size``, ``line`` in bytes; ``shared``: its cores."""
+
+    level: int
+    kind: str
+    size: int
+    line: int
+    shared: int = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a probe found. ``vlenb`` bytes of a scalable vector register, 0 where there is none; memory in bytes.
+
+    ``flags`` are the names by which the kernel shows instruction sets. ``clusters`` are the groups of cores that
+    share a last private cache (their numbers), in order; ``governor`` is empty where frequency is not managed.
+    """
+
+    arch: str
+    cpu: str
+    flags: frozenset[str] = field(repr=False)
+    cores: int
+    clusters: tuple[tuple[int, ...], ...] = ()
+    caches: tuple[Cache, ...] = ()
+    vlenb: int = 0
+    memory: int = 0
+    memory_free: int = 0
+    governor: str = ""
+    kernel: str = ""
+
+    @property
+    def isas(self) -> tuple[Isa, ...]:
+        """What it can run, best first."""
+        return tuple(available(self.arch, self.flags))
+
+    def cache(self, level: int) -> int:
+        """Bytes of the data or unified cache of ``level``; 0 when there is none."""
+        return next((c.size for c in self.caches if c.level == level and c.kind != "instruction"), 0)
+
+    def key(self) -> str:
+        """Equal for machines whose measurements may be exchanged: nothing that changes while it runs is in it."""
+        caches = ",".join(f"L{c.level}{c.kind[0]}{c.size}" for c in self.caches)
+        return f"{self.arch}|{self.cpu}|vlenb={self.vlenb}|cores={self.cores}|{caches}"
+
+    def pick_isa(self, name: str | None = None) -> Isa:
+        """The ISA called ``name``, which the machine must have, or its best one. Raises ``TargetError``."""
+        if name is None:
+            return self.isas[0]
+        for row in self.isas:
+            if row.name == name:
+                return row
+        known = ", ".join(row.name for row in self.isas)
+        raise TargetError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended. ``signal`` is the number that killed it, 0 when none did; a failure is data.
+
+    ``files`` are the output files asked for, by name; missing ones are left out.
+    """
+
+    code: int
+    signal: int = 0
+    timed_out: bool = False
+    stdout: str = ""
+    stderr: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Did it end by itself with exit code 0?"""
+        return self.code == 0 and self.signal == 0 and not self.timed_out
+
+    def describe(self) -> str:
+        """One line: how it ended."""
+        if self.timed_out:
+            return "timed out"
+        if self.signal:
+            return f"killed by signal {self.signal}"
+        last = self.stderr.strip().splitlines()[-1:] or [""]
+        return f"exit code {self.code}" + (f": {last[0]}" if last[0] else "")
+
+
+class Target(Protocol):
+    """Where programs run. They are static executables and data files; nothing runs in this process."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line: ``local``, ``qemu:vlen=256``, ``ssh://…``."""
+        ...
+
+    def probe(self) -> Machine:
+        """What is there. Raises ``TargetError`` when it cannot be reached."""
+        ...
+
+    def run(
+        self,
+        program: Path,
+        args: Sequence[str] = (),
+        inputs: Mapping[str, Path | bytes] | None = None,
+        outputs: Sequence[str] = (),
+        timeout: float = 60.0,
+        on_line: Callable[[str], None] | None = None,
+    ) -> Outcome:
+        """Run ``program`` in a fresh directory that holds ``inputs`` by name, and bring back ``outputs``.
+
+        ``on_line`` gets every whole line of standard output as it appears. ``timeout`` in seconds. The program's
+        own failures are in the outcome; raises ``TargetError`` only when the target itself fails.
+        """
+        ...

@@ -1,0 +1,127 @@
+"""The machine this program runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import selectors
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from colonnade.errors import TargetError
+from colonnade.targets import probe
+from colonnade.targets.base import Machine, Outcome
+
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+@dataclass(frozen=True)
+class Local:
+    """Programs run as children of this process, each in a session of its own: Ctrl-C reaches us, not them."""
+
+    name: str = "local"
+
+    def probe(self) -> Machine:
+        """See ``Target.probe``. Static facts are read once a process."""
+        return _probe()
+
+    def run(
+        self,
+        program: Path,
+        args: Sequence[str] = (),
+        inputs: Mapping[str, Path | bytes] | None = None,
+        outputs: Sequence[str] = (),
+        timeout: float = 60.0,
+        on_line: Callable[[str], None] | None = None,
+    ) -> Outcome:
+        """See ``Target.run``."""
+        with tempfile.TemporaryDirectory(prefix="colonnade-") as folder:
+            for name, content in (inputs or {}).items():
+                if isinstance(content, bytes):
+                    (Path(folder) / name).write_bytes(content)
+                else:
+                    (Path(folder) / name).symlink_to(content.resolve())
+            outcome = execute([str(program.resolve()), *args], Path(folder), timeout, on_line)
+            files = {n: (Path(folder) / n).read_bytes() for n in outputs if (Path(folder) / n).is_file()}
+            return Outcome(outcome.code, outcome.signal, outcome.timed_out, outcome.stdout, outcome.stderr, files)
+
+
+def execute(
+    command: Sequence[str], folder: Path, timeout: float, on_line: Callable[[str], None] | None = None
+) -> Outcome:
+    """Run ``command`` in ``folder``, its lines handed out as they come; killed with all its children at the timeout."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise TargetError(f"cannot start {command[0]}: {error.strerror}") from error
+    assert process.stdout is not None and process.stderr is not None
+    parts: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+    handed = 0
+    timed_out = False
+    deadline = time.monotonic() + timeout
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ, "stdout")
+            selector.register(process.stderr, selectors.EVENT_READ, "stderr")
+            while selector.get_map():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    timed_out = True
+                    break
+                for ready, _ in selector.select(left):
+                    chunk = os.read(ready.fd, 1 << 16)
+                    if not chunk:
+                        selector.unregister(ready.fileobj)
+                        continue
+                    parts[ready.data] += chunk
+                    if ready.data == "stdout" and on_line is not None:
+                        end = parts["stdout"].rfind(b"\n") + 1
+                        for line in parts["stdout"][handed:end].decode(errors="replace").splitlines():
+                            on_line(line)
+                        handed = max(handed, end)
+        if not timed_out:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                timed_out = True
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+        process.stderr.close()
+    code = process.returncode
+    return Outcome(
+        code=code if code >= 0 else 128 - code,
+        signal=-code if code < 0 and not timed_out else 0,
+        timed_out=timed_out,
+        stdout=parts["stdout"].decode(errors="replace"),
+        stderr=parts["stderr"].decode(errors="replace"),
+    )
+
+
+@cache
+def _probe() -> Machine:
+    arch = platform.machine().lower()
+    usable = tuple(sorted(os.sched_getaffinity(0)))
+    wanted = [*probe.COMMON, *(path for cpu in usable for path in probe.paths(cpu))]
+    files = {}
+    for path in wanted:
+        with contextlib.suppress(OSError):
+            files[path] = Path(path).read_text(errors="replace")
+    return probe.parse(files, ARCHITECTURES.get(arch, arch), usable)

@@ -1,0 +1,117 @@
+/* The machine's limits, measured: fused multiply-adds in registers, and reading memory.
+ *
+ *   peak THREADS READ_BYTES MILLISECONDS
+ *
+ * Prints `gflops X` (all threads together, two operations a multiply-add) and `gbps Y` (bytes read / 1e9 / s; only
+ * when READ_BYTES > 0). Each is the best of its repetitions: a limit is not a median.
+ * Independent chains of 6 and of 12 are tried: enough to hide the latency, few enough for 16 registers.
+ */
+#define _GNU_SOURCE
+#include VEC_HEADER
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+#define ROUNDS 4096
+/* the multiplication is part of the chain, or compilers would take it out of the loop */
+#define CHAIN(n) a##n = vec1_fmav(x, a##n, y, vl);
+#define SIX(m) m(0) m(1) m(2) m(3) m(4) m(5)
+#define TWELVE(m) SIX(m) m(6) m(7) m(8) m(9) m(10) m(11)
+#define START(n) vec1_t a##n = vec1_splat(0.0f, vl);
+#define ADD(n) total = vec1_add(total, a##n, vl);
+#define KERNEL(name, EACH) \
+    static float name(float s, size_t vl) \
+    { \
+        vec1_t x = vec1_splat(1.0f, vl), y = vec1_splat(s, vl); \
+        EACH(START) \
+        for (int i = 0; i < ROUNDS; i++) { \
+            EACH(CHAIN) \
+        } \
+        vec1_t total = x; \
+        EACH(ADD) \
+        return vec1_sum(total, vl); \
+    }
+KERNEL(six, SIX)
+KERNEL(twelve, TWELVE)
+
+static volatile float sink;
+static volatile float one = 0.5f;
+static double seconds;
+static size_t read_bytes;
+static char *block;
+static unsigned threads;
+
+struct result { double flops, bytes; };
+
+static void *measure(void *argument)
+{
+    struct result *result = argument;
+    size_t vl = vec1_setvl(1 << 20);
+    double end = now() + seconds, flops = (double)vl * ROUNDS * 2;
+    while (now() < end) {
+        double t = now();
+        sink = six(one, vl);
+        double six_rate = flops * 6 / (now() - t);
+        t = now();
+        sink = twelve(one, vl);
+        double twelve_rate = flops * 12 / (now() - t);
+        if (six_rate > result->flops) result->flops = six_rate;
+        if (twelve_rate > result->flops) result->flops = twelve_rate;
+    }
+    if (!read_bytes) return 0;
+    size_t share = read_bytes / threads / 4096 * 4096;
+    const float *p = (const float *)(block + share * (size_t)(result->bytes));
+    result->bytes = 0;
+    for (int repeat = 0; repeat < 3; repeat++) {
+        double t = now();
+        vec1_t a0 = vec1_splat(0.0f, vl), a1 = a0, a2 = a0, a3 = a0;
+        for (size_t i = 0; i + 4 * vl <= share / 4; i += 4 * vl) {
+            a0 = vec1_add(a0, vec1_load(p + i, vl), vl);
+            a1 = vec1_add(a1, vec1_load(p + i + vl, vl), vl);
+            a2 = vec1_add(a2, vec1_load(p + i + 2 * vl, vl), vl);
+            a3 = vec1_add(a3, vec1_load(p + i + 3 * vl, vl), vl);
+        }
+        sink = vec1_sum(vec1_add(vec1_add(a0, a1, vl), vec1_add(a2, a3, vl), vl), vl);
+        double rate = (double)share / (now() - t);
+        if (rate > result->bytes) result->bytes = rate;
+    }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 4) return fprintf(stderr, "usage: peak THREADS READ_BYTES MILLISECONDS\n"), 2;
+    threads = (unsigned)atoi(argv[1]);
+    read_bytes = strtoull(argv[2], 0, 10);
+    seconds = atoi(argv[3]) * 1e-3;
+    if (threads < 1 || threads > 1024) return fprintf(stderr, "bad thread count\n"), 2;
+    if (read_bytes) {
+        if (!(block = malloc(read_bytes))) return fprintf(stderr, "out of memory\n"), 4;
+        memset(block, 0, read_bytes);
+        /* zero pages may be shared: write each one */
+        for (size_t i = 0; i < read_bytes; i += 64) block[i] = 1;
+    }
+    struct result results[1024] = {{0}};
+    pthread_t ids[1024];
+    for (unsigned i = 0; i < threads; i++) results[i].bytes = i; /* number in, rate out */
+    for (unsigned i = 1; i < threads; i++)
+        if (pthread_create(&ids[i], 0, measure, &results[i])) return fprintf(stderr, "no threads\n"), 4;
+    measure(&results[0]);
+    double flops = results[0].flops, bytes = results[0].bytes;
+    for (unsigned i = 1; i < threads; i++) {
+        pthread_join(ids[i], 0);
+        flops += results[i].flops;
+        bytes += results[i].bytes;
+    }
+    printf("gflops %.3f\n", flops * 1e-9);
+    if (read_bytes) printf("gbps %.3f\n", bytes * 1e-9);
+    return 0;
+}

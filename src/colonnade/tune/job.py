@@ -1,0 +1,308 @@
+"""A job for ``runtime/harness.c``: one step's tensors in a small arena, candidates as calls, what must come out."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.kernels.call import Arena, Call, Const, External, Scratch
+from colonnade.kernels.registry import Operands, structs
+from colonnade.layout import Placed, Planes, round_up, write_planes
+from colonnade.workload import Affine, Array, Conv2d, Convert, Linear
+
+MAGIC = int.from_bytes(b"CNJOB1", "little")
+PAGE = 4096
+SLACK = 1024  # bytes behind the last tensor that a vector may read, as at the end of a model's arena
+TOLERANCE = 1e-4  # of the largest magnitude, the project's promise towards other runtimes
+
+
+class Tunable(Operands, Protocol):
+    """A step with a name for messages and a key for records; ``plan.Step`` is one."""
+
+    @property
+    def name(self) -> str: ...
+    def key(self) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """A step whose tensors were moved into an arena of their own (same geometry, same place within a page)."""
+
+    name: str
+    workload: object
+    inputs: tuple[Placed, ...]
+    output: Placed | None
+    constants: object
+    external: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Bytes at ``offset`` of ``space`` (0: the arena, i + 1: external i)."""
+
+    space: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Expected(Segment):
+    """float32 that must stand there within ``tolerance``; where it is NaN, exactly zero."""
+
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything about one step that its candidates share. ``arena`` and ``externals`` in bytes."""
+
+    step: Operands
+    arena: int
+    externals: tuple[tuple[str, int], ...]
+    segments: tuple[Segment, ...]
+    expected: tuple[Expected, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of data held."""
+        return sum(len(s.data) for s in (*self.segments, *self.expected))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One visit to a candidate: check its result first?, at least ``least`` and at most ``most`` repetitions, until
+    ``budget_ns`` are spent; ended after ``limit_s`` whole seconds."""
+
+    candidate: int
+    check: bool
+    least: int
+    most: int
+    budget_ns: int
+    limit_s: int
+
+
+def reference(step: Operands, inputs: Sequence[Array]) -> Array:
+    """What ``step`` computes from ``inputs``, by its workload's own definition."""
+    c, workload = step.constants, step.workload
+    if isinstance(workload, (Conv2d, Linear)):
+        return workload.reference(inputs[0], c["weight"], c.get("bias"), *inputs[1:])
+    if isinstance(workload, Affine):
+        return workload.reference(inputs[0], c["scale"], c["shift"])
+    return workload.reference(*inputs)
+
+
+def problem(step: Tunable) -> Problem:
+    """Random inputs for ``step``, its reference result, and where all of it stands. Deterministic by the step's key."""
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(step.key().encode()).digest()[:8], "little"))
+    moved, arena = _move(step)
+    image = np.full(arena, 0xFF, np.uint8)
+    externals: list[tuple[str, int]] = []
+    segments: list[Segment] = []
+    inputs = [rng.standard_normal(x.shape, dtype=np.float32) for x in moved.inputs]
+    if step.external and step.output is not None:
+        assert isinstance(step.workload, Convert)
+        inputs = [rng.standard_normal(step.workload.shape, dtype=np.float32)]
+        externals.append((step.external, inputs[0].nbytes))
+        segments.append(Segment(1, 0, inputs[0].tobytes()))
+    spans = []
+    for x, values in zip(moved.inputs, inputs, strict=False):
+        spans += _zero_leads(image, x)
+        write_planes(image, x, values)
+        spans += _extents(x)
+    segments += [Segment(0, a, image[a:b].tobytes()) for a, b in _merged(spans)]
+    result = reference(step, inputs)
+    tolerance = TOLERANCE * max(
+        float(np.abs(result, where=np.isfinite(result), out=np.zeros_like(result)).max()), 1e-30
+    )
+    if moved.output is None:
+        externals.append((step.external, result.nbytes))
+        expected = [Expected(len(externals), 0, result.astype(np.float32).tobytes(), tolerance)]
+    else:
+        expected = [
+            Expected(0, a, image[a:b].tobytes(), tolerance) for a, b in _write_expected(image, moved.output, result)
+        ]
+    return Problem(moved, arena, tuple(externals), tuple(segments), tuple(expected))
+
+
+def encode(
+    problem: Problem, candidates: Sequence[Sequence[Call]], runs: Sequence[Run], threads: int, flush: int
+) -> bytes:
+    """The job file. ``flush`` in bytes a thread: the near caches that are emptied before each repetition."""
+    blobs = _Blobs()
+    by_name = structs()
+    external = {name: index for index, (name, _) in enumerate(problem.externals)}
+    call_rows: list[tuple[int, ...]] = []
+    relocation_rows: list[tuple[int, ...]] = []
+    candidate_rows: list[tuple[int, ...]] = []
+    for calls in candidates:
+        candidate_rows.append((len(call_rows), len(calls)))
+        for call in calls:
+            shape = by_name[call.struct]
+            offsets = shape.offsets()
+            first = len(relocation_rows)
+            scalars: dict[str, float] = {}
+            for name, value in call.fields.items():
+                match value:
+                    case Arena():
+                        relocation_rows.append((offsets[name], 0, value.offset))
+                    case Const():
+                        relocation_rows.append((offsets[name], 1, blobs.array(value.data)))
+                    case Scratch():
+                        relocation_rows.append((offsets[name], 2, 0))
+                    case External():
+                        relocation_rows.append((offsets[name], 3, external[value.name]))
+                    case None:
+                        pass
+                    case _:
+                        scalars[name] = value
+            image = shape.pack(scalars)
+            symbol = blobs.add(call.kernel.encode() + b"\0")
+            count = len(relocation_rows) - first
+            call_rows.append((symbol, blobs.add(image), len(image), first, count, call.scratch))
+    segment_rows = [(s.space, s.offset, blobs.add(s.data), len(s.data)) for s in problem.segments]
+    expect_rows = [(e.space, e.offset, blobs.add(e.data), len(e.data), e.tolerance) for e in problem.expected]
+    run_rows = [(r.candidate, int(r.check), r.least, r.most, r.budget_ns, r.limit_s) for r in runs]
+    sizes = [(size,) for _, size in problem.externals]
+    tables = (sizes, segment_rows, expect_rows, candidate_rows, call_rows, relocation_rows, run_rows)
+    # rows are u64, but for the tolerance, a double
+    head_bytes = 8 * (5 + len(tables)) + sum(8 * len(row) for rows in tables for row in rows)
+    base = round_up(head_bytes, 64)
+
+    def shift(rows: Sequence[tuple[float, ...]], *at: int) -> list[list[float]]:
+        return [[value + base if index in at else value for index, value in enumerate(row)] for row in rows]
+
+    relocated = [[at, kind, value + base if kind == 1 else value] for at, kind, value in relocation_rows]
+    bodies: list[Sequence[Sequence[float]]] = [
+        sizes, shift(segment_rows, 2), shift(expect_rows, 2), candidate_rows, shift(call_rows, 0, 1), relocated,
+        run_rows,
+    ]  # fmt: skip
+    content = blobs.content()
+    head = [MAGIC, base + len(content), threads, problem.arena, flush, *(len(rows) for rows in bodies)]
+    packed = b"".join(
+        struct.pack("<d", value) if isinstance(value, float) else struct.pack("<Q", value & 2**64 - 1)
+        for row in [head, *(row for rows in bodies for row in rows)]
+        for value in row
+    )
+    return packed.ljust(base, b"\0") + content
+
+
+@dataclass
+class _Blobs:
+    """Equal contents once, each on a 64-byte boundary."""
+
+    parts: list[bytes] = field(default_factory=list)
+    length: int = 0
+    known: dict[bytes, int] = field(default_factory=dict)
+    arrays: dict[int, tuple[npt.NDArray[np.generic], int]] = field(default_factory=dict)
+
+    def add(self, data: bytes) -> int:
+        digest = hashlib.blake2b(data, digest_size=20).digest()
+        if digest not in self.known:
+            padded = data.ljust(round_up(max(len(data), 1), 64), b"\0")
+            self.known[digest] = self.length
+            self.parts.append(padded)
+            self.length += len(padded)
+        return self.known[digest]
+
+    def array(self, array: npt.NDArray[np.generic]) -> int:
+        # the array is kept beside its place, so its id is not given to another one meanwhile
+        if id(array) not in self.arrays:
+            self.arrays[id(array)] = (array, self.add(np.ascontiguousarray(array).tobytes()))
+        return self.arrays[id(array)][1]
+
+    def content(self) -> bytes:
+        # masks and weights may be read a vector beyond their end
+        return b"".join(self.parts) + bytes(256)
+
+
+Span = tuple[int, int]
+
+
+def _item(tensor: Placed) -> int:
+    layout = tensor.layout
+    return (layout.plane if isinstance(layout, Planes) else layout.batch * layout.width) * layout.itemsize
+
+
+def _extents(tensor: Placed) -> list[Span]:
+    """First and last byte of everything the tensor's writer writes: planes and lead."""
+    size = _item(tensor)
+    spans = [(int(o), int(o) + size) for o in tensor.offsets]
+    if tensor.lead_bytes:
+        spans.append((tensor.lead_offset, tensor.lead_offset + tensor.lead_bytes))
+    return spans
+
+
+def _needed(tensor: Placed) -> Span:
+    lead = tensor.layout.lead_lanes * tensor.layout.itemsize if isinstance(tensor.layout, Planes) else 0
+    spans = _extents(tensor)
+    return min(0 if lead > a else a - lead for a, _ in spans), max(b for _, b in spans)
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for a, b in sorted(spans):
+        if merged and a <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+        else:
+            merged.append((a, b))
+    return merged
+
+
+def _zero_leads(image: npt.NDArray[np.uint8], tensor: Placed) -> list[Span]:
+    """Zeros in front of every plane: what its own or its neighbour's writer has put there in a model."""
+    if not isinstance(tensor.layout, Planes) or tensor.layout.lead_lanes == 0:
+        return []
+    lead = tensor.layout.lead_lanes * tensor.layout.itemsize
+    spans = [(max(int(o) - lead, 0), int(o)) for o in tensor.offsets]
+    for a, b in spans:
+        image[a:b] = 0
+    return spans
+
+
+def _shifted(tensor: Placed, by: int) -> Placed:
+    return replace(tensor, offsets=tensor.offsets + by, lead_offset=tensor.lead_offset + by)
+
+
+def _move(step: Operands) -> tuple[Operands, int]:
+    """The step in an arena that begins at its first tensor's page. An output that shares memory with an input gets
+    a place of its own: repeated calls would change their own input."""
+    output = step.output
+    tensors = [*step.inputs, *([output] if output is not None else [])]
+    if not tensors:
+        return step, PAGE
+    if output is not None and step.inputs:
+        inputs = _merged([s for x in step.inputs for s in _extents(x)])
+        if any(a < d and c < b for a, b in inputs for c, d in _extents(output)):
+            end = max(_needed(x)[1] for x in tensors)
+            output = _shifted(output, round_up(end + SLACK, PAGE))
+            tensors[-1] = output
+    base = min(_needed(x)[0] for x in tensors) // PAGE * PAGE
+    arena = round_up(max(_needed(x)[1] for x in tensors) - base + SLACK, PAGE)
+    return Moved(  # type: ignore[return-value]
+        name=getattr(step, "name", ""),
+        workload=step.workload,
+        inputs=tuple(_shifted(x, -base) for x in step.inputs),
+        output=None if output is None else _shifted(output, -base),
+        constants=step.constants,
+        external=step.external,
+    ), arena
+
+
+def _write_expected(image: npt.NDArray[np.uint8], output: Placed, result: Array) -> list[Span]:
+    """Put the expectation into ``image``, halo and lead as NaN (exactly zero); its spans."""
+    write_planes(image, output, result)
+    layout = output.layout
+    if isinstance(layout, Planes):
+        phases = layout.stored_phases
+        valid = {phase: layout.valid(phase) for phase in phases}
+        for index, offset in enumerate(output.offsets):
+            lanes = image[int(offset) : int(offset) + layout.plane * 4].view(np.float32)
+            lanes[~valid[phases[index % len(phases)]]] = np.nan
+        image[output.lead_offset : output.lead_offset + output.lead_bytes] = 0xFF
+    return _merged(_extents(output))
