@@ -1,0 +1,163 @@
+"""ONNX made plain: fixed shapes, folded constants, BatchNorm and Pad inside convolutions.
+
+onnx-ir and onnxscript do the work. Of onnxscript's default rules those are used that an inference graph of
+convolutions can meet. Its rule for ``auto_pad`` is left out (it does not look at dilations); the importer reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import PassManager, Sequential, common
+from onnxscript.optimizer import _constant_folding as folding
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import (
+    _basic_rules,
+    _fuse_batchnorm,
+    _fuse_pad_into_conv,
+    _fuse_relus_clips,
+    _min_max_to_clip,
+    _no_op,
+)
+
+from colonnade.errors import UserError
+
+RULES = (
+    *_no_op.rules,
+    *_min_max_to_clip.rules,
+    *_fuse_relus_clips.rules,
+    _basic_rules.no_op_cast_rule,
+    _basic_rules.no_op_expand_rule,
+    _basic_rules.no_op_transpose_rule,
+    _basic_rules.transpose_transpose_rule,
+    _fuse_pad_into_conv.fuse_pad_into_conv_rule,
+    _fuse_batchnorm.fuse_batchnorm_into_conv_rule,
+    _fuse_batchnorm.fuse_batchnorm_into_gemm_rule,
+)
+FOLD_LIMIT = 1 << 28  # elements: weights may be computed (transposed, cast, dequantised) from constants
+
+
+def read(model: str | Path | ir.Model | Any) -> ir.Model:
+    """A model of our own to change: from a file, an ``onnx_ir.Model`` or an ``onnx.ModelProto``."""
+    ours: ir.Model
+    if isinstance(model, ir.Model):
+        return model.clone()
+    if isinstance(model, (str, Path)):
+        from colonnade.onnx_io import load_onnx
+
+        ours = load_onnx(Path(model))
+    else:
+        ours = ir.from_proto(model)
+    return ours
+
+
+def clean(
+    model: ir.Model,
+    batch: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    outputs: Sequence[str] | None = None,
+) -> ir.Model:
+    """Fix all shapes, cut at ``outputs``, fold what can be folded. Changes ``model`` and returns it.
+
+    Raises:
+        UserError: an input or output name is not in the model, or a size stays free.
+    """
+    Sequential(common.RemoveInitializersFromInputsPass(), common.InlinePass())(model)
+    if outputs:
+        _cut(model, outputs)
+    _fix_shapes(model, batch, dict(input_shapes or {}))
+    try:
+        PassManager(
+            [
+                folding.FoldConstantsPass(
+                    shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
+                ),
+                RewritePass(RULES),
+                common.RemoveUnusedNodesPass(),
+            ],
+            steps=3,
+        )(model)
+        Sequential(
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.IdentityEliminationPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            common.TopologicalSortPass(),
+        )(model)
+    except Exception as error:  # the passes raise many types on graphs that are not valid ONNX
+        cause = error.__cause__ or error
+        raise UserError(
+            f"the model cannot be simplified: {cause}; check it with onnx.checker".replace("\n", " ")
+        ) from error
+    return model
+
+
+def _cut(model: ir.Model, names: Sequence[str]) -> None:
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    values.update({value.name: value for value in model.graph.inputs})
+    missing = [name for name in names if name not in values]
+    if missing:
+        known = ", ".join(str(value.name) for value in model.graph.outputs)
+        raise UserError(f"no value named {', '.join(missing)} in the model; its outputs are {known}")
+    model.graph.outputs[:] = [values[name] for name in names]
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _fix_shapes(model: ir.Model, batch: int | None, shapes: dict[str, Sequence[int]]) -> None:
+    names = [value.name for value in model.graph.inputs]
+    if unknown := [name for name in shapes if name not in names]:
+        raise UserError(
+            f"no input named {', '.join(unknown)} in the model; its inputs are {', '.join(map(str, names))}"
+        )
+    rebatched = False
+    for value in model.graph.inputs:
+        if value.shape is None:
+            if value.name not in shapes:
+                raise UserError(
+                    f"input {value.name} has no shape; give one with --input-shape {value.name}=1x3x224x224"
+                )
+            value.shape = ir.Shape(list(shapes[value.name]))
+        old = value.shape.dims
+        new = list(shapes.get(value.name or "", [d if isinstance(d, int) else -1 for d in old]))
+        if len(new) != len(old):
+            raise UserError(
+                f"input {value.name} has {len(old)} dimensions {list(old)}, its shape was given with {len(new)}"
+            )
+        if new and new[0] == -1:
+            new[0] = 1 if batch is None else batch
+        elif new and batch is not None:
+            new[0] = batch
+        if any(d < 1 for d in new):
+            free = ", ".join(str(d) for d, size in zip(old, new, strict=True) if size < 1)
+            raise UserError(
+                f"input {value.name} has free sizes {free}; give them with --input-shape {value.name}=1x3x224x224"
+            )
+        rebatched |= bool(old) and isinstance(old[0], int) and old[0] != new[0]
+        value.shape = ir.Shape(new)
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None  # inferred again from the sizes fixed now; a file's own may be stale or symbolic
+    if rebatched:
+        _free_batch(model)
+
+
+def _free_batch(model: ir.Model) -> None:
+    """Exporters with a fixed batch write it into the targets of Reshape: let these follow their input (0) instead."""
+    for node in model.graph:
+        if node.op_type != "Reshape":
+            continue
+        shape = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+        if shape is None or shape.size < 2 or shape.numpy()[0] < 1:
+            continue
+        if node.attributes.pop("allowzero", None) is not None and 0 in shape.numpy():
+            continue  # an empty tensor
+        target = shape.numpy().copy()
+        target[0] = 0
+        name = f"{node.outputs[0].name}.shape"
+        constant = ir.Value(name=name, const_value=ir.tensor(target.astype(np.int64), name=name))
+        model.graph.register_initializer(constant)
+        node.replace_input_with(1, constant)

@@ -1,0 +1,148 @@
+"""Steps before they have places: what the importer writes and the layout assignment reads.
+
+A ``Tensor`` will own a buffer. A ``Value`` is what an ONNX value became: a list of planes of any tensors (so
+concat, split, shuffle and channel padding are only other lists), or one matrix of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.workload import Activation, Affine, Array, Binary, Conv2d, Linear, Workload
+
+
+@dataclass(eq=False)
+class Tensor:
+    """``shape`` is (N, C, H, W) for planes and (N, C) for rows; phases as in ``layout.Planes``."""
+
+    name: str
+    shape: tuple[int, ...]
+    phases: tuple[int, int] = (1, 1)
+    kept_phases: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def is_rows(self) -> bool:
+        """A matrix of rows rather than planes?"""
+        return len(self.shape) == 2
+
+    @property
+    def channels(self) -> int:
+        """Planes (not counting phases) or columns."""
+        return self.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """``shape`` is the ONNX shape. Planes: (N, \\*dims, H, W), and ``channels`` is an int64 array [\\*dims, 2] of
+    (index into ``tensors``, channel). Rows: (N, ...) with one axis longer than 1, ``tensors`` has one entry.
+    ``sole``: the chain of ONNX values from the step that wrote it has no other reader."""
+
+    shape: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    channels: npt.NDArray[np.int64] | None = None
+    sole: bool = True
+
+    @property
+    def is_rows(self) -> bool:
+        """A matrix of rows rather than planes?"""
+        return self.channels is None
+
+    @property
+    def width(self) -> int:
+        """Channels: planes or columns."""
+        return prod(self.shape[1:]) if self.channels is None else self.channels.size // 2
+
+    @property
+    def placed_shape(self) -> tuple[int, ...]:
+        """(N, C, H, W) or (N, C)."""
+        return (self.shape[0], self.width) if self.is_rows else (self.shape[0], self.width, *self.shape[-2:])
+
+    @property
+    def planes(self) -> npt.NDArray[np.int64]:
+        """int64 [C, 2]: the channels in order."""
+        assert self.channels is not None
+        return self.channels.reshape(-1, 2)
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The tensor that this value is all of, channel by channel in order; None when there is no such."""
+        if len(self.tensors) != 1 or self.tensors[0].channels != self.width:
+            return None
+        if self.channels is not None and not np.array_equal(self.planes[:, 1], np.arange(self.width)):
+            return None
+        return self.tensors[0]
+
+    def identity(self) -> tuple[tuple[int, ...], bytes]:
+        """Equal exactly for values made of the same planes in the same order."""
+        return tuple(id(t) for t in self.tensors), b"" if self.channels is None else self.planes.tobytes()
+
+
+def whole(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Value:
+    """All of a tensor, seen with the ONNX ``shape`` (its own when None)."""
+    if tensor.is_rows:
+        return Value(shape or tensor.shape, (tensor,))
+    channels = np.zeros((tensor.channels, 2), np.int64)
+    channels[:, 1] = np.arange(tensor.channels)
+    shape = shape or tensor.shape
+    return Value(shape, (tensor,), channels.reshape(*shape[1:-2], 2))
+
+
+def joined(values: list[Value], axis: int) -> Value:
+    """Planes of several values one after the other along ``axis`` of the ONNX shape (a channel axis)."""
+    tensors: list[Tensor] = []
+    parts = []
+    for value in values:
+        assert value.channels is not None
+        index = []
+        for tensor in value.tensors:
+            if tensor not in tensors:
+                tensors.append(tensor)
+            index.append(tensors.index(tensor))
+        part = value.channels.copy()
+        part[..., 0] = np.array(index, np.int64)[part[..., 0]]
+        parts.append(part)
+    channels = np.concatenate(parts, axis=axis - 1)
+    shape = (values[0].shape[0], *channels.shape[:-1], *values[0].shape[-2:])
+    return Value(shape, tuple(tensors), channels, sole=False)
+
+
+@dataclass(eq=False)
+class Draft:
+    """One step to be: see ``plan.Step``."""
+
+    name: str
+    workload: Workload
+    inputs: list[Value]
+    output: Tensor | None
+    constants: dict[str, Array] = field(default_factory=dict)
+    external: str = ""
+
+
+def can_activate(step: Draft) -> bool:
+    """Can this step end in an activation?"""
+    return isinstance(step.workload, (Conv2d, Linear, Binary, Affine))
+
+
+def activation_of(workload: Workload) -> Activation:
+    """The activation in which a workload ends now."""
+    if isinstance(workload, (Conv2d, Linear)):
+        return workload.epilogue.activation
+    assert isinstance(workload, (Binary, Affine))
+    return workload.activation
+
+
+def activate(step: Draft, after: Activation) -> None:
+    """Append an activation to a step; two in a row are one again."""
+    before = activation_of(step.workload)
+    both = Activation(
+        min(max(before.low, after.low), after.high),
+        min(max(before.high, after.low), after.high),
+    )
+    if isinstance(step.workload, (Conv2d, Linear)):
+        step.workload = replace(step.workload, epilogue=replace(step.workload.epilogue, activation=both))
+    elif isinstance(step.workload, (Binary, Affine)):
+        step.workload = replace(step.workload, activation=both)

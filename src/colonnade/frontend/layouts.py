@@ -1,0 +1,158 @@
+"""Layout assignment: drafts → tensors with pitch, rows and lead, so that convolutions read them in place.
+
+A stride-1 convolution reads element ``k`` of lane ``l`` of its output at lane ``l + (kh*dh - top) * pitch + kw*dw -
+left`` of its input: both must have the same pitch and image_rows. Pointwise operators, residuals and planes that one
+reader sees as one list are tied likewise. Ties are only ever lower bounds on pitch and rows, so a region (all that
+is tied together) takes the largest. A strided convolution reads a copy of its input stored as phases, and it is that
+copy that is tied to its output; the model's input is imported into phases directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.layout import Layout, Planes, Rows
+from colonnade.workload import Affine, Binary, Conv2d, Convert
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How a convolution looks at its input along one axis, in rows or columns of the stored planes."""
+
+    phases: tuple[int, ...]
+    before: int
+    after: int
+
+    @staticmethod
+    def of(conv: Conv2d, axis: int) -> Reach:
+        """Tap ``t`` of output ``o`` reads input ``o*s + t*d - pad``: row ``o + q // s`` of phase ``q % s``."""
+        stride = conv.stride[axis]
+        taps = [t * conv.dilation[axis] - conv.padding[axis] for t in range(conv.kernel[axis])]
+        shifts = [q // stride for q in taps]
+        return Reach(tuple(sorted({q % stride for q in taps})), max(0, -min(shifts)), max(0, max(shifts)))
+
+
+class Regions:
+    """Union-find over tensors in planes, with the pitch and image rows that each region needs."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Tensor, Tensor] = {}
+        self._need: dict[Tensor, tuple[int, int]] = {}
+
+    def find(self, tensor: Tensor) -> Tensor:
+        """The representative of the tensor's region."""
+        while (parent := self._parent.setdefault(tensor, tensor)) is not tensor:
+            self._parent[tensor] = self._parent[parent]
+            tensor = self._parent[parent]
+        return tensor
+
+    def tie(self, *tensors: Tensor) -> None:
+        """All of them get one pitch and one number of image rows."""
+        roots = {self.find(tensor) for tensor in tensors if not tensor.is_rows}
+        first = next(iter(roots), None)
+        for root in roots:
+            assert first is not None
+            self.need(first, *self._need.get(root, (1, 1)))
+            self._parent[root] = first
+
+    def need(self, tensor: Tensor, pitch: int, rows: int) -> None:
+        """At least these."""
+        root = self.find(tensor)
+        old = self._need.get(root, (1, 1))
+        self._need[root] = (max(old[0], pitch), max(old[1], rows))
+
+    def size(self, tensor: Tensor) -> tuple[int, int]:
+        """(pitch, image_rows) of the tensor's region."""
+        return self._need[self.find(tensor)]
+
+
+def insert_phases(steps: list[Draft]) -> list[Draft]:
+    """Let every strided convolution read a copy of its input in phases, written just before it.
+
+    Convolutions with the same input and strides whose outputs are tied share one copy, which keeps the phases of both.
+    """
+    importers = {step.output: step for step in steps if step.external and step.output is not None}
+    regions = tie_all(steps)
+    shared: dict[object, Tensor] = {}
+    result: list[Draft] = []
+    for step in steps:
+        conv = step.workload
+        if isinstance(conv, Conv2d) and conv.stride != (1, 1):
+            assert step.output is not None
+            x = step.inputs[0]
+            kept = {(py, px) for py in Reach.of(conv, 0).phases for px in Reach.of(conv, 1).phases}
+            key = (x.identity(), conv.stride, regions.find(step.output))
+            phases = shared.get(key)
+            if phases is None:
+                phases = shared[key] = Tensor(f"{step.name}.phases", x.placed_shape, conv.stride, ())
+                source = importers.get(x.tensor) if x.tensor is not None else None
+                if source is not None:
+                    workload = Convert("import", x.placed_shape)
+                    result.append(Draft(phases.name, workload, [], phases, external=source.external))
+                else:
+                    result.append(Draft(phases.name, Convert("planes", x.placed_shape), [x], phases))
+            phases.kept_phases = tuple(sorted({*(phases.kept_phases or ()), *kept}))
+            step.inputs[0] = whole(phases)
+        result.append(step)
+    return result
+
+
+def tie_all(steps: list[Draft]) -> Regions:
+    """The regions that follow from who reads and writes what."""
+    regions = Regions()
+    for step in steps:
+        for value in step.inputs:
+            regions.tie(*value.tensors)
+        if isinstance(step.workload, (Affine, Binary)):
+            regions.tie(*_tensors(step.inputs), *_output(step))
+        elif isinstance(step.workload, Conv2d):
+            direct = step.workload.stride == (1, 1) or step.inputs[0].tensors[0].phases != (1, 1)
+            regions.tie(*_tensors(step.inputs if direct else step.inputs[1:]), *_output(step))
+    return regions
+
+
+def assign(steps: list[Draft]) -> tuple[dict[Tensor, Layout], int]:
+    """The layout of every tensor, and the largest distance in lanes that a convolution reads past a pixel."""
+    regions = tie_all(steps)
+    for tensor in (tensor for step in steps for tensor in (*_tensors(step.inputs), *_output(step))):
+        if not tensor.is_rows:
+            regions.need(tensor, -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0]))
+    convs = [step for step in steps if isinstance(step.workload, Conv2d)]
+    for step in convs:
+        conv = step.workload
+        assert isinstance(conv, Conv2d)
+        down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+        for tensor in step.inputs[0].tensors:
+            columns, rows = -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0])
+            # zeros before a pixel row are those behind the row before it; a read behind must not reach the next row
+            pitch = max(columns + right.before, conv.out_width + right.after)
+            regions.need(tensor, pitch, max(rows + down.before, conv.out_height + down.after))
+    leads: dict[Tensor, int] = {}
+    after = 0
+    for step in convs:
+        conv = step.workload
+        assert isinstance(conv, Conv2d)
+        down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+        for tensor in step.inputs[0].tensors:
+            pitch = regions.size(tensor)[0]
+            leads[tensor] = max(leads.get(tensor, 0), down.before * pitch + right.before)
+            after = max(after, down.after * pitch + right.after)
+    layouts: dict[Tensor, Layout] = {}
+    for step in steps:
+        for tensor in _output(step):
+            if tensor.is_rows:
+                layouts[tensor] = Rows(*tensor.shape)
+                continue
+            n, _, h, w = tensor.shape
+            pitch, rows = regions.size(tensor)
+            layouts[tensor] = Planes(n, h, w, pitch, rows, leads.get(tensor, 0), tensor.phases, tensor.kept_phases)
+    return layouts, after
+
+
+def _tensors(values: list[Value]) -> list[Tensor]:
+    return [tensor for value in values for tensor in value.tensors]
+
+
+def _output(step: Draft) -> list[Tensor]:
+    return [step.output] if step.output is not None else []

@@ -1,0 +1,127 @@
+"""A model → its Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from colonnade.errors import UserError
+from colonnade.frontend import layouts, memory
+from colonnade.frontend.clean import clean, read
+from colonnade.frontend.draft import Draft, Tensor, Value
+from colonnade.frontend.importer import Importer
+from colonnade.frontend.registry import HANDLERS
+from colonnade.layout import Layout, Placed, Planes, place
+from colonnade.pattern import discover
+from colonnade.plan import Buffer, Plan, Step
+from colonnade.workload import Conv2d, Linear, Workload, matrix
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+SLACK = 4096  # bytes behind the last plane: a strip of the widest vectors may read on past the last lane
+
+
+def load(
+    model: str | Path | ir.Model | onnx.ModelProto,
+    *,
+    batch: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    outputs: Sequence[str] | None = None,
+) -> Plan:
+    """Import an ONNX model (a file or a model in memory, which stays unchanged).
+
+    ``batch`` replaces the first size of every input (1 where it is free and none is given), ``input_shapes`` the
+    whole shape of the inputs it names; ``outputs`` cuts the graph at these values.
+
+    Raises:
+        UserError: the file cannot be read, a size stays free, a name is unknown, or operators are not supported:
+            then all of them are named at once, a line each.
+    """
+    if batch is not None and batch < 1:
+        raise UserError(f"batch {batch}: expected at least 1")
+    source = read(model)
+    name = Path(model).stem if isinstance(model, (str, Path)) else source.graph.name or "model"
+    graph = clean(source, batch, input_shapes, outputs).graph
+    importer = Importer(graph, HANDLERS)
+    importer.run()
+    steps = layouts.insert_phases(importer.steps)
+    return place_all(name, importer, _needed(steps))
+
+
+def _needed(steps: list[Draft]) -> list[Draft]:
+    """Without steps whose result nobody reads."""
+    read_by_someone: set[Tensor] = set()
+    result = []
+    for step in reversed(steps):
+        if step.output is None or step.output in read_by_someone:
+            result.append(step)
+            read_by_someone.update(tensor for value in step.inputs for tensor in value.tensors)
+    return result[::-1]
+
+
+def place_all(name: str, importer: Importer, drafts: list[Draft]) -> Plan:
+    """Give every tensor its layout and its place in the arena."""
+    chosen, reach = layouts.assign(drafts)
+    first: dict[Tensor, int] = {}
+    last: dict[Tensor, int] = {}
+    for index, draft in enumerate(drafts):
+        if draft.output is not None:
+            first[draft.output] = last[draft.output] = index
+        for value in draft.inputs:
+            last.update(dict.fromkeys(value.tensors, index))
+    tensors = list(first)
+    sizes = [chosen[tensor].buffer_bytes(tensor.channels) for tensor in tensors]
+    lives = [memory.Life(size, first[tensor], last[tensor]) for tensor, size in zip(tensors, sizes, strict=True)]
+    offsets, total = memory.plan(lives)
+    placed = {t: place(t.name, t.shape, chosen[t], offset) for t, offset in zip(tensors, offsets, strict=True)}
+    steps = tuple(
+        Step(
+            draft.name,
+            _with_sparsity(draft),
+            tuple(_placed(value, placed, chosen) for value in draft.inputs),
+            placed[draft.output] if draft.output is not None else None,
+            draft.constants,
+            draft.external,
+        )
+        for draft in drafts
+    )
+    buffers = tuple(
+        Buffer(t.name, offset, size, chosen[t], first[t], last[t])
+        for t, offset, size in zip(tensors, offsets, sizes, strict=True)
+    )
+    return Plan(name, tuple(importer.inputs), tuple(importer.outputs), steps, buffers, total + SLACK + 4 * reach)
+
+
+def _placed(value: Value, placed: dict[Tensor, Placed], chosen: dict[Tensor, Layout]) -> Placed:
+    """Where the planes of a value stand; they are all alike, being tied."""
+    tensor = value.tensors[0]
+    if value.is_rows:
+        return Placed(tensor.name, value.placed_shape, chosen[tensor], placed[tensor].offsets)
+    if value.tensor is tensor:
+        return placed[tensor]
+    # leads may differ between the parts; a reader needs none of them
+    layout = chosen[tensor]
+    assert isinstance(layout, Planes) and layout.phases == (1, 1)
+    offsets = np.array([placed[value.tensors[i]].offsets[c] for i, c in value.planes], np.int64)
+    return Placed(tensor.name, value.placed_shape, layout, offsets)
+
+
+def _with_sparsity(draft: Draft) -> Workload:
+    """The workload with the tiles that its weights show; a depthwise convolution stays dense."""
+    workload = draft.workload
+    if not isinstance(workload, (Conv2d, Linear)):
+        return workload
+    weight = draft.constants["weight"]
+    groups = workload.groups if isinstance(workload, Conv2d) else 1
+    if weight.all() or (groups > 1 and groups == workload.in_channels):
+        return workload
+    tiled = discover(matrix(weight) if weight.ndim == 4 else weight, groups)
+    if tiled.is_dense:
+        return workload
+    return replace(workload, tile=max(tile.rows.size for tile in tiled.tiles), columns=tiled.kept)

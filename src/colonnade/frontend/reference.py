@@ -1,0 +1,79 @@
+"""An interpreter of Plans for tests: numpy operators on the planned memory itself.
+
+Every tensor is written to and read from one arena that starts full of NaN, at the places that the Plan gives: a wrong
+lifetime, overlap, pitch or phase gives a wrong result. What a convolution reads in place is compared, lane by lane,
+with what it should read, zero halos included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.layout import Placed, Planes, read_planes, write_planes
+from colonnade.plan import Plan, Step
+from colonnade.workload import Array, Conv2d, im2col
+
+
+def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> dict[str, Array]:
+    """The model's outputs by name. ``check_feeding`` also verifies the in-place reads of every convolution.
+
+    Raises:
+        AssertionError: a convolution would not find its operands in the arena.
+    """
+    arena = np.zeros(plan.arena, np.uint8)
+    arena.view(np.float32)[:] = np.nan
+    shapes = {port.name: port.shape for port in plan.outputs}
+    outputs: dict[str, Array] = {}
+    for step in plan.steps:
+        if step.external and not step.inputs:
+            assert step.output is not None
+            given = np.asarray(inputs[step.external], np.float32).reshape(step.output.shape)
+            write_planes(arena, step.output, step.workload.reference(given))
+            continue
+        values = [read_planes(arena, tensor) for tensor in step.inputs]
+        if isinstance(step.workload, Conv2d) and check_feeding:
+            _check_feeding(arena, step, values[0])
+        constants = [step.constants[role] for role in ("weight", "bias", "scale", "shift") if role in step.constants]
+        result = step.workload.reference(*values[:1], *constants, *values[1:])
+        if step.output is None:
+            outputs[step.external] = result.reshape(shapes[step.external]).copy()
+        else:
+            write_planes(arena, step.output, result.reshape(step.output.shape))
+    return outputs
+
+
+def _check_feeding(arena: npt.NDArray[np.uint8], step: Step, x: Array) -> None:
+    """Every element of the im2col matrix must stand where the layout rule says it does."""
+    conv, source, target = step.workload, step.inputs[0], step.output
+    assert isinstance(conv, Conv2d) and target is not None
+    lanes = np.flatnonzero(target.planes.valid())
+    expected = im2col(x, conv)  # [N, groups, K, P]
+    expected = expected.transpose(1, 2, 0, 3).reshape(conv.groups, conv.k, -1)
+    floats = arena.view(np.float32)
+    assert (source.planes.pitch, source.planes.image_rows) == (target.planes.pitch, target.planes.image_rows), step.name
+    for group in range(conv.groups):
+        for k, offset in enumerate(_offsets(conv, source, group)):
+            where = offset // 4 + lanes
+            assert where.min() >= 0, f"{step.name}: reads below the arena"
+            found = floats[where]
+            assert np.array_equal(found, expected[group, k]), f"{step.name}: group {group}, column {k} is not in place"
+        # vectors run on past the last pixel, to the end of the plane and beyond it
+        assert offset + 4 * (target.planes.plane + 256) <= arena.size, f"{step.name}: reads past the arena"
+
+
+def _offsets(conv: Conv2d, source: Placed, group: int) -> list[int]:
+    layout: Planes = source.planes
+    stored, (sy, sx) = layout.stored_phases, layout.phases
+    ic = conv.in_channels // conv.groups
+    result = []
+    for kh in range(conv.kernel[0]):
+        for kw in range(conv.kernel[1]):
+            qy, qx = kh * conv.dilation[0] - conv.padding[0], kw * conv.dilation[1] - conv.padding[1]
+            phase = stored.index((qy % sy, qx % sx))
+            shift = (qy // sy) * layout.pitch + qx // sx
+            for channel in range(group * ic, (group + 1) * ic):
+                result.append(int(source.offsets[channel * len(stored) + phase]) + 4 * shift)
+    return result

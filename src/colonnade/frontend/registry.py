@@ -1,0 +1,13 @@
+"""Every ONNX operator that can be imported, one row each: its name and the handler that turns it into steps."""
+
+from __future__ import annotations
+
+from colonnade.frontend import ops_conv, ops_pointwise, ops_pool, ops_shape
+from colonnade.frontend.importer import Handler
+
+HANDLERS: dict[str, Handler] = {
+    **ops_conv.HANDLERS,
+    **ops_pool.HANDLERS,
+    **ops_pointwise.HANDLERS,
+    **ops_shape.HANDLERS,
+}
