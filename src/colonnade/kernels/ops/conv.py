@@ -74,16 +74,33 @@ def symbol(mr: int, nv: int, isa: Isa) -> str:
 
 
 def _shapes(isa: Isa) -> list[tuple[int, int]]:
-    if isa.registers >= 32:
-        wide = [(8, 3), (8, 2), (8, 1), (6, 4), (4, 6), (4, 4), (14, 2), (12, 2), (24, 1), (16, 1), (2, 8), (1, 8)]
+    """(MR, NV) by how many accumulators the registers hold; on a scalable ISA NV is LMUL."""
+    if isa.scalable:
+        shapes = [
+            (15, 2),
+            (14, 2),
+            (8, 2),
+            (4, 2),
+            (7, 4),
+            (6, 4),
+            (4, 4),
+            (3, 8),
+            (2, 8),
+            (1, 8),
+            (30, 1),
+            (16, 1),
+            (8, 1),
+        ]
+    elif isa.registers >= 32:
+        shapes = [(8, 3), (8, 2), (8, 1), (6, 4), (4, 6), (4, 4), (14, 2), (12, 2), (24, 1), (16, 1), (2, 8), (1, 8)]
     else:
-        wide = [(4, 3), (4, 2), (6, 2), (8, 1), (12, 1), (2, 4), (1, 6)]
-    return [(mr, nv) for mr, nv in wide if legal(mr, nv, isa)]
+        shapes = [(4, 3), (4, 2), (6, 2), (8, 1), (12, 1), (2, 4), (1, 6)]
+    return [(mr, nv) for mr, nv in shapes if legal(mr, nv, isa)]
 
 
 def legal(mr: int, nv: int, isa: Isa) -> bool:
-    """Do accumulators, the strip's vectors and one broadcast weight fit the registers?"""
-    return mr * nv + nv + 1 <= isa.registers
+    """Do accumulators, the strip's vectors and (where weights are broadcast to a vector) one weight fit the registers?"""
+    return (mr + 1) * nv + (not isa.scalable) <= isa.registers
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
