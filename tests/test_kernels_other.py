@@ -16,7 +16,7 @@ from colonnade.workload import (
     NONE, RELU, RELU6, Activation, Affine, Binary, Convert, Epilogue, GlobalPool, Linear, Pool2d, Softmax, Zeros,
 )  # fmt: skip
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=150, deadline=None)
 sizes = st.integers(1, 40)
 channels = st.integers(1, 9)
 batches = st.integers(1, 3)

@@ -39,6 +39,7 @@ PORTABLE = "portable"
 ISAS: tuple[Isa, ...] = (
     Isa("avx512", "x86_64", 16, 32, ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx2", "fma"),
         ("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma")),
+    Isa("avx2", "x86_64", 8, 16, ("avx2", "fma"), ("avx2", "fma")),
     Isa("portable", "any", 8, 16, (), ()),
 )  # fmt: skip
 
