@@ -65,6 +65,8 @@ class Database:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             version = self._connection.execute("pragma user_version").fetchone()[0]
+            # in WAL mode this still survives the death of the process; only a power cut may lose the last rows
+            self._connection.execute("pragma synchronous = normal")
             if version not in (0, FORMAT):
                 raise UserError(
                     f"{self.path}: tuning records of format {version}, expected {FORMAT}; choose another --db"

@@ -23,7 +23,7 @@ from colonnade.tune.job import Problem, Run, Tunable, problem
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.tune.search import FINAL, decide, next_batch, valid
 
-CHUNK = 8  # candidates a process: the deadline is looked at in between
+CHUNK = 12  # candidates a process: the deadline is looked at in between
 SCREEN = (3, 15, 8_000_000)  # least and most repetitions, ns: a first impression
 FINALS = (3, 25, 12_000_000)
 TURNS = 5  # of the finalists
@@ -136,15 +136,19 @@ class Chooser:
 
 
 class Tuner:
-    """Searches on one target with one ISA and number of threads, and records what it finds by ``chooser``."""
+    """Searches on one target with one ISA and number of threads, and records what it finds by ``chooser``.
+
+    ``limit_s``: a visit to a small layer that takes longer is a hang.
+    """
 
     def __init__(
         self,
         harness: Harness,
         chooser: Chooser,
         bind: Callable[[registry.Operands, Candidate], tuple[Call, ...]] = registry.bind,
+        limit_s: int = 5,
     ) -> None:
-        self.harness, self.chooser, self.bind = harness, chooser, bind
+        self.harness, self.chooser, self.bind, self.limit_s = harness, chooser, bind, limit_s
 
     def tune(self, plan: Steps, budget_s: float = 120.0, progress: Progress | None = None) -> Summary:
         """Measure what the records lack, the layers that take longest first. Ctrl-C keeps what was recorded."""
@@ -191,7 +195,7 @@ class Tuner:
     def _search(self, step: Tunable, until: float, summary: Summary) -> bool:
         """Measure ``step`` until its search is over (True) or the time is."""
         candidates, sources = self.chooser.listed(step)
-        limit = 5 + int(step.workload.macs / 2e8)
+        limit = self.limit_s + int(step.workload.macs / 2e8)
         prepared: Problem | None = None
         while (batch := next_batch(candidates, self.chooser.records(step, candidates, sources))) is not None:
             if time.monotonic() >= until:

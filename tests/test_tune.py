@@ -1,0 +1,297 @@
+"""The tuner: what fails is recorded and never chosen, what is known is not measured again, what was stopped resumes.
+
+Run as a program (``python test_tune.py DATABASE SLEEP_MS``) it tunes the sample step: the tests of interruption and
+of shared databases start it so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from colonnade.build.toolchain import Toolchain
+from colonnade.errors import UserError
+from colonnade.kernels import registry, render
+from colonnade.kernels.isa import isa
+from colonnade.kernels.registry import Candidate
+from colonnade.layout import Planes, place
+from colonnade.plan import Step
+from colonnade.targets import Local
+from colonnade.tune import search
+from colonnade.tune.database import Database, Record
+from colonnade.tune.job import Run, problem
+from colonnade.tune.measure import Harness, Measurement
+from colonnade.tune.tuner import Chooser, Tuner
+from colonnade.tune.tuner import place as where
+from colonnade.workload import RELU, Binary
+
+PORTABLE = isa("portable")
+GOOD = "f32_add_1v__portable"
+BODY = f"(void)t; if (a) {GOOD}(a, t, n);"
+# kernels that do something wrong, each in its own way
+BAD = {
+    "bad_nothing": "(void)a; (void)t; (void)n;",
+    "bad_value": f"{GOOD}(a, t, n); const cn_binary *b = a; ((float *)(b->arena + b->out[0]))[0] += 0.01f;",
+    "bad_halo": f"{GOOD}(a, t, n); const cn_binary *b = a; ((float *)(b->arena + b->out[0]))[b->plane - 1] = 1e-9f;",
+    "bad_input": f"{GOOD}(a, t, n); const cn_binary *b = a; ((float *)(b->arena + b->a[0]))[0] += 1;",
+    "bad_crash": f"{GOOD}(a, t, n); const cn_binary *b = a; *(volatile char *)(b->arena - 1) = 0;",
+    "bad_hang": "(void)a; (void)t; (void)n; for (volatile int i = 1; i;) {}",
+}
+
+
+@dataclass
+class Model:
+    steps: tuple[Step, ...]
+
+
+def sample(name: str = "add", size: int = 9) -> Step:
+    """A residual add on small planes."""
+    layout = Planes(1, size, size, size + 1, size + 1, lead=size + 2)
+    shape = (1, 3, size, size)
+    bytes_ = layout.buffer_bytes(3)
+    a, b, y = (place(n, shape, layout, i * bytes_) for i, n in enumerate("aby"))
+    return Step(name, Binary("add", shape, activation=RELU), (a, b), y)
+
+
+def library(sleep_ms: int = 0) -> dict[str, str]:
+    """The add kernel, the bad ones, and `slow_0` … `slow_9`, right ones that sleep first."""
+    files = render.library(PORTABLE, [registry.variants(PORTABLE)[GOOD]])
+    bodies = BAD | {f"slow_{i}": f"if (!t) usleep({(sleep_ms + i) * 1000}); {BODY}" for i in range(10)}
+    code = "".join(
+        f"static void {n}(const void *a, unsigned t, unsigned n) {{ {body} }}\n" for n, body in bodies.items()
+    )
+    source = files["kernels_portable.c"]
+    source = source.replace("typedef struct { const char *symbol", f"{code}typedef struct {{ const char *symbol")
+    source = source.replace("    {0, 0},", "".join(f'    {{"{n}", {n}}},\n' for n in bodies) + "    {0, 0},")
+    return {**files, "kernels_portable.c": f"#include <unistd.h>\n{source}"}
+
+
+def bind(step: registry.Operands, candidate: Candidate) -> tuple[registry.Call, ...]:
+    """The real binding under the candidate's name."""
+    return tuple(replace(c, kernel=candidate.kernel) for c in registry.bind(step, Candidate(GOOD)))
+
+
+def tuner(path: Path, kernels: list[str], threads: int = 1, sleep_ms: int = 0, compiler: str | None = None) -> Tuner:
+    harness = Harness(Local(), PORTABLE, threads, Toolchain(), library=library(sleep_ms))
+    spot = where(harness.machine, PORTABLE, threads, harness.toolchain)
+    spot = replace(spot, compiler=compiler or spot.compiler)
+    listed = [Candidate(name, rank=rank) for rank, name in enumerate(kernels)]
+    chooser = Chooser(Database(path), spot, PORTABLE, lambda *_: listed, lambda op, symbol, isa: f"digest of {symbol}")
+    return Tuner(harness, chooser, bind, limit_s=1)
+
+
+def rows(path: Path) -> list[tuple[str, str, str]]:
+    with sqlite3.connect(path) as connection:
+        return list(connection.execute("select kernel, outcome, reps from measurement order by id"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_failures_are_recorded_and_never_chosen(tmp_path: Path, threads: int) -> None:
+    path = tmp_path / "t.db"
+    subject = tuner(path, [*BAD, GOOD], threads)
+    summary = subject.tune(Model((sample(),)), 60)
+    outcomes = {kernel: outcome for kernel, outcome, _ in rows(path)}
+    assert outcomes == {
+        "bad_nothing": "wrong", "bad_value": "wrong", "bad_halo": "wrong", "bad_input": "wrong",
+        "bad_crash": "crash", "bad_hang": "hang", GOOD: "ok",
+    }  # fmt: skip
+    assert len(summary.failures) == 6 and summary.left == 0
+    choice = subject.chooser.choose(Model((sample(),)))
+    assert choice.candidates[0].kernel == GOOD and choice.untuned == 0
+
+
+def test_nothing_right_leaves_the_step_untuned(tmp_path: Path) -> None:
+    subject = tuner(tmp_path / "t.db", ["bad_crash", "bad_value"])
+    assert subject.tune(Model((sample(),)), 60).left == 0
+    assert subject.chooser.choose(Model((sample(),))).untuned == 1
+
+
+def test_the_static_ranking_skips_what_is_known_to_fail(tmp_path: Path) -> None:
+    subject = tuner(tmp_path / "t.db", ["bad_value", GOOD])
+    step = sample()
+    spot = subject.chooser.place
+    subject.chooser.database.add(
+        step.key(), spot, Candidate("bad_value"), "digest of bad_value", 0, Measurement("wrong")
+    )
+    choice = subject.chooser.choose(Model((step,)))
+    assert (choice.candidates[0].kernel, choice.untuned) == (GOOD, 1)
+
+
+def test_a_second_run_measures_nothing_and_the_fastest_wins(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    model = Model((sample("first"), sample("again"), sample("other", 12)))
+    subject = tuner(path, ["slow_3", "slow_1", GOOD])
+    summary = subject.tune(model, 60)
+    assert (summary.workloads, summary.known, summary.left) == (2, 0, 0)
+    assert all(c.kernel == GOOD for c in subject.chooser.choose(model).candidates)
+    before = rows(path)
+    again = tuner(path, ["slow_3", "slow_1", GOOD]).tune(model, 60)
+    assert (again.known, again.measured) == (2, 0) and rows(path) == before
+    assert all(len(json.loads(reps)) >= 3 for kernel, _, reps in before if kernel == GOOD)
+
+
+def test_records_of_other_places_do_not_count(tmp_path: Path) -> None:
+    path, model = tmp_path / "t.db", Model((sample(),))
+    tuner(path, [GOOD, "slow_0"]).tune(model, 60)
+    assert tuner(path, [GOOD, "slow_0"], threads=2).chooser.choose(model).untuned == 1
+    assert tuner(path, [GOOD, "slow_0"], compiler="cc 1.0").chooser.choose(model).untuned == 1
+    other = tuner(path, [GOOD, "slow_0"])
+    other.chooser.place = replace(other.chooser.place, machine="another")
+    assert other.chooser.choose(model).untuned == 1
+    assert tuner(path, [GOOD, "slow_0"]).chooser.choose(model).untuned == 0
+
+
+def test_a_changed_kernel_is_measured_again(tmp_path: Path) -> None:
+    path, model = tmp_path / "t.db", Model((sample(),))
+    tuner(path, [GOOD, "slow_0"]).tune(model, 60)
+    changed = tuner(path, [GOOD, "slow_0"])
+    changed.chooser._source = lambda op, symbol, isa: f"newer {symbol}"
+    assert changed.chooser.choose(model).untuned == 1
+    assert changed.tune(model, 60).measured > 0
+
+
+def test_a_spent_budget_says_what_is_left(tmp_path: Path) -> None:
+    subject = tuner(tmp_path / "t.db", [GOOD, "slow_0"])
+    summary = subject.tune(Model((sample(), sample("other", 12))), 0.0)
+    assert (summary.measured, summary.left) == (0, 2)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_being_stopped_keeps_all_but_the_candidate_in_flight(tmp_path: Path, how: signal.Signals) -> None:
+    path = tmp_path / "t.db"
+    process = start(path, 60)
+    wait_for(path, 2, process)
+    process.send_signal(how)
+    process.communicate(timeout=20)
+    kept = rows(path)
+    assert process.returncode != 0 and len(kept) >= 2 and {outcome for _, outcome, _ in kept} == {"ok"}
+    subject = tuner(path, [f"slow_{i}" for i in range(10)], sleep_ms=0)
+    subject.tune(Model((sample(),)), 60)
+    first_stage = rows(path)[: len({kernel for kernel, _, _ in rows(path)})]
+    assert first_stage[: len(kept)] == kept and len({kernel for kernel, _, _ in first_stage}) == 10
+
+
+def test_two_tuners_share_a_database(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    processes = [start(path, 1), start(path, 1)]
+    for process in processes:
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode == 0, errors
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
+    assert tuner(path, [f"slow_{i}" for i in range(10)]).chooser.choose(Model((sample(),))).untuned == 0
+
+
+def test_a_database_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("pragma user_version = 99")
+    with pytest.raises(UserError, match="format 99"):
+        Database(path)
+    (tmp_path / "junk.db").write_bytes(b"not a database at all, but long enough to be one" * 20)
+    with pytest.raises(UserError, match=r"junk\.db"):
+        Database(tmp_path / "junk.db")
+
+
+def test_the_whole_output_is_expected_and_inputs_are_left_alone() -> None:
+    step = sample()
+    prepared = problem(step)
+    covered = sum(len(e.data) for e in prepared.expected)
+    assert step.output is not None
+    assert covered == 3 * step.output.planes.plane * 4 + step.output.lead_bytes
+    values = np.concatenate([np.frombuffer(e.data, np.float32) for e in prepared.expected])
+    assert np.isfinite(values).sum() == 3 * 9 * 9  # all the others must be exactly zero
+
+
+def test_in_place_steps_get_a_place_of_their_own() -> None:
+    step = sample()
+    prepared = problem(replace(step, output=replace(step.inputs[0], name="y")))
+    moved = prepared.step
+    assert moved.output is not None and moved.output.lead_offset >= moved.inputs[1].offsets[-1]
+
+
+def test_a_binding_that_raises_is_an_error_record(tmp_path: Path) -> None:
+    def broken(step: registry.Operands, candidate: Candidate) -> tuple[registry.Call, ...]:
+        if candidate.kernel != GOOD:
+            raise ValueError("no such tile")
+        return bind(step, candidate)
+
+    subject = tuner(tmp_path / "t.db", ["slow_0", GOOD])
+    subject.bind = broken
+    subject.tune(Model((sample(),)), 60)
+    assert {k: o for k, o, _ in rows(tmp_path / "t.db")} == {"slow_0": "error", GOOD: "ok"}
+
+
+def test_a_crash_costs_only_the_candidate_in_flight() -> None:
+    harness = Harness(Local(), PORTABLE, 1, Toolchain(), library=library())
+    candidates = [Candidate(k) for k in ("bad_crash", GOOD, "bad_hang", "slow_0")]
+    runs = [Run(i, True, 1, 2, 0, 1) for i in range(4)] + [Run(i, False, 1, 2, 0, 1) for i in range(4)]
+    seen: list[tuple[str, str]] = []
+    harness.run(problem(sample()), candidates, runs, lambda i, m: seen.append((candidates[i].kernel, m.outcome)), bind)
+    assert seen == [
+        ("bad_crash", "crash"), (GOOD, "ok"), ("bad_hang", "hang"), ("slow_0", "ok"), (GOOD, "ok"), ("slow_0", "ok"),
+    ]  # fmt: skip
+
+
+def records(stage: int, **ns: int) -> list[Record]:
+    return [Record(k, "s", stage, Measurement("ok", "", (v,) * 3)) for k, v in ns.items()]
+
+
+def test_search_opens_the_best_groups_and_remeasures_the_leaders() -> None:
+    a, b = Candidate("a"), Candidate("b")
+    a8, b8 = Candidate("a", {"prefetch": 8}), Candidate("b", {"prefetch": 8})
+    everything = [a, a8, b, b8]
+    batch = search.next_batch(everything, [])
+    assert batch == search.Batch(0, (a, b))
+    known = records(0, a=100, b=200)
+    batch = search.next_batch(everything, known)
+    assert batch == search.Batch(1, (a8,)), "b's head is too slow for its group to be opened"
+    known += [Record(a8.key(), "s", 1, Measurement("ok", "", (101, 99, 99)))]
+    batch = search.next_batch(everything, known)
+    assert (
+        batch is not None and batch.stage == search.FINAL and set(c.key() for c in batch.candidates) == {"a", a8.key()}
+    )
+    known += [*records(search.FINAL, a=90), Record(a8.key(), "s", 2, Measurement("ok", "", (95, 95, 95)))]
+    assert search.next_batch(everything, known) is None
+    assert search.decide(everything, known) == a, "the last stage overrules the first impression"
+
+
+def test_the_dense_self_is_a_finalist() -> None:
+    sparse, dense = Candidate("k", {"dense": 0}), Candidate("k", {"dense": 1})
+    known = [
+        Record(sparse.key(), "s", 0, Measurement("ok", "", (100,))),
+        Record(dense.key(), "s", 0, Measurement("ok", "", (140,))),
+    ]
+    batch = search.next_batch([sparse, dense], known)
+    assert batch is not None and batch.stage == search.FINAL and len(batch.candidates) == 2
+
+
+def start(path: Path, sleep_ms: int) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, str(path), str(sleep_ms)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ))
+
+
+def wait_for(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if path.exists() and len(rows(path)) >= count:
+                return
+        except sqlite3.OperationalError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} records: {process.stderr.read() if process.stderr else ''}")
+
+
+if __name__ == "__main__":
+    tuner(Path(sys.argv[1]), [f"slow_{i}" for i in range(10)], sleep_ms=int(sys.argv[2])).tune(Model((sample(),)), 60)
