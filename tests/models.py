@@ -1,0 +1,152 @@
+"""ONNX models for tests: small ones built node by node, and networks exported by torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+class Builder:
+    """Collects nodes and constants: ``y = b.op("Relu", x)``; names of values are strings."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, shape: Sequence[int | str], kind: int = TensorProto.FLOAT) -> str:
+        """A model input; strings are free sizes."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def constant(self, array: npt.ArrayLike, name: str = "") -> str:
+        """An initializer; Python floats become float32, ints int64."""
+        values = np.asarray(array)
+        values = values.astype(np.float32) if values.dtype == np.float64 else values
+        name = name or f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(values, name))
+        return name
+
+    def random(self, *shape: int, scale: float = 1.0, name: str = "") -> str:
+        """A random initializer."""
+        return self.constant((self.rng.standard_normal(shape) * scale).astype(np.float32), name)
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, name: str = "", **attributes: Any) -> Any:
+        """A node; the name of its output, or a list of names when there are several."""
+        label = name or f"{kind.lower()}{len(self.nodes)}"
+        names = [f"{label}_out{i}" if outputs > 1 else f"{label}_out" for i in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=label, **attributes))
+        return names if outputs > 1 else names[0]
+
+    def conv(
+        self, x: str, ins: int, outs: int, kernel: int | tuple[int, int] = 1, groups: int = 1, **attributes: Any
+    ) -> str:
+        """A convolution with random weights and bias."""
+        kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
+        scale = float(np.sqrt(2.0 / (ins // groups * kh * kw)))
+        label = f"conv{len(self.nodes)}"
+        weight = self.random(outs, ins // groups, kh, kw, scale=scale, name=f"{label}.weight")
+        bias = self.random(outs, name=f"{label}.bias")
+        return str(self.op("Conv", x, weight, bias, name=label, group=groups, **attributes))
+
+    def batch_norm(self, x: str, channels: int) -> str:
+        """A BatchNormalization with random statistics."""
+        variance = self.constant(self.rng.uniform(0.5, 2, channels))
+        mean = self.random(channels)
+        gamma = self.constant(self.rng.uniform(0.5, 2, channels))
+        return str(self.op("BatchNormalization", x, gamma, self.random(channels), mean, variance))
+
+    def build(self, *outputs: str, opset: int = 18) -> onnx.ModelProto:
+        """The model."""
+        outs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+        graph = helper.make_graph(self.nodes, "test", self.inputs, outs, self.constants)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def onnxruntime_outputs(model: onnx.ModelProto, inputs: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
+    """What onnxruntime computes, by name of output."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True))
+
+
+def export(module: Any, *shape: int, dynamic: bool = False) -> onnx.ModelProto:
+    """A torch module as torch's own exporter writes it; ``dynamic`` leaves the batch free."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            (torch.zeros(shape),),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: "batch"},) if dynamic else None,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def torchvision_model(name: str) -> Any:
+    """A network of torchvision with random weights and BatchNorm statistics that are not trivial."""
+    import torch
+
+    torchvision = import_torchvision()
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.7, 1.5)
+            torch.nn.init.normal_(module.running_mean, std=0.2)
+            torch.nn.init.normal_(module.bias, std=0.2)
+    return model.eval()
+
+
+def import_torchvision() -> Any:
+    """torchvision, also where its compiled operators do not fit the installed torch."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:
+        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+
+        torchvision.colonnade_library = library  # the definitions live as long as this object
+    return torchvision
+
+
+def real_weights() -> Any:
+    """The loaders of networks with trained weights; skips the test where they are not at hand, except on CI."""
+    loaders = SHARED / "loaders"
+    if not loaders.is_dir():
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(f"trained weights expected in {SHARED.name}/ beside the checkout")
+        pytest.skip(f"no trained weights in {SHARED.name}/ beside the checkout")
+    import_torchvision()
+    if str(loaders) not in sys.path:
+        sys.path.insert(0, str(loaders))
+    import weights
+
+    return weights
