@@ -59,6 +59,13 @@ def host() -> str:
     return {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
 
 
+def cc_features(features: Sequence[str], arch: str) -> tuple[str, ...]:
+    """Flags of gcc and clang that add ``features`` to the baseline of ``arch``."""
+    if arch == "riscv64":
+        return ("-march=" + "_".join(["rv64gc", *features]),)
+    return tuple(f"-m{feature}" for feature in features)
+
+
 @dataclass(frozen=True)
 class Toolchain:
     """``cc``: ``zig`` (default), ``gcc``, ``clang``, or a path to one of these or a cross-compiling cousin.
@@ -81,7 +88,9 @@ class Toolchain:
         """What starts the compiler. Raises ``UserError`` when it is not there."""
         if self.cc == "zig":
             if importlib.util.find_spec("ziglang") is None:
-                raise UserError("the C compiler (package ziglang) is missing: pip install ziglang, or choose one by --cc")
+                raise UserError(
+                    "the C compiler (package ziglang) is missing: pip install ziglang, or choose one by --cc"
+                )
             return (sys.executable, "-m", "ziglang", "cc")
         found = shutil.which(self.cc)
         if found is None:
@@ -117,9 +126,7 @@ class Toolchain:
         extra = isa(match[1]).features if match else ()
         if self.is_zig:
             return (f"-mcpu={'+'.join([_BASELINE[arch], *extra])}",)
-        if arch == "riscv64":
-            return (f"-march={'_'.join(['rv64gc', *extra])}",)
-        return tuple(f"-m{feature}" for feature in extra)
+        return cc_features(extra, arch)
 
     def compile(self, sources: Sources, kind: Kind, arch: str, flags: Sequence[str] = ()) -> Path:
         """Compile and link the ``.c`` files of ``sources`` (name → content; the other files are there to include).
@@ -156,7 +163,9 @@ class Toolchain:
                 objects = list(jobs.map(one, units))
             made = work / "out"
             shape = ("-shared", "-Wl,-z,defs") if kind == "shared" else ("-static",)
-            self._call([*target, *self.features("", arch), *shape, "-s", *map(str, objects), *LINK, "-o", str(made)], work)
+            self._call(
+                [*target, *self.features("", arch), *shape, "-s", *map(str, objects), *LINK, "-o", str(made)], work
+            )
             self._used(target, cache)
             return cache.put(whole, suffix, made)
 

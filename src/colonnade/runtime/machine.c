@@ -1,0 +1,58 @@
+/* machine.c: does this machine have the instructions that the kernels use? Asked before the first of them runs. */
+#include "runtime.h"
+
+#include <string.h>
+#include <sys/auxv.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+enum { EBX, ECX };
+enum { SSE_STATE = 0x2, AVX_STATE = 0x6, AVX512_STATE = 0xe6 }; /* what the kernel must save and restore (XCR0) */
+
+static const struct {
+    const char *name;
+    unsigned leaf, reg, bit, state;
+} known[] = {
+    {"fma", 1, ECX, 12, AVX_STATE},          {"avx", 1, ECX, 28, AVX_STATE},
+    {"f16c", 1, ECX, 29, AVX_STATE},         {"avx2", 7, EBX, 5, AVX_STATE},
+    {"avx512f", 7, EBX, 16, AVX512_STATE},   {"avx512dq", 7, EBX, 17, AVX512_STATE},
+    {"avx512cd", 7, EBX, 28, AVX512_STATE},  {"avx512bw", 7, EBX, 30, AVX512_STATE},
+    {"avx512vl", 7, EBX, 31, AVX512_STATE},  {"avx512_vnni", 7, ECX, 11, AVX512_STATE},
+};
+
+static unsigned saved_state(void)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return SSE_STATE;
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return a;
+}
+
+static int has(const char *feature)
+{
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        unsigned a, b, c, d;
+        if (strcmp(known[i].name, feature) != 0) continue;
+        if (!__get_cpuid_count(known[i].leaf, 0, &a, &b, &c, &d)) return 0;
+        const unsigned bits = known[i].reg == EBX ? b : c;
+        return (bits >> known[i].bit & 1) && (saved_state() & known[i].state) == known[i].state;
+    }
+    return 0;
+}
+#elif defined(__riscv)
+/* single-letter extensions are bits of AT_HWCAP */
+static int has(const char *feature)
+{
+    return feature[0] >= 'a' && feature[0] <= 'z' && !feature[1] && (getauxval(AT_HWCAP) >> (feature[0] - 'a') & 1);
+}
+#else
+static int has(const char *feature) { return (void)feature, 0; }
+#endif
+
+const char *cn_machine_lacks(const char *const *features)
+{
+    for (; *features; features++)
+        if (!has(*features)) return *features;
+    return NULL;
+}
