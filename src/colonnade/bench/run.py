@@ -1,0 +1,162 @@
+"""The whole of ``colonnade bench``: build what is not built, load the peers, measure in turns, report."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.bench.ours import Ours, difference
+from colonnade.bench.peers import Peer
+from colonnade.bench.protocol import BLOCKS, Contender, alternate
+from colonnade.bench.report import layers, record
+from colonnade.build.toolchain import Toolchain
+from colonnade.bundle import Bundle, write_bundle
+from colonnade.errors import UserError
+from colonnade.kernels import registry
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.isa import isa as isa_named
+from colonnade.kernels.registry import Candidate
+from colonnade.plan import Plan
+from colonnade.targets.base import Machine, Target
+from colonnade.targets.peak import Peak, measure_peak
+from colonnade.tune.database import Database
+from colonnade.tune.tuner import Chooser, place
+
+Progress = Callable[[float, str], None]
+PEAK_MS = 20  # of the probe around each block
+
+
+def dense_self(operands: registry.Operands, isa: Isa, threads: int) -> list[Candidate]:
+    """The step's candidates that ignore the pattern; all of them where there is none to ignore."""
+    found = registry.candidates(operands, isa, threads)
+    return [c for c in found if c.params.get("dense")] or found
+
+
+def pruned(plan: Plan) -> bool:
+    """Is there a layer whose weights have a pattern?"""
+    return any(getattr(s.workload, "kept_macs", s.workload.macs) < s.workload.macs for s in plan.steps)
+
+
+def build_both(
+    plan: Plan, machine: Machine, isa: Isa, threads: int, folder: Path, db: Path | None, toolchain: Toolchain
+) -> tuple[dict[str, Bundle], list[str]]:
+    """The model as it is and, if it is pruned, its dense self: bundles by name, and remarks on missing tuning."""
+    database = Database(db)
+    bundles, notes = {}, []
+    try:
+        spot = place(machine, isa, threads, toolchain)
+        builds = {"colonnade": registry.candidates}
+        if pruned(plan):
+            builds = {"colonnade pruned": registry.candidates, "colonnade dense": dense_self}
+        for name, candidates in builds.items():
+            choices = Chooser(database, spot, isa, candidates).choose(plan)
+            if choices.untuned:
+                notes.append(f"{name}: {choices}; `colonnade tune` first gives the best times")
+            to = folder / name.replace(" ", "-")
+            bundles[name] = write_bundle(
+                plan, choices.candidates, isa, to, threads=threads, arch=machine.arch, toolchain=toolchain
+            )
+    finally:
+        database.close()
+    return bundles, notes
+
+
+def random_inputs(manifest: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    """The same arrays at every call: normal for floats, 0 … 255 for integers."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for port in manifest["inputs"]:
+        kind = np.dtype(port.get("type") or port.get("dtype") or "float32")
+        shape = port["shape"]
+        values = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 256, shape)
+        arrays[port["name"]] = values.astype(kind)
+    return arrays
+
+
+def bench(
+    model: Path,
+    target: Target,
+    threads: int = 1,
+    vs: Sequence[str] = (),
+    isa: str | None = None,
+    batch: int | None = None,
+    db: Path | None = None,
+    blocks: int = BLOCKS,
+    toolchain: Toolchain | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time ``model`` (ONNX file or bundle) on ``target`` beside the runtimes ``vs``; the record of ``report.record``.
+
+    A pruned ONNX model is built twice, as it is and ignoring its pattern. Raises ``UserError`` for a model, runtime
+    or option that does not fit, ``TargetError`` when the target fails.
+    """
+    toolchain = toolchain or Toolchain()
+    machine = target.probe()
+    local = target.name == "local"
+    if vs and not local:
+        raise UserError(f"--vs works on the local target only, not on {target.name}")
+    notes: list[str] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="colonnade-")))
+        if progress is not None:
+            progress(0.0, "building")
+        if model.is_dir():
+            if vs:
+                raise UserError(f"{model}: --vs needs the ONNX file, other runtimes cannot run a bundle")
+            bundle = Bundle.load(model)
+            chosen, bundles = machine.pick_isa(bundle.manifest["isa"]), {"colonnade": bundle}
+        else:
+            from colonnade.frontend.load import load
+
+            chosen = machine.pick_isa(isa)
+            bundles, notes = build_both(load(model, batch=batch), machine, chosen, threads, folder, db, toolchain)
+        inputs = random_inputs(dict(next(iter(bundles.values())).manifest))
+        ours = {name: Ours(bundle, target, inputs, threads) for name, bundle in bundles.items()}
+        contenders = [
+            Contender(name, o, _version(), {"isa": chosen.name, "threads": threads}) for name, o in ours.items()
+        ]
+        np.savez(folder / "inputs.npz", **inputs)  # type: ignore[arg-type]
+        answers = {name: o.outputs() for name, o in ours.items()}
+        differences: dict[str, float] = {}
+        for kind in vs:
+            if progress is not None:
+                progress(0.0, f"loading {kind}")
+            peer = Peer(kind, model.resolve(), folder / "inputs.npz", threads)
+            stack.callback(peer.close)
+            contenders.append(Contender(kind, peer, peer.version, peer.options, peer.pid))
+            differences[kind] = difference(next(iter(answers.values())), peer.outputs())
+
+        def peak() -> float:
+            return measure_peak(target, chosen, threads, toolchain, memory=False, milliseconds=PEAK_MS).gflops
+
+        limits: Peak = measure_peak(target, chosen, threads, toolchain)
+        results = alternate(contenders, peak, blocks, local=local, progress=progress)
+        best = max(limits.gflops, *(max(b.peak_before, b.peak_after) for r in results for b in r.blocks))
+        rows = {name: layers(o.bundle.manifest, o.profile(3, 20), best) for name, o in ours.items()}
+        for result in results:
+            if away := [b.disturbance for b in result.blocks if b.disturbance]:
+                what = "all blocks were disturbed, its figures are unreliable" if result.disturbed else "thrown away"
+                notes.append(f"{result.contender.name}: {len(away)} disturbed blocks ({away[0]}, …): {what}")
+    return record(
+        model.name,
+        machine,
+        isa_named(chosen.name).name,
+        threads,
+        (best, limits.gbps),
+        results,
+        rows,
+        differences,
+        notes,
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("colonnade")

@@ -1,0 +1,52 @@
+"""`colonnade bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colonnade.cli_tune import Compiler, Db, IsaName, Target, bar
+from colonnade.errors import UserError
+
+
+def bench(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")],
+    target: Target = "local",
+    threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads, for all that is measured.")] = 1,
+    vs: Annotated[str, typer.Option("--vs", help="Other runtimes: onnxruntime,openvino,ncnn,torch.")] = "",
+    output: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    isa: IsaName = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch size where the model is open.")] = None,
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Undisturbed blocks of each contender.")] = 6,
+    layers: Annotated[int, typer.Option("--layers", min=0, help="Show this many of the slowest layers.")] = 12,
+    db: Db = None,
+    cc: Compiler = "zig",
+) -> None:
+    """Time a model or bundle, its dense self, and other runtimes beside it, in alternating blocks."""
+    if not model.exists():
+        raise UserError(f"{model}: no such file or bundle")
+    from rich.console import Console
+
+    from colonnade import targets
+    from colonnade.bench import table
+    from colonnade.bench.run import bench as measure
+    from colonnade.build.cache import writing
+    from colonnade.build.toolchain import Toolchain
+
+    console = Console(stderr=True)
+    toolchain = Toolchain(cc, notice=console.print)
+    names = [name.strip() for name in vs.split(",") if name.strip()]
+    where = targets.parse(target)
+    with bar(console, "measuring") as progress:
+        found = measure(model, where, threads, names, isa, batch, db, blocks, toolchain, progress)
+    out = Console()
+    for part in table(found, layers):
+        out.print(part, markup=False, highlight=False) if isinstance(part, str) else out.print(part)
+    if output is not None:
+        with writing(output):
+            aside = output.with_name(output.name + ".new")
+            aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            aside.replace(output)
