@@ -25,8 +25,7 @@ from colonnade.kernels.isa import Isa, available, isa
 from colonnade.layout import LINE, Layout, Placed, Planes, Rows, place, read_planes, round_up, write_planes
 from colonnade.workload import Workload
 
-# vector reads past the last plane's end: what a plan leaves at the end of its arena, in bytes
-SLACK = 4096
+SLACK = 4096  # bytes after the last plane that a strip of several vectors may read, never write
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -155,15 +154,19 @@ def run(
     threads: int = 1,
     poison: float = np.nan,
     tolerance: float = 2e-6,
+    slack: int = SLACK,
+    magnitude: float = 0.0,
 ) -> np.ndarray:
     """Run ``candidate`` on ``inputs`` (data first, then residual; of an import step the user's array).
 
+    ``magnitude`` is that of the terms where sums may cancel.
+    ``slack`` bytes follow the last tensor, then comes the page that cannot be touched.
     Checked: the result (within ``tolerance`` of the largest magnitude, plus ``tolerance`` relative), zeros in every
     halo and the lead of the output, and that no other byte of arena, constants or inputs has changed.
     """
     calls = registry.bind(case, candidate)
     wanted = expected(case, inputs)
-    with guarded(case.arena + SLACK, LINE, poison) as (base, arena):
+    with guarded(case.arena + slack, LINE, poison) as (base, arena):
         for tensor, values in zip(case.inputs, inputs, strict=False):
             write_planes(arena, tensor, np.asarray(values, np.float32).reshape(tensor.shape))
         before = arena.copy()
@@ -171,7 +174,7 @@ def run(
         with guarded(external.nbytes, 4, poison) as (user, user_bytes):
             user_bytes[:] = external.reshape(-1).view(np.uint8)
             for call in calls:
-                _run_call(call, target, threads, base, user, poison)
+                _run_call(call, target, threads, base, user, poison, backwards=case.arena // LINE % 2 == 1)
             user_after = user_bytes.view(np.float32).reshape(external.shape).copy()
         result = user_after
         if case.output is not None:
@@ -184,7 +187,7 @@ def run(
         assert not changed.size, f"{candidate.key()} wrote {changed.size} bytes it does not own, first at {changed[0]}"
     with np.errstate(invalid="ignore"):
         finite = np.abs(wanted[np.isfinite(wanted)])
-    scale = float(finite.max()) if finite.size else 0.0
+    scale = max(magnitude, float(finite.max()) if finite.size else 0.0)
     np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance * scale, err_msg=candidate.key())
     return result
 
@@ -198,7 +201,7 @@ def _external(case: Any, inputs: Sequence[np.ndarray], wanted: np.ndarray) -> np
     return np.ascontiguousarray(inputs[0], np.float32)
 
 
-def _run_call(call: Call, target: Isa, threads: int, base: int, user: int, poison: float) -> None:
+def _run_call(call: Call, target: Isa, threads: int, base: int, user: int, poison: float, backwards: bool) -> None:
     """All threads of one call, one after the other."""
     struct = registry.structs()[call.struct]
     assert set(call.fields) == {m.name for m in struct.members}, f"{call.kernel}: fields do not match {call.struct}"
@@ -231,7 +234,8 @@ def _run_call(call: Call, target: Isa, threads: int, base: int, user: int, poiso
         kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(
             _kernels(target.name)[call.kernel]
         )
-        for thread in range(threads):
+        # either order is legal: one shows a thread that tramples on the next one's share, the other on the last one's
+        for thread in reversed(range(threads)) if backwards else range(threads):
             kernel(address, thread, threads)
         np.testing.assert_array_equal(place, image, "the arguments were written")
         for data, place, name in constants:

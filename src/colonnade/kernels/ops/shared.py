@@ -19,7 +19,7 @@ LEAD_MEMBERS = (
 def u32(values: npt.ArrayLike) -> Const:
     """A table of uint32; values that do not fit are our mistake, never wrapped."""
     wide = np.asarray(values, np.int64)
-    if wide.size and not (0 <= wide.min() and wide.max() < 2**32):
+    if wide.size and not (wide.min() >= 0 and wide.max() < 2**32):
         raise OverflowError(f"{wide.max()} does not fit an offset of 32 bits")
     return Const(wide.astype(np.uint32))
 
