@@ -1,0 +1,20 @@
+"""Have the compiler build its C libraries for this machine now, so that the first model does not wait for them."""
+
+from colonnade.build.toolchain import Toolchain, host
+
+SOURCE = """
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+static void *work(void *x) { return x; }
+int main(void) {
+    pthread_t thread;
+    if (pthread_create(&thread, 0, work, 0) || pthread_join(thread, 0)) return 1;
+    printf("%f\\n", exp(0.0));
+    return 0;
+}
+"""
+
+if __name__ == "__main__":
+    Toolchain().compile({"warm.c": SOURCE}, "shared", host())
+    Toolchain().compile({"warm.c": SOURCE}, "program", host())

@@ -1,0 +1,80 @@
+"""What all tests share: where the shared data lies, which tests are left out, and that CI skips nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers on two cores: more threads in each would only wait for each other. Before numpy or torch start theirs.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too (CI=true does)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A test that is named on the command line runs, however slow it is.
+    named = any("::" in argument for argument in config.args)
+    if not (CI or config.getoption("--slow") or config.option.markexpr or named):
+        config.option.markexpr = "not slow"
+
+
+def _forbid_skip(report: Any, allowed: bool) -> None:
+    if CI and report.skipped and not hasattr(report, "wasxfail") and not allowed:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"CI=true and the test was skipped: {reason}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    outcome = yield
+    _forbid_skip(outcome.get_result(), item.get_closest_marker("allow_skip") is not None)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, None]:
+    outcome = yield
+    _forbid_skip(outcome.get_result(), False)  # a whole module that skips itself
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real weights and photos beside the checkout; its loaders can be imported."""
+    if not (SHARED / "loaders").is_dir():
+        pytest.skip("the shared test data (../shared/data beside the checkout) is not here")
+    loaders = str(SHARED / "loaders")
+    if loaders not in sys.path:
+        sys.path.insert(0, loaders)
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def torchvision_models() -> Any:
+    """``torchvision.models``, also where torchvision's own compiled operators do not fit this build of torch."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        # It only wants to find these two names; no model for classification calls them.
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+
+        torchvision._colonnade_library = library  # the definitions last as long as this object
+    return torchvision.models
