@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-import pytest
 from onnx import TensorProto, helper, numpy_helper
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 class Builder:
@@ -70,10 +64,11 @@ class Builder:
         return str(self.op("BatchNormalization", x, gamma, self.random(channels), mean, variance))
 
     def build(self, *outputs: str, opset: int = 18) -> onnx.ModelProto:
-        """The model."""
+        """The model, with all shapes that can be inferred."""
         outs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
         graph = helper.make_graph(self.nodes, "test", self.inputs, outs, self.constants)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        return onnx.shape_inference.infer_shapes(model)
 
 
 def onnxruntime_outputs(model: onnx.ModelProto, inputs: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
@@ -104,49 +99,15 @@ def export(module: Any, *shape: int, dynamic: bool = False) -> onnx.ModelProto:
     return program.model_proto
 
 
-def torchvision_model(name: str) -> Any:
-    """A network of torchvision with random weights and BatchNorm statistics that are not trivial."""
+def torchvision_model(models: Any, name: str) -> Any:
+    """A network of ``torchvision.models`` with random weights and BatchNorm statistics that are not trivial."""
     import torch
 
-    torchvision = import_torchvision()
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(weights=None)
+    model = getattr(models, name)(weights=None)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.7, 1.5)
             torch.nn.init.normal_(module.running_mean, std=0.2)
             torch.nn.init.normal_(module.bias, std=0.2)
     return model.eval()
-
-
-def import_torchvision() -> Any:
-    """torchvision, also where its compiled operators do not fit the installed torch."""
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError:
-        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[module]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-
-        torchvision.colonnade_library = library  # the definitions live as long as this object
-    return torchvision
-
-
-def real_weights() -> Any:
-    """The loaders of networks with trained weights; skips the test where they are not at hand, except on CI."""
-    loaders = SHARED / "loaders"
-    if not loaders.is_dir():
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(f"trained weights expected in {SHARED.name}/ beside the checkout")
-        pytest.skip(f"no trained weights in {SHARED.name}/ beside the checkout")
-    import_torchvision()
-    if str(loaders) not in sys.path:
-        sys.path.insert(0, str(loaders))
-    import weights
-
-    return weights

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +17,10 @@ from onnx import TensorProto
 from colonnade import frontend
 from colonnade.errors import UserError
 from colonnade.frontend import memory, reference
+from colonnade.kernels.ops.conv import column_offsets
 from colonnade.plan import Plan
 from colonnade.workload import NONE, RELU, RELU6, Affine, Binary, Conv2d, Convert, GlobalPool, Linear, Pool2d
-from tests.models import Builder, export, onnxruntime_outputs, real_weights, torchvision_model
+from tests.models import Builder, export, onnxruntime_outputs, torchvision_model
 
 
 def check(model: onnx.ModelProto, seed: int = 1, tolerance: float = 1e-5, **options: Any) -> Plan:
@@ -472,6 +475,17 @@ def test_random_network(seed: int) -> None:
     check(random_network(seed), tolerance=1e-4)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_kernels_read_where_the_interpreter_looks(seed: int) -> None:
+    """The rule is written down twice, here and in the kernels: both must mean the same places."""
+    for step in frontend.load(random_network(seed)).steps:
+        if isinstance(step.workload, Conv2d):
+            for group in range(step.workload.groups):
+                expected = reference.offsets(step.workload, step.inputs[0], group)
+                assert column_offsets(step.workload, step.inputs[0], group).tolist() == expected
+
+
 # --- the interpreter itself -----------------------------------------------------------------------------------------
 
 
@@ -612,14 +626,29 @@ def test_model_in_memory_stays_unchanged() -> None:
     before = model.SerializeToString()
     frontend.load(model, batch=3)
     assert model.SerializeToString() == before
+    graph = onnx_ir.from_proto(model)
+    frontend.load(graph, batch=3)
+    assert (
+        onnx_ir.to_proto(graph).SerializeToString() == onnx_ir.to_proto(onnx_ir.from_proto(model)).SerializeToString()
+    )
+
+
+def test_from_a_file(tmp_path: Path) -> None:
+    onnx.save(small_network(), tmp_path / "small.onnx")
+    assert frontend.load(tmp_path / "small.onnx").name == "small"
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"broken\.onnx"):
+        frontend.load(tmp_path / "broken.onnx")
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cifar_resnet_with_real_weights(batch: int) -> None:
-    model = export(real_weights().cifar_resnet(20), 2, 3, 32, 32, dynamic=True)
+def test_cifar_resnet_with_real_weights(batch: int, shared_data: Path) -> None:
+    from weights import cifar_resnet  # of the shared data's loaders
+
+    model = export(cifar_resnet(20), 2, 3, 32, 32, dynamic=True)
     plan = check(model, batch=batch)
     assert ops(plan).count("conv2d") == 19 and ops(plan).count("binary") == 0
 
@@ -636,11 +665,11 @@ def test_cifar_resnet_with_real_weights(batch: int) -> None:
         ("densenet121", {"conv2d": 120, "affine": 62}),
         ("shufflenet_v2_x0_5", {"conv2d": 56, "affine": 0}),
         ("googlenet", {"conv2d": 57, "affine": 0}),
-        ("vgg16_bn", {"conv2d": 13, "affine": 0}),
+        ("mnasnet0_5", {"conv2d": 52, "affine": 0, "binary": 0}),
     ],
 )
-def test_torchvision(name: str, expected: dict[str, int]) -> None:
-    model = export(torchvision_model(name), 2, 3, 64, 64, dynamic=True)
+def test_torchvision(name: str, expected: dict[str, int], torchvision_models: Any) -> None:
+    model = export(torchvision_model(torchvision_models, name), 2, 3, 64, 64, dynamic=True)
     for batch in (1, 3):
         plan = check(model, batch=batch, tolerance=1e-4)
         found = ops(plan)

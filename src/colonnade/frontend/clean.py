@@ -43,15 +43,13 @@ FOLD_LIMIT = 1 << 28  # elements: weights may be computed (transposed, cast, deq
 
 def read(model: str | Path | ir.Model | Any) -> ir.Model:
     """A model of our own to change: from a file, an ``onnx_ir.Model`` or an ``onnx.ModelProto``."""
-    ours: ir.Model
     if isinstance(model, ir.Model):
         return model.clone()
     if isinstance(model, (str, Path)):
         from colonnade.onnx_io import load_onnx
 
-        ours = load_onnx(Path(model))
-    else:
-        ours = ir.from_proto(model)
+        model = load_onnx(Path(model))
+    ours: ir.Model = ir.from_proto(model)
     return ours
 
 

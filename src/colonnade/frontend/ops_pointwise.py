@@ -122,7 +122,7 @@ def per_channel(x: Value, constant: Array) -> Array:
 def softmax(importer: Importer, node: ir.Node) -> None:
     """Softmax over the last axis of rows."""
     x = importer.value(node, 0)
-    axis = node.attributes.get_int("axis", 1 if (node.version or 13) < 13 else -1) % len(x.shape)
+    axis = node.attributes.get_int("axis", 1 if importer.graph.opset_imports.get("", 13) < 13 else -1) % len(x.shape)
     if not x.is_rows or x.shape[axis] != x.width:
         raise Unsupported(f"only over the channels of rows [N, C]; got axis {axis} of shape {list(x.shape)}")
     shape = (x.shape[0], x.width)

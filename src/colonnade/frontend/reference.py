@@ -55,7 +55,7 @@ def _check_feeding(arena: npt.NDArray[np.uint8], step: Step, x: Array) -> None:
     floats = arena.view(np.float32)
     assert (source.planes.pitch, source.planes.image_rows) == (target.planes.pitch, target.planes.image_rows), step.name
     for group in range(conv.groups):
-        for k, offset in enumerate(_offsets(conv, source, group)):
+        for k, offset in enumerate(offsets(conv, source, group)):
             where = offset // 4 + lanes
             assert where.min() >= 0, f"{step.name}: reads below the arena"
             found = floats[where]
@@ -64,7 +64,8 @@ def _check_feeding(arena: npt.NDArray[np.uint8], step: Step, x: Array) -> None:
         assert offset + 4 * (target.planes.plane + 256) <= arena.size, f"{step.name}: reads past the arena"
 
 
-def _offsets(conv: Conv2d, source: Placed, group: int) -> list[int]:
+def offsets(conv: Conv2d, source: Placed, group: int) -> list[int]:
+    """Byte offset from the arena's base of every column (kh, kw, ic) of ``group`` at lane 0 of the output."""
     layout: Planes = source.planes
     stored, (sy, sx) = layout.stored_phases, layout.phases
     ic = conv.in_channels // conv.groups
