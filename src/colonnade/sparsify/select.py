@@ -18,7 +18,7 @@ Score = Literal["l1", "l2"]
 SCORES: tuple[Score, ...] = ("l1", "l2")
 
 # Rows that are grouped at once; more (a vocabulary) are grouped in blocks, as the search holds matrices of rows².
-SEARCH_ROWS = 4096
+SEARCH_ROWS = 2048
 # Limits of the search. They count work, not seconds, so that results do not depend on the machine.
 PAIR_ROUNDS = 300
 EXACT_ROUNDS = 30

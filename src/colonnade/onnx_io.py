@@ -1,0 +1,168 @@
+"""Reading and writing ONNX files: every way a file can be bad is one line for the user. onnx is imported on use."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from colonnade.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+# Protobuf cannot hold more in one file; larger models keep their weights in a file of their own.
+ONE_FILE_BYTES = 2**31 - 2**20
+
+
+def load_onnx(path: Path | str) -> "onnx.ModelProto":
+    """The model of an ONNX file, its external data included.
+
+    Raises UserError if the file is missing, unreadable, truncated, corrupt or no ONNX model, or if its external data
+    is missing or too short.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: expected an ONNX file")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: expected an ONNX model") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not content:
+        raise UserError(f"{path}: the file is empty: expected an ONNX model")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError:
+        raise UserError(f"{path}: not an ONNX model, or a truncated one: copy or export it again") from None
+    del content
+    if not model.ir_version or not model.opset_import or not (model.graph.node or model.graph.output):
+        raise UserError(f"{path}: not an ONNX model: no graph in it")
+    _load_external(model, path)
+    for name, tensor in _tensors(model):
+        _check_size(path, name, tensor)
+    if model.ByteSize() < ONE_FILE_BYTES:
+        try:
+            onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            raise UserError(f"{path}: not a valid ONNX model: {_one_line(error)}") from None
+    return model
+
+
+def save_onnx(model: "onnx.ModelProto", path: Path | str, *, force: bool = False) -> None:
+    """Write a model: in one file, or beside `path` with its weights in `path`.data where protobuf's 2 GB are passed.
+
+    The file appears whole or not at all. Raises UserError if it exists and force is not given, or cannot be written.
+    """
+    import onnx
+
+    path = Path(path)
+    check_writable(path, force=force)
+    if model.ByteSize() < ONE_FILE_BYTES:
+        content = model.SerializeToString()
+        with writing_aside(path) as aside:
+            aside.write_bytes(content)
+        return
+    data = path.with_name(path.name + ".data")
+    check_writable(data, force=force)
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    with writing_aside(path) as aside, writing_aside(data) as aside_data:
+        aside_data.unlink(missing_ok=True)  # onnx appends to what is there
+        onnx.external_data_helper.convert_model_to_external_data(whole, location=aside_data.name, size_threshold=1024)
+        onnx.external_data_helper.write_external_data_tensors(whole, str(path.parent))
+        for _, tensor in _tensors(whole):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = data.name
+        aside.write_bytes(whole.SerializeToString())
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Raises UserError if `path` is a folder, exists without `force`, or its folder is missing or not writable."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: expected the name of a file to write")
+    if path.exists() and not force:
+        raise UserError(f"{path}: exists already: choose another name or add --force")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}: create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} is not writable")
+
+
+@contextlib.contextmanager
+def writing_aside(path: Path) -> Iterator[Path]:
+    """A name in the same folder to write to; renamed to `path` at the end, removed if anything fails."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:300]
+
+
+def _tensors(model: "onnx.ModelProto") -> Iterator[tuple[str, "onnx.TensorProto"]]:
+    """Every constant of the main graph with its name."""
+    for tensor in model.graph.initializer:
+        yield tensor.name, tensor
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield node.output[0] if node.output else node.name, attribute.t
+
+
+def _load_external(model: "onnx.ModelProto", path: Path) -> None:
+    import onnx
+
+    helper = onnx.external_data_helper
+    load: Callable[..., None] = helper.load_external_data_for_tensor
+    for name, tensor in _tensors(model):
+        if not helper.uses_external_data(tensor):
+            continue
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        try:
+            load(tensor, str(path.parent))
+        except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+            if not (path.parent / location).is_file():
+                message = "is missing: put it beside the model"
+            else:
+                message = f"cannot be used: {_one_line(error)}"
+            raise UserError(f"{path}: external data {location!r} of tensor {name!r} {message}") from None
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+
+
+def _check_size(path: Path, name: str, tensor: "onnx.TensorProto") -> None:
+    """Raises UserError if raw data is not as long as the shape says (types of less than a byte are not checked)."""
+    import onnx
+
+    if not tensor.HasField("raw_data"):
+        return
+    try:
+        item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: tensor {name!r} has the unknown data type {tensor.data_type}") from None
+    expected = int(np.prod(tensor.dims, dtype=np.int64)) * item
+    packed = "INT4" in (kind := onnx.TensorProto.DataType.Name(tensor.data_type)) or kind.endswith(
+        ("FLOAT4E2M1", "INT2")
+    )
+    if not packed and len(tensor.raw_data) != expected:
+        shape = "×".join(map(str, tensor.dims)) or "scalar"
+        raise UserError(
+            f"{path}: tensor {name!r} ({shape}) holds {len(tensor.raw_data)} bytes instead of {expected}: "
+            "the file is truncated or corrupt"
+        )
