@@ -563,7 +563,8 @@ def test_free_sizes_are_named() -> None:
     [
         ({"input_shapes": {"y": (1, 3, 4, 4)}}, "no input named y.*its inputs are x"),
         ({"input_shapes": {"x": (1, 3, 4)}}, "input x has 4 dimensions"),
-        ({"input_shapes": {"x": (1, 5, 8, 8)}}, "."),
+        ({"input_shapes": {"x": (1, 5, 8, 8)}}, "Conv 'conv0': weight .* does not fit 5 input channels"),
+        ({"input_shapes": {"x": (1, 3, 0, 8)}}, "input x: shape .*at least 1"),
         ({"outputs": ["nowhere"]}, "no value named nowhere"),
         ({"batch": 0}, "batch 0"),
     ],
@@ -604,6 +605,20 @@ def test_everything_unsupported_is_named_at_once() -> None:
     text = str(caught.value)
     assert "3 parts of the model not supported" in text
     assert all(word in text for word in ("Sin 'wave'", "Cos 'last'", "Transpose 'also'", "NCHW"))
+
+
+def test_contradictions_are_named() -> None:
+    b = Builder()
+    x, y = b.input("x", (1, 3, 4, 4)), b.input("y", (1, 3, 4, 5))
+    b.op("Concat", x, y, axis=1, name="cat")
+    b.op("Gather", x, b.constant([7]), axis=1, name="pick")
+    b.op("MaxPool", x, kernel_shape=(2, 2), strides=(0, 1), name="pool")
+    nodes = [node.output[0] for node in b.nodes]
+    outputs = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in nodes]
+    model = onnx.helper.make_model(onnx.helper.make_graph(b.nodes, "test", b.inputs, outputs, b.constants))
+    with pytest.raises(UserError) as caught:
+        frontend.load(model)
+    assert all(name in str(caught.value) for name in ("Concat 'cat'", "Gather 'pick'", "MaxPool 'pool'"))
 
 
 def test_unsupported_input_type() -> None:

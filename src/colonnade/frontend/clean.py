@@ -129,6 +129,8 @@ def _fix_shapes(model: ir.Model, batch: int | None, shapes: dict[str, Sequence[i
             new[0] = 1 if batch is None else batch
         elif new and batch is not None:
             new[0] = batch
+        if value.name in shapes and min(new, default=1) < 1:
+            raise UserError(f"input {value.name}: shape {new} was given, expected sizes of at least 1")
         if any(d < 1 for d in new):
             free = ", ".join(str(d) for d, size in zip(old, new, strict=True) if size < 1)
             raise UserError(

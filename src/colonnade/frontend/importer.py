@@ -75,6 +75,8 @@ class Importer:
             self.handlers[node.op_type](self, node)
         except Unsupported as problem:
             self.problems.append(f"{label}: {problem}")
+        except (ArithmeticError, LookupError, ValueError) as error:  # attributes and shapes that contradict each other
+            self.problems.append(f"{label}: is malformed ({error}); check the model with onnx.checker")
         self._unknown.update(value for value in node.outputs if value not in self._values)
 
     def _import(self, value: ir.Value) -> None:

@@ -61,6 +61,8 @@ def conv(importer: Importer, node: ir.Node) -> None:
     groups = node.attributes.get_int("group", 1)
     if channels != weight.shape[1] * groups or weight.shape[0] % groups:
         raise Unsupported(f"weight {list(weight.shape)} in {groups} groups does not fit {channels} input channels")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise Unsupported(f"bias {list(bias.shape)} does not fit {weight.shape[0]} output channels")
     workload = Conv2d(n, channels, weight.shape[0], h, w, kernel, stride, pads, dilation, groups)
     out = (n, weight.shape[0], workload.out_height, workload.out_width)
     if min(out) < 1:

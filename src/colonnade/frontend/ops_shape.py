@@ -114,6 +114,9 @@ def concat(importer: Importer, node: ir.Node) -> None:
         return
     if any(v.is_rows for v in values) or not 0 < axis < rank - 2:
         raise Unsupported(f"only over the channels of [N, C, H, W]; got axis {axis} of {list(values[0].shape)}")
+    shapes = [v.shape[:axis] + v.shape[axis + 1 :] for v in values]
+    if any(shape != shapes[0] for shape in shapes):
+        raise Unsupported(f"shapes {', '.join(str(list(v.shape)) for v in values)} do not fit together")
     importer.set(node, joined(values, axis))
 
 
@@ -127,6 +130,8 @@ def split(importer: Importer, node: ir.Node) -> None:
     if sizes is None:
         size = -(-x.shape[axis] // len(node.outputs))
         sizes = [min(size, x.shape[axis] - size * i) for i in range(len(node.outputs))]
+    if sum(sizes) != x.shape[axis]:
+        raise Unsupported(f"parts of {sizes} channels are not the {x.shape[axis]} that there are")
     start = 0
     for index, size in enumerate(sizes):
         importer.set(node, _take(x, axis, np.arange(start, start + size)), index)
@@ -140,7 +145,11 @@ def gather(importer: Importer, node: ir.Node) -> None:
     indices = importer.constant(node, 1)
     if x.channels is None or indices is None or indices.ndim != 1 or not 0 < axis < len(x.shape) - 2:
         raise Unsupported(f"only channels of [N, C, H, W] by a constant list; got axis {axis} of {list(x.shape)}")
-    importer.set(node, _take(x, axis, np.asarray(indices, np.int64) % x.shape[axis]))
+    size = x.shape[axis]
+    picked = np.asarray(indices, np.int64)
+    if not ((picked >= -size) & (picked < size)).all():
+        raise Unsupported(f"indices beyond the {size} channels")
+    importer.set(node, _take(x, axis, picked % size))
 
 
 def _take(x: Value, axis: int, indices: np.typing.NDArray[np.int64]) -> Value:
