@@ -31,6 +31,7 @@ from colonnade.plan import Plan
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = (MANIFEST, "model.h", "libmodel.so", "run", codegen.WEIGHTS, "session.py", "build.sh")
+KEYS = ("name", "arch", "isa", "threads", "inputs", "outputs", "steps", "bytes")
 TOP = ("model.h", codegen.WEIGHTS)  # generated files that stand beside the binaries, not under source/
 
 
@@ -73,6 +74,9 @@ class Bundle:
             raise UserError(f"{folder / MANIFEST}: {error.strerror}") from error
         if found != FORMAT:
             raise UserError(f"{folder}: bundle of format {found}, expected {FORMAT}; build it again with this version")
+        lacking = [key for key in KEYS if key not in manifest]
+        if lacking:
+            raise UserError(f"{folder / MANIFEST}: damaged, {lacking[0]!r} is missing; build the bundle again")
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder}: incomplete bundle, {', '.join(missing)} missing; build or copy it again")
@@ -132,7 +136,7 @@ def write_bundle(
 
 
 def check_place(folder: Path, force: bool) -> None:
-    """Raise ``UserError`` if a bundle may not be written at ``folder``: something else is there, or ``force`` is missing."""
+    """Raise ``UserError`` if a bundle may not stand at ``folder``: something else does, or ``force`` is missing."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder}: exists and is not a folder; choose another -o")
     if not folder.exists() or not any(folder.iterdir()):

@@ -79,7 +79,7 @@ class Cache:
         return path
 
     def put(self, digest: str, suffix: str, made: Path) -> Path:
-        """Copy the file ``made`` into the cache and return its place. Raises ``UserError`` when it cannot be written."""
+        """Copy the file ``made`` into the cache and return its place. Raises ``UserError`` if it cannot be written."""
         path = self._place(digest, suffix)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

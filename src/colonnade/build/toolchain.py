@@ -99,7 +99,7 @@ class Toolchain:
 
     @property
     def version(self) -> str:
-        """Name and version, as it stands in digests and tuning records: ``zig 0.14.1``, ``gcc (Debian 12.2.0-14) …``."""
+        """Name and version, as it stands in digests and tuning records: ``zig 0.14.1``, ``gcc (Debian …) 12.2.0``."""
         if self.cc == "zig" and self.command:
             return f"zig {importlib.metadata.version('ziglang')}"
         return _version(self.command)

@@ -139,7 +139,7 @@ def _head(model: Model) -> str:
         [f" *   in   {_shape_text(p)}" for p in plan.inputs] + [f" *   out  {_shape_text(p)}" for p in plan.outputs]
     )
     return (
-        f"/* {_comment(plan.name)}, compiled for {model.isa.name}. Written by Colonnade; build.sh rebuilds what is made of it.\n"
+        f"/* {_comment(plan.name)}, compiled for {model.isa.name}. Written by Colonnade; build.sh compiles it again.\n"
         " *\n"
         f"{ports}\n"
         " *\n"
@@ -185,7 +185,7 @@ def _fill(model: Model, constants: Constants) -> str:
 def _value(field: Field, member: Member, constants: Constants) -> str:
     match field:
         case Arena(offset):
-            return "arena" if offset == 0 else f"cn_at(arena, {offset})"
+            return "arena" if offset == 0 and "char" in member.kind else f"cn_at(arena, {offset})"
         case Const(data):
             return f"cn_at(weights, {constants.add(data)})"
         case Scratch():
@@ -317,7 +317,10 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 _C_WORDS = frozenset(
-    "auto break case char const continue default do double else enum extern float for goto if inline int long register "
-    "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while asm typeof "
-    "linux unix NULL INFINITY NAN".split()
+    (
+        *("auto", "break", "case", "char", "const", "continue", "default", "do", "double", "else", "enum", "extern"),
+        *("float", "for", "goto", "if", "inline", "int", "long", "register", "restrict", "return", "short", "signed"),
+        *("sizeof", "static", "struct", "switch", "typedef", "union", "unsigned", "void", "volatile", "while"),
+        *("asm", "typeof", "linux", "unix", "NULL", "INFINITY", "NAN", "kernels"),
+    )
 )
