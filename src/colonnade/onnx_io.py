@@ -46,13 +46,17 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
     del content
     if not model.ir_version or not model.opset_import or not (model.graph.node or model.graph.output):
         raise UserError(f"{path}: not an ONNX model: no graph in it")
-    _load_external(model, path)
-    for name, tensor in _tensors(model):
-        _check_size(path, name, tensor)
-    if model.ByteSize() < ONE_FILE_BYTES:
-        try:
+    try:
+        _load_external(model, path)
+        for name, tensor in _tensors(model):
+            _check_size(path, name, tensor)
+        if model.ByteSize() < ONE_FILE_BYTES:
             onnx.checker.check_model(model)
-        except onnx.checker.ValidationError as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a name in it is not text: the file is corrupt") from None
+    except onnx.checker.ValidationError as error:
+        # Runtimes take outputs without a shape, and so do we.
+        if "Field 'shape' of 'type' is required" not in str(error):
             raise UserError(f"{path}: not a valid ONNX model: {_one_line(error)}") from None
     return model
 

@@ -143,7 +143,10 @@ def _prune(
     """Put the zeros into a weight; K, kept columns, tiles and retained share."""
     import onnx
 
-    stored = onnx.numpy_helper.to_array(weight.tensor)
+    try:
+        stored = onnx.numpy_helper.to_array(weight.tensor)
+    except (ValueError, TypeError):
+        raise UserError(f"{source}: tensor {weight.name!r} cannot be read: the file is corrupt") from None
     rows_first = stored.T if layer.transposed else stored
     matrix = as_matrix(rows_first)
     if not np.isfinite(matrix).all():
