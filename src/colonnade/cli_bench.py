@@ -31,10 +31,10 @@ def bench(
     from rich.console import Console
 
     from colonnade import targets
-    from colonnade.bench import table
     from colonnade.bench.run import bench as measure
     from colonnade.build.cache import writing
     from colonnade.build.toolchain import Toolchain
+    from colonnade.report.bench import table
 
     console = Console(stderr=True)
     toolchain = Toolchain(cc, notice=console.print)

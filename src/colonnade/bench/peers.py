@@ -58,7 +58,7 @@ def _openvino(model: Path, inputs: Arrays, threads: int) -> Loaded:
     def answers(_: Any) -> list[npt.NDArray[Any]]:
         return [np.array(request.get_output_tensor(i).data) for i in range(len(compiled.outputs))]
 
-    return request.infer, answers, ov.__version__, options
+    return request.infer, answers, ov.__version__.split("-")[0], options
 
 
 def _ncnn(model: Path, inputs: Arrays, threads: int) -> Loaded:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from colonnade.bench.ours import Ours, difference
 from colonnade.bench.peers import Peer
 from colonnade.bench.protocol import BLOCKS, Contender, alternate
-from colonnade.bench.report import layers, record
+from colonnade.bench.record import layers, record
 from colonnade.build.toolchain import Toolchain
 from colonnade.bundle import Bundle, write_bundle
 from colonnade.errors import UserError
@@ -138,7 +138,9 @@ def bench(
         limits: Peak = measure_peak(target, chosen, threads, toolchain)
         results = alternate(contenders, peak, blocks, local=local, progress=progress)
         best = max(limits.gflops, *(max(b.peak_before, b.peak_after) for r in results for b in r.blocks))
-        rows = {name: layers(o.bundle.manifest, o.profile(3, 20), best) for name, o in ours.items()}
+        rows = {
+            name: layers(o.bundle.manifest, o.profile(3, 20), best, name.endswith("dense")) for name, o in ours.items()
+        }
         for result in results:
             if away := [b.disturbance for b in result.blocks if b.disturbance]:
                 what = "all blocks were disturbed, its figures are unreliable" if result.disturbed else "thrown away"

@@ -67,7 +67,9 @@ def next_batch(candidates: Sequence[Candidate], records: Sequence[Record]) -> Ba
     by_head = times((r for r in records if r.candidate in {c.key() for c in heads}), (0,))
     alive = sorted((c for c in heads if c.key() in by_head), key=lambda c: by_head[c.key()])
     near = [c for c in alive[:GROUPS] if by_head[c.key()] <= NEAR_GROUP * by_head[alive[0].key()]]
-    opened = [c for head in near for c in groups[group(head)]] if near else list(candidates)
+    # the best dense self is opened as well: it is what a pruned layer must beat, and what a dense build takes
+    near += [c for c in alive if c.params.get("dense")][:1]
+    opened = [c for head in dict.fromkeys(map(group, near)) for c in groups[head]] if near else list(candidates)
     if unseen := [c for c in opened if c.key() not in seen]:
         return Batch(1, tuple(unseen))
     finalists = _finalists(candidates, times(records, (0, 1)))
