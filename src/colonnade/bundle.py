@@ -160,7 +160,12 @@ def _aside(folder: Path) -> Iterator[Path]:
             old = work.with_name(f"{work.name}-old")
             if folder.exists():  # rename cannot replace a folder that holds files
                 folder.rename(old)
-            work.rename(folder)
+            try:
+                work.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise write_error(folder, error) from error
