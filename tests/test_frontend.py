@@ -85,10 +85,15 @@ def test_convolution(c: dict[str, Any], before: bool) -> None:
     """Alone on the model's input (imported as it needs it), or behind another one (which it is tied to, or copies)."""
     b = Builder()
     x = b.input("x", (c["batch"], c["ins"], *c["size"]))
-    if before:
+    if before and c["size"] != [1, 1]:  # a computed pixel lives in rows, and padding it to a map is refused
         x = b.op("Relu", b.conv(x, c["ins"], c["ins"], 1))
     y = b.conv(x, c["ins"], c["outs"], c["kernel"], c["groups"], **c["attributes"])
     check(b.build(y))
+
+
+def test_one_pixel_that_is_padded_to_several() -> None:
+    b = Builder()
+    check(b.build(b.conv(b.input("x", (2, 3, 1, 1)), 3, 4, 2, strides=(1, 2), pads=(1, 1, 1, 2))))
 
 
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
@@ -132,6 +137,17 @@ def test_strided_convolutions_share_a_copy() -> None:
     main = b.conv(main, 6, 6, 3, pads=(1, 1, 1, 1))
     plan = check(b.build(b.op("Relu", b.op("Add", main, b.conv(x, 4, 6, 1, strides=(2, 2))))))
     assert ops(plan) == ["conv2d", "convert planes", "conv2d", "conv2d", "conv2d"]
+
+
+def test_strong_dilation_does_not_widen_its_neighbours() -> None:
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (1, 3, 12, 12)), 3, 4, 3, pads=(1, 1, 1, 1)))
+    wide = b.conv(x, 4, 4, 3, dilations=(9, 9), pads=(9, 9, 9, 9))
+    y = b.conv(b.op("Concat", x, wide, b.op("Relu", wide), axis=1), 12, 4, 3, pads=(1, 1, 1, 1))
+    plan = check(b.build(b.op("Relu", b.op("Add", x, b.conv(y, 4, 4)))))
+    pitches = {s.output.planes.pitch for s in plan.steps if s.output is not None}
+    assert pitches == {13, 21}
+    assert ops(plan).count("convert planes") == 2
 
 
 def test_large_kernel_and_one_pixel_become_linear() -> None:

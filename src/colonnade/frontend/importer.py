@@ -209,6 +209,17 @@ class Importer:
         self.add(Draft(name, Convert("flatten", (n, c, h, w)), [value], tensor))
         return whole(tensor)
 
+    def pixels_of_input(self, value: Value) -> Value | None:
+        """A one-pixel input of the model, which is in rows, once more in planes; None for any other value."""
+        tensor = value.tensor
+        source = self._writer.get(tensor) if tensor is not None else None
+        if source is None or source.inputs or not source.external:
+            return None
+        planes = Tensor(f"{source.external}.planes", (*value.placed_shape, 1, 1))
+        name = self.unique(planes.name)
+        self.add(Draft(name, Convert("import", planes.shape), [], planes, external=source.external))
+        return whole(planes)
+
     # --- fusions ----------------------------------------------------------------------------------------------------
 
     def activation(self, node: ir.Node, activation: Activation) -> None:

@@ -9,7 +9,9 @@ copy that is tied to its output; the model's input is imported into phases direc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from colonnade.frontend.draft import Draft, Tensor, Value, whole
 from colonnade.layout import Layout, Planes, Rows
@@ -67,6 +69,68 @@ class Regions:
         return self._need[self.find(tensor)]
 
 
+WASTE = 1.5  # lanes with halo over lanes without, from which on two copies cost less than what the region would compute
+REGION = 4  # tensors that a convolution's region must exceed: a smaller one does not gain from being left alone
+
+
+def isolate(steps: list[Draft]) -> list[Draft]:
+    """Give convolutions that need far wider halos than sizes (strong dilation) a copy of their input to read.
+
+    Otherwise all that is tied to them would be computed with that pitch. Their output is copied back where it would
+    tie them to others again.
+    """
+    importers = {step.output: step for step in steps if step.external and step.output is not None}
+    regions = tie_all(steps)
+    members = Counter(regions.find(t) for step in steps for t in _output(step) if not t.is_rows)
+    tying = {
+        tensor
+        for step in steps
+        for value in step.inputs
+        if isinstance(step.workload, (Affine, Binary, Conv2d)) or len(value.tensors) > 1
+        for tensor in value.tensors
+    }
+    back: dict[Tensor, Tensor] = {}
+    result: list[Draft] = []
+    for step in steps:
+        step.inputs = [replace(v, tensors=tuple(back.get(t, t) for t in v.tensors)) for v in step.inputs]
+        conv, output = step.workload, step.output
+        if (
+            not isinstance(conv, Conv2d)
+            or output is None
+            or conv.stride != (1, 1)
+            or conv.epilogue.residual
+            or waste(conv) <= WASTE
+            or members[regions.find(output)] <= REGION
+        ):
+            result.append(step)
+            continue
+        haloed = Tensor(f"{step.name}.haloed", step.inputs[0].placed_shape)
+        result += [_copy(step.inputs[0], haloed, importers), step]
+        step.inputs[0] = whole(haloed)
+        if output in tying:
+            back[output] = Tensor(output.name, output.shape)
+            output.name = f"{step.name}.wide"
+            result.append(Draft(f"{step.name}.back", Convert("planes", output.shape), [whole(output)], back[output]))
+    return result
+
+
+def waste(conv: Conv2d) -> float:
+    """Lanes that a stride-1 convolution makes its region compute, over those of its larger side without any halo."""
+    down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+    height, width = max(conv.height, conv.out_height), max(conv.width, conv.out_width)
+    pitch = max(conv.width + right.before, conv.out_width + right.after)
+    rows = max(conv.height + down.before, conv.out_height + down.after)
+    return Planes(conv.batch, height, width, pitch, rows).lanes / Planes(conv.batch, height, width, width, height).lanes
+
+
+def _copy(x: Value, target: Tensor, importers: Mapping[Tensor, Draft]) -> Draft:
+    """The step that writes ``x`` in the layout of ``target``: an import of its own for the model's input."""
+    source = importers.get(x.tensor) if x.tensor is not None else None
+    if source is not None:
+        return Draft(target.name, Convert("import", x.placed_shape), [], target, external=source.external)
+    return Draft(target.name, Convert("planes", x.placed_shape), [x], target)
+
+
 def insert_phases(steps: list[Draft]) -> list[Draft]:
     """Let every strided convolution read a copy of its input in phases, written just before it.
 
@@ -86,12 +150,7 @@ def insert_phases(steps: list[Draft]) -> list[Draft]:
             phases = shared.get(key)
             if phases is None:
                 phases = shared[key] = Tensor(f"{step.name}.phases", x.placed_shape, conv.stride, ())
-                source = importers.get(x.tensor) if x.tensor is not None else None
-                if source is not None:
-                    workload = Convert("import", x.placed_shape)
-                    result.append(Draft(phases.name, workload, [], phases, external=source.external))
-                else:
-                    result.append(Draft(phases.name, Convert("planes", x.placed_shape), [x], phases))
+                result.append(_copy(x, phases, importers))
             phases.kept_phases = tuple(sorted({*(phases.kept_phases or ()), *kept}))
             step.inputs[0] = whole(phases)
         result.append(step)

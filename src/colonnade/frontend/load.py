@@ -50,7 +50,7 @@ def load(
     graph = clean(source, batch, input_shapes, outputs).graph
     importer = Importer(graph, HANDLERS)
     importer.run()
-    steps = layouts.insert_phases(importer.steps)
+    steps = layouts.insert_phases(layouts.isolate(importer.steps))
     return place_all(name, importer, _needed(steps))
 
 

@@ -67,9 +67,12 @@ def conv(importer: Importer, node: ir.Node) -> None:
     out = (n, weight.shape[0], workload.out_height, workload.out_width)
     if min(out) < 1:
         raise Unsupported(f"kernel {kernel} does not fit into the padded {h}x{w} input; use larger inputs")
+    if x.is_rows and out[2:] != (1, 1):
+        pixels = importer.pixels_of_input(x)
+        if pixels is None:
+            raise Unsupported("a convolution that pads one computed pixel to several is not supported; pad less")
+        x = pixels
     if x.is_rows:
-        if out[2:] != (1, 1):
-            raise Unsupported("a convolution that pads one pixel to several is not supported; pad less")
         flat = expand_groups(_tap_at_origin(weight, pads, dilation), groups)
         importer.linear(node, x, flat, bias, out, layer_name(node))
     elif kernel == (h, w) and groups == 1 and not any(pads) and dilation == (1, 1):
