@@ -98,6 +98,7 @@ def isolate(steps: list[Draft]) -> list[Draft]:
             not isinstance(conv, Conv2d)
             or output is None
             or conv.stride != (1, 1)
+            or conv.dilation == (1, 1)  # on tiny maps any halo is wide, and all neighbours have the same
             or conv.epilogue.residual
             or waste(conv) <= WASTE
             or members[regions.find(output)] <= REGION
