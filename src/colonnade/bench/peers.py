@@ -117,12 +117,17 @@ ROWS: Mapping[str, Callable[[Path, Arrays, int], Loaded]] = {
 }
 
 
+def check_known(kind: str) -> None:
+    """Raises ``UserError`` when there is no such row."""
+    if kind not in ROWS:
+        raise UserError(f"--vs {kind}: unknown runtime; known: {', '.join(ROWS)}")
+
+
 class Peer:
     """A runtime that has loaded its model. Raises ``UserError`` when it cannot."""
 
     def __init__(self, kind: str, model: Path, inputs: Path, threads: int) -> None:
-        if kind not in ROWS:
-            raise UserError(f"--vs {kind}: unknown runtime; known: {', '.join(ROWS)}")
+        check_known(kind)
         self.name = kind
         self._answers = inputs.with_name(f"{kind}.npz")
         # pools of libraries that nobody asked for would only be in the way

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.bench.ours import Ours, difference
-from colonnade.bench.peers import Peer
+from colonnade.bench.peers import Peer, check_known
 from colonnade.bench.protocol import BLOCKS, Contender, alternate
 from colonnade.bench.record import layers, record
 from colonnade.build.toolchain import Toolchain
@@ -96,6 +96,10 @@ def bench(
     A pruned ONNX model is built twice, as it is and ignoring its pattern. Raises ``UserError`` for a model, runtime
     or option that does not fit, ``TargetError`` when the target fails.
     """
+    if target.untimed:
+        raise UserError(f"{target.name}: {target.untimed}; bench a machine of its own (local or ssh://...)")
+    for kind in vs:
+        check_known(kind)
     toolchain = toolchain or Toolchain()
     machine = target.probe()
     local = target.name == "local"
