@@ -40,6 +40,7 @@ ISAS: tuple[Isa, ...] = (
     Isa("avx512", "x86_64", 16, 32, ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx2", "fma"),
         ("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma")),
     Isa("avx2", "x86_64", 8, 16, ("avx2", "fma"), ("avx2", "fma")),
+    Isa("rvv", "riscv64", 0, 32, ("v",), ("v",)),
     Isa("portable", "any", 8, 16, (), ()),
 )  # fmt: skip
 

@@ -104,6 +104,12 @@ class Target(Protocol):
         """As on the command line: ``local``, ``qemu:vlen=256``, ``ssh://…``."""
         ...
 
+    @property
+    def untimed(self) -> str:
+        """Why times taken here mean nothing, in half a sentence; empty where they are a machine's own. Nothing is
+        tuned or compared on such a target."""
+        ...
+
     def probe(self) -> Machine:
         """What is there. Raises ``TargetError`` when it cannot be reached."""
         ...

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Local:
     """Programs run as children of this process, each in a session of its own: Ctrl-C reaches us, not them."""
 
     name: str = "local"
+    untimed: str = ""
 
     def probe(self) -> Machine:
         """See ``Target.probe``. Static facts are read once a process."""
@@ -42,15 +43,26 @@ class Local:
         on_line: Callable[[str], None] | None = None,
     ) -> Outcome:
         """See ``Target.run``."""
-        with tempfile.TemporaryDirectory(prefix="colonnade-") as folder:
-            for name, content in (inputs or {}).items():
-                if isinstance(content, bytes):
-                    (Path(folder) / name).write_bytes(content)
-                else:
-                    (Path(folder) / name).symlink_to(content.resolve())
-            outcome = execute([str(program.resolve()), *args], Path(folder), timeout, on_line)
-            files = {n: (Path(folder) / n).read_bytes() for n in outputs if (Path(folder) / n).is_file()}
-            return Outcome(outcome.code, outcome.signal, outcome.timed_out, outcome.stdout, outcome.stderr, files)
+        return execute_staged([str(program.resolve()), *args], inputs, outputs, timeout, on_line)
+
+
+def execute_staged(
+    command: Sequence[str],
+    inputs: Mapping[str, Path | bytes] | None = None,
+    outputs: Sequence[str] = (),
+    timeout: float = 60.0,
+    on_line: Callable[[str], None] | None = None,
+) -> Outcome:
+    """``execute`` in a fresh folder that holds ``inputs`` by name; ``outputs`` come back in the outcome."""
+    with tempfile.TemporaryDirectory(prefix="colonnade-") as folder:
+        for name, content in (inputs or {}).items():
+            if isinstance(content, bytes):
+                (Path(folder) / name).write_bytes(content)
+            else:
+                (Path(folder) / name).symlink_to(content.resolve())
+        outcome = execute(command, Path(folder), timeout, on_line)
+        files = {n: (Path(folder) / n).read_bytes() for n in outputs if (Path(folder) / n).is_file()}
+        return replace(outcome, files=files)
 
 
 def execute(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from colonnade.build.toolchain import Toolchain
+from colonnade.errors import UserError
 from colonnade.kernels import registry, render
 from colonnade.kernels.call import Call
 from colonnade.kernels.isa import Isa
@@ -250,9 +251,11 @@ def tune(
 ) -> Summary:
     """Measure ``plan`` on ``target`` for at most ``budget_s`` seconds (compiling not counted) into the database.
 
-    Raises ``TargetError`` when the target fails or lacks ``isa``, ``UserError`` for an unusable database. A candidate
-    that fails raises nothing: it is recorded and never chosen.
+    Raises ``TargetError`` when the target fails or lacks ``isa``, ``UserError`` for an unusable database or a target
+    whose times mean nothing. A candidate that fails raises nothing: it is recorded and never chosen.
     """
+    if target.untimed:
+        raise UserError(f"{target.name}: {target.untimed}; build without tuning, the static ranking chooses")
     machine = target.probe()
     database = Database(db_path)
     try:

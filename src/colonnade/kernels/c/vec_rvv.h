@@ -1,5 +1,10 @@
 /* RVV 1.0, any vlenb: a strip is one register group of LMUL = L, and vl says how many lanes it has.
- * Contract: see vec_avx512.h. Lanes past vl are never read, so tail policy does not matter. */
+ *
+ * Contract: see vec_avx512.h. Lanes past vl are never read, so tail policy does not matter; where the contract names
+ * the lanes past n (load_or, keep, load_step_n), whole groups are written, the tail undisturbed. NaNs: vfmax and vfmin
+ * drop them, so max, min and clip compare and merge. Sums run in the order of the lanes: the same bits on every chip of
+ * one vlenb.
+ */
 #ifndef COLONNADE_VEC_H
 #define COLONNADE_VEC_H
 #include <riscv_vector.h>
@@ -11,9 +16,24 @@
 #define VEC_NOINLINE __attribute__((noinline, unused))
 #define VEC_MAX_LANES 0 /* a strip is one group: bodies multiply this by register number 0 alone */
 
-/* vsetvli may answer anything from ceil(n / 2) up when n lies between one and two full groups: ask for what is wanted */
+/* Bits of a mask from `lane` on. With LMUL 1 and VLEN 128 a strip has four lanes and may start inside a byte; the
+ * window's 64 bits hold the 32 lanes of VLEN 1024, and longer strips start on whole bytes again. */
+VEC_INLINE vbool32_t vec_mask32(const uint8_t *bits, size_t lane, size_t vl)
+{
+    uint64_t window;
+    if (lane % 8 == 0) return __riscv_vlm_v_b32(bits + lane / 8, vl);
+    memcpy(&window, bits + lane / 8, sizeof window);
+    return __riscv_vreinterpret_v_u64m1_b32(__riscv_vmv_s_x_u64m1(window >> (lane % 8), 1));
+}
+VEC_INLINE vbool16_t vec_mask16(const uint8_t *bits, size_t lane, size_t vl) { return __riscv_vlm_v_b16(bits + lane / 8, vl); }
+VEC_INLINE vbool8_t vec_mask8(const uint8_t *bits, size_t lane, size_t vl) { return __riscv_vlm_v_b8(bits + lane / 8, vl); }
+VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { return __riscv_vlm_v_b4(bits + lane / 8, vl); }
+
+/* setvl: vsetvli may answer anything from ceil(n / 2) up when n lies between one and two full groups, so what is
+ * wanted is asked for, min(n, VLMAX) */
 #define VEC_GROUP(L, RATIO) \
     typedef vfloat32m##L##_t vec##L##_t; \
+    typedef vbool##RATIO##_t vec##L##_mask_t; \
     VEC_INLINE size_t vec##L##_setvl(size_t n) \
     { \
         const size_t most = __riscv_vsetvlmax_e32m##L(); \
@@ -24,6 +44,25 @@
     VEC_INLINE vec##L##_t vec##L##_load_n(const float *p, size_t n) { return __riscv_vle32_v_f32m##L(p, n); } \
     VEC_INLINE void vec##L##_store_n(float *p, vec##L##_t v, size_t n) { __riscv_vse32_v_f32m##L(p, v, n); } \
     VEC_INLINE vec##L##_t vec##L##_splat(float x, size_t vl) { return __riscv_vfmv_v_f_f32m##L(x, vl); } \
+    VEC_INLINE vec##L##_t vec##L##_whole(float x) { return __riscv_vfmv_v_f_f32m##L(x, __riscv_vsetvlmax_e32m##L()); } \
+    VEC_INLINE vec##L##_t vec##L##_load_or(const float *p, size_t n, float fill) \
+    { \
+        return __riscv_vle32_v_f32m##L##_tu(vec##L##_whole(fill), p, n); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_keep(vec##L##_t v, size_t n) \
+    { \
+        return __riscv_vmv_v_v_f32m##L##_tu(vec##L##_whole(0.0f), v, n); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_load_step(const float *p, size_t step, size_t vl) \
+    { \
+        if (step == 1) return vec##L##_load(p, vl); \
+        return __riscv_vlse32_v_f32m##L(p, (ptrdiff_t)(step * sizeof(float)), vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_load_step_n(const float *p, size_t step, size_t n) \
+    { \
+        if (step == 1) return vec##L##_load_or(p, n, 0.0f); \
+        return __riscv_vlse32_v_f32m##L##_tu(vec##L##_whole(0.0f), p, (ptrdiff_t)(step * sizeof(float)), n); \
+    } \
     VEC_INLINE vec##L##_t vec##L##_fma(vec##L##_t acc, float s, vec##L##_t v, size_t vl) \
     { \
         return __riscv_vfmacc_vf_f32m##L(acc, s, v, vl); \
@@ -36,40 +75,59 @@
     VEC_INLINE vec##L##_t vec##L##_sub(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfsub_vv_f32m##L(a, b, vl); } \
     VEC_INLINE vec##L##_t vec##L##_mul(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfmul_vv_f32m##L(a, b, vl); } \
     VEC_INLINE vec##L##_t vec##L##_div(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfdiv_vv_f32m##L(a, b, vl); } \
-    VEC_INLINE vec##L##_t vec##L##_max(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfmax_vv_f32m##L(a, b, vl); } \
-    VEC_INLINE vec##L##_t vec##L##_min(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfmin_vv_f32m##L(a, b, vl); } \
+    VEC_INLINE vec##L##_t vec##L##_max(vec##L##_t a, vec##L##_t b, size_t vl) \
+    { \
+        return __riscv_vmerge_vvm_f32m##L(b, a, __riscv_vmfgt_vv_f32m##L##_b##RATIO(a, b, vl), vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_min(vec##L##_t a, vec##L##_t b, size_t vl) \
+    { \
+        return __riscv_vmerge_vvm_f32m##L(b, a, __riscv_vmflt_vv_f32m##L##_b##RATIO(a, b, vl), vl); \
+    } \
     VEC_INLINE vec##L##_t vec##L##_select(const uint8_t *bits, size_t lane, vec##L##_t v, size_t vl) \
     { \
-        const vec##L##_t zero = __riscv_vfmv_v_f_f32m##L(0.0f, vl); \
-        return __riscv_vmerge_vvm_f32m##L(zero, v, vec_mask##RATIO(bits, lane, vl), vl); \
+        return __riscv_vmerge_vvm_f32m##L(vec##L##_splat(0.0f, vl), v, vec_mask##RATIO(bits, lane, vl), vl); \
+    } \
+    /* bias and limits as scalars, a mask that stays in its register: for blocks whose sums fill all the others */ \
+    VEC_INLINE vec##L##_mask_t vec##L##_holes(const uint8_t *bits, size_t lane, size_t vl) \
+    { \
+        return __riscv_vmnot_m_b##RATIO(vec_mask##RATIO(bits, lane, vl), vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_clear(vec##L##_t v, vec##L##_mask_t holes, size_t vl) \
+    { \
+        return __riscv_vfmerge_vfm_f32m##L(v, 0.0f, holes, vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_plus(vec##L##_t v, float s, size_t vl) { return __riscv_vfadd_vf_f32m##L(v, s, vl); } \
+    VEC_INLINE vec##L##_t vec##L##_clip(vec##L##_t v, float low, float high, size_t vl) \
+    { \
+        v = __riscv_vfmerge_vfm_f32m##L(v, low, __riscv_vmflt_vf_f32m##L##_b##RATIO(v, low, vl), vl); \
+        return __riscv_vfmerge_vfm_f32m##L(v, high, __riscv_vmfgt_vf_f32m##L##_b##RATIO(v, high, vl), vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_round(vec##L##_t v, size_t vl) \
+    { \
+        const vint32m##L##_t whole = __riscv_vfcvt_x_f_v_i32m##L##_rm(v, __RISCV_FRM_RNE, vl); \
+        return __riscv_vfcvt_f_x_v_f32m##L(whole, vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_ldexp(vec##L##_t v, vec##L##_t n, size_t vl) \
+    { \
+        vint32m##L##_t power = __riscv_vadd_vx_i32m##L(__riscv_vfcvt_x_f_v_i32m##L(n, vl), 127, vl); \
+        power = __riscv_vsll_vx_i32m##L(power, 23, vl); \
+        return __riscv_vfmul_vv_f32m##L(v, __riscv_vreinterpret_v_i32m##L##_f32m##L(power), vl); \
     } \
     VEC_INLINE float vec##L##_sum(vec##L##_t v, size_t vl) \
     { \
-        const vfloat32m1_t zero = __riscv_vfmv_v_f_f32m1(0.0f, 1); \
+        const vfloat32m1_t zero = __riscv_vfmv_s_f_f32m1(0.0f, 1); \
         return __riscv_vfmv_f_s_f32m1_f32(__riscv_vfredosum_vs_f32m##L##_f32m1(v, zero, vl)); \
     } \
     VEC_INLINE float vec##L##_top(vec##L##_t v, size_t vl) \
     { \
-        const vfloat32m1_t start = __riscv_vfmv_v_f_f32m1(-__builtin_inff(), 1); \
+        const vfloat32m1_t start = __riscv_vfmv_s_f_f32m1(-__builtin_inff(), 1); \
         return __riscv_vfmv_f_s_f32m1_f32(__riscv_vfredmax_vs_f32m##L##_f32m1(v, start, vl)); \
     }
-
-/* With LMUL 1 and VLEN 128 a strip has four lanes and may start inside a byte; at most 32 lanes (VLEN 1024) are asked. */
-VEC_INLINE vbool32_t vec_mask32(const uint8_t *bits, size_t lane, size_t vl)
-{
-    uint64_t window;
-    (void)vl;
-    memcpy(&window, bits + lane / 8, sizeof window);
-    return __riscv_vreinterpret_v_u64m1_b32(__riscv_vmv_v_x_u64m1(window >> (lane % 8), 1));
-}
-VEC_INLINE vbool16_t vec_mask16(const uint8_t *bits, size_t lane, size_t vl) { return __riscv_vlm_v_b16(bits + lane / 8, vl); }
-VEC_INLINE vbool8_t vec_mask8(const uint8_t *bits, size_t lane, size_t vl) { return __riscv_vlm_v_b8(bits + lane / 8, vl); }
-VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { return __riscv_vlm_v_b4(bits + lane / 8, vl); }
 
 VEC_GROUP(1, 32)
 VEC_GROUP(2, 16)
 VEC_GROUP(4, 8)
 VEC_GROUP(8, 4)
 
-VEC_INLINE void vec_prefetch(const void *p) { (void)p; }
+VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop, which RVV 1.0 machines may lack */
 #endif

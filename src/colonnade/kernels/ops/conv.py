@@ -99,7 +99,7 @@ def _shapes(isa: Isa) -> list[tuple[int, int]]:
 
 
 def legal(mr: int, nv: int, isa: Isa) -> bool:
-    """Do accumulators, the strip's vectors and (where weights are broadcast to a vector) one weight fit the registers?"""
+    """Do accumulators, the strip's vectors and (where a weight is broadcast to a vector first) one weight fit?"""
     return (mr + 1) * nv + (not isa.scalable) <= isa.registers
 
 
@@ -108,6 +108,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     conv = step.workload
     assert isinstance(conv, Conv2d) and step.output is not None
     lanes = step.output.planes.lanes
+    distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
     pruned = not tiling(step, dense_tile=0).is_dense
     for dense in (0, 1) if pruned else (1,):
         for mr, nv in _shapes(isa):
@@ -117,7 +118,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             strips = -(-lanes // (nv * (isa.lanes or 8)))
             cost = _cost(tiled, lanes, mr, nv, isa)
             blocks = (1, 4, 0) if strips > 4 else (1, 0) if strips > 1 else (0,)
-            for block, ahead, split in product(blocks, (0, 4, 8, 16), (0, 1) if threads > 1 else (0,)):
+            for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
                 # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
                 habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
                 shares = len(tiled.tiles) if split else strips
@@ -133,13 +134,28 @@ def _worth_trying(mr: int, tiled: TiledWeights, isa: Isa) -> bool:
 
 
 def _cost(tiled: TiledWeights, lanes: int, mr: int, nv: int, isa: Isa) -> float:
-    """Static ranking: vector instructions issued, loads and broadcasts at half the price of a multiply-add."""
-    vectors = -(-lanes // (isa.lanes or 8))
+    """Static ranking. Fixed vectors: instructions issued, loads and broadcasts at half the price of a multiply-add."""
+    if isa.scalable:
+        return _cost_in_order(tiled, lanes, mr, nv)
+    vectors = -(-lanes // isa.lanes)
     widths = [nv] * (vectors // nv) + ([vectors % nv] if vectors % nv else [])
     total = 0.0
     for tile in tiled.tiles:
         heights = _heights(len(tile.rows), mr)
         total += len(tile.columns) * sum(m * v + 0.5 * (m + v) + 1 for m in heights for v in widths)
+    return total
+
+
+def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float:
+    """Cycles a kept column costs a two-wide in-order core with one vector-arithmetic and one vector-memory pipe: the
+    busiest of arithmetic (LMUL a multiply-add), load (2.2 LMUL) and issue (a multiply-add and its weight a row, five
+    more), and what waits for the column. VLEN is taken as 256; a strip costs the same however few lanes it has."""
+    strips = -(-lanes // (8 * lmul))
+    total = 0.0
+    for tile in tiled.tiles:
+        for rows in _heights(len(tile.rows), mr):
+            column = max(rows * lmul, 2.2 * lmul, rows + 2.5) + 1.5
+            total += strips * (len(tile.columns) * column + 8 * rows * lmul)  # bias, limits, holes, store
     return total
 
 

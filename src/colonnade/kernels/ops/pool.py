@@ -68,7 +68,7 @@ GLOBAL = Struct(
 
 def _pool_variants(isa: Isa) -> Iterator[Variant]:
     for kind in ("max", "avg"):
-        yield Variant(f"f32_{kind}pool_1v__{isa.name}", "pool.c.in", {"NV": 1, "KIND": kind})
+        yield Variant(f"f32_{kind}pool_1v__{isa.name}", "pool.c.in", {"NV": 1, "KIND": kind, "MAX_LANES": MAX_LANES})
 
 
 def _pool_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
