@@ -1,4 +1,4 @@
-"""Run one kernel in this process, in memory that shows every stray read and write.
+"""Run one kernel, in this process or under QEMU, in memory that shows every stray read and write.
 
 The arena and every array a kernel sees end at a page that cannot be touched (and the arena starts behind one), all
 of it is poisoned beforehand, and afterwards everything but the output must be as it was.
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated import INSTALLED, MISSING, RVV, Emulated, run_calls
 
 from colonnade.build.toolchain import Toolchain, host
 from colonnade.kernels import registry, render
@@ -79,7 +80,12 @@ def machine_has(name: str) -> bool:
 
 
 def need(name: str) -> Isa:
-    """The ISA called ``name``, or a skipped test."""
+    """The ISA called ``name``, or ``rvv-256`` and the like, emulated; or a skipped test."""
+    for row in RVV:
+        if row.label == name:
+            if not INSTALLED:
+                pytest.skip(MISSING)
+            return row
     if not machine_has(name):
         pytest.skip(f"this machine has no {name}")
     return isa(name)
@@ -173,8 +179,12 @@ def run(
         external = _external(case, inputs, wanted)
         with guarded(external.nbytes, 4, poison) as (user, user_bytes):
             user_bytes[:] = external.reshape(-1).view(np.uint8)
-            for call in calls:
-                _run_call(call, target, threads, base, user, poison, backwards=case.arena // LINE % 2 == 1)
+            backwards = case.arena // LINE % 2 == 1
+            if isinstance(target, Emulated):
+                run_calls(target, calls, threads, arena, user_bytes, poison, backwards)
+            else:
+                for call in calls:
+                    _run_call(call, target, threads, base, user, poison, backwards)
             user_after = user_bytes.view(np.float32).reshape(external.shape).copy()
         result = user_after
         if case.output is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from convolutions import convs, operands, patterns, places, weights
+from emulated import INSTALLED, MISSING, RVV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import Case, machine_has, run
@@ -19,14 +20,17 @@ from colonnade.workload import RELU, Conv2d, Epilogue, im2col
 TOLERANCE = 2e-5  # of the largest magnitude; sums of up to K terms in float32
 
 
-MACHINE = [row for row in ISAS if machine_has(row.name)]
+MACHINE = [
+    *(pytest.param(row, id=row.name) for row in ISAS if machine_has(row.name)),
+    *(pytest.param(row, id=row.label, marks=pytest.mark.skipif(not INSTALLED, reason=MISSING)) for row in RVV),
+]
 
 
 def check(case: Case, inputs: list[np.ndarray], candidate: Candidate, isa, threads: int = 1) -> None:
     run(case, candidate, isa, inputs, threads=threads, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", MACHINE)
 @given(conv=convs(), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_convolution_equals_its_definition(isa, conv, pattern, seed, extra, data):
@@ -37,7 +41,7 @@ def test_any_convolution_equals_its_definition(isa, conv, pattern, seed, extra, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", MACHINE)
 @given(conv=convs(), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
 @settings(max_examples=600, deadline=None)
 def test_any_convolution_equals_its_definition_at_length(isa, conv, pattern, seed, extra, data):
@@ -47,7 +51,7 @@ def test_any_convolution_equals_its_definition_at_length(isa, conv, pattern, see
     check(call, inputs, candidate, isa, threads)
 
 
-@pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", MACHINE)
 @pytest.mark.parametrize("sparsity", [0, 0.75])
 def test_every_kernel_of_the_library(isa, sparsity):
     """Each (MR, NV) with full and partial blocks of rows and a tail strip."""
@@ -78,7 +82,7 @@ TRAPS = [
 ]
 
 
-@pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", MACHINE)
 @pytest.mark.parametrize("shape", TRAPS, ids=lambda s: "-".join(f"{v}" for v in s.values()).replace(" ", ""))
 def test_shapes_that_others_got_wrong(isa, shape):
     conv = Conv2d(2, 6, 10, epilogue=Epilogue(False, RELU), **shape)
@@ -87,7 +91,7 @@ def test_shapes_that_others_got_wrong(isa, shape):
         check(call, inputs, candidate, isa)
 
 
-@pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", MACHINE)
 def test_activation_comes_after_the_residual_and_only_there(isa):
     conv = Conv2d(1, 3, 8, 9, 9, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(True, RELU))
     call, (x, _) = operands(conv, None, seed=2)
@@ -98,7 +102,7 @@ def test_activation_comes_after_the_residual_and_only_there(isa):
         assert run(call, candidate, isa, [x, residual]).min() > 50
 
 
-@pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", MACHINE)
 def test_more_than_65535_columns(isa):
     conv = Conv2d(1, 7300, 2, 2, 2, (3, 3), padding=(1, 1, 1, 1))
     assert conv.k > 65535

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from emulated import RVV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import Arranger, Case, need, run
@@ -39,7 +40,10 @@ activations = st.sampled_from([NONE, RELU, RELU6, Activation(-0.5, 0.25)])
 seeds = st.integers(0, 2**31)
 
 
-@pytest.fixture(scope="module", params=[i.name for i in ISAS if i.arch in ("any", "x86_64")])
+NAMES = [*(i.name for i in ISAS if i.arch in ("any", "x86_64")), *(row.label for row in RVV)]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def isa(request: pytest.FixtureRequest) -> Isa:
     return need(request.param)
 
