@@ -103,6 +103,16 @@ def test_activation_comes_after_the_residual_and_only_there(isa):
 
 
 @pytest.mark.parametrize("isa", MACHINE)
+def test_a_value_that_is_no_number_reaches_the_output_and_no_halo(isa):
+    conv = Conv2d(1, 3, 9, 6, 7, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(False, RELU))
+    call, (x,) = operands(conv, None, seed=5)  # a pruned weight times NaN is 0 here, NaN by definition
+    x[0, :, 2, 6], x[0, 1, 5, 0] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        for candidate in candidates(call, isa, 1)[::11]:
+            assert np.isnan(run(call, candidate, isa, [x], tolerance=TOLERANCE)).any()
+
+
+@pytest.mark.parametrize("isa", MACHINE)
 def test_more_than_65535_columns(isa):
     conv = Conv2d(1, 7300, 2, 2, 2, (3, 3), padding=(1, 1, 1, 1))
     assert conv.k > 65535
