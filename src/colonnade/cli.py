@@ -75,7 +75,7 @@ def _options(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks; may stand after the verb too.")] = False,
 ) -> None:
-    """Prune trained CNNs column-wise (N of every M inside tiles of rows) and build the fastest native program for them."""
+    """Prune trained CNNs column-wise, N of every M inside tiles of rows, and build the fastest native program."""
 
 
 def application(verb: str | None) -> typer.Typer:
@@ -104,6 +104,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     """The line for the user, and the exit code."""
     if isinstance(error, ColonnadeError):
         return str(error), error.exit_code
+    if type(error).__module__.endswith("session"):  # SessionError: its file stands by itself and knows no base of ours
+        return str(error), getattr(error, "exit_code", UserError.exit_code)
     if callable(formatted := getattr(error, "format_message", None)):  # the option parser's own errors
         context = getattr(error, "ctx", None)
         where = f" (see {context.command_path} --help)" if context is not None else ""
@@ -130,8 +132,9 @@ def run_verb(argv: Sequence[str]) -> int:
         _say(f"no such verb: {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}"))
         return UserError.exit_code
     try:
-        code = application(verb)(words, standalone_mode=False, prog_name="colonnade")
-        return code if isinstance(code, int) else 0
+        # The option parser itself turns Ctrl-C into a number; what else a verb returns means nothing.
+        answer = application(verb)(words, standalone_mode=False, prog_name="colonnade")
+        code = answer if isinstance(answer, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
@@ -145,7 +148,7 @@ def run_verb(argv: Sequence[str]) -> int:
         _say(text)
     if code == 130:
         print("stopped", file=sys.stderr)
-    return int(code)
+    return code
 
 
 def main() -> None:

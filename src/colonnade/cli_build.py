@@ -1,0 +1,185 @@
+"""`colonnade build` and `colonnade run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from colonnade.cli_tune import Compiler, Db, IsaName, Target, bar, seconds, size_text
+from colonnade.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+TOP = 5
+
+
+def build(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The folder to make.")],
+    target: Target = "local",
+    threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads to build for.")] = 1,
+    isa: IsaName = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure first what the records lack.")] = False,
+    budget: Annotated[str, typer.Option("--budget", help="Time that --tune may take, such as 120s.")] = "120s",
+    db: Db = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch size; the model's own by default.")] = None,
+    preprocess: Annotated[
+        str | None, typer.Option("--preprocess", metavar="imagenet|FILE.json", help="How photos become inputs.")
+    ] = None,
+    cc: Compiler = "zig",
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+) -> None:
+    """Turn an ONNX model into a native bundle: library, program, weights, and a session for Python."""
+    limit = seconds(budget)
+    from rich.console import Console
+
+    from colonnade.api import build as make
+
+    console = Console(stderr=True)
+    options: dict[str, Any] = {
+        "threads": threads, "isa": isa, "batch": batch, "out": output, "db": db, "cc": cc, "preprocess": preprocess,
+        "force": force, "notice": lambda line: console.print(line, markup=False, highlight=False),
+    }  # fmt: skip
+    if tune:
+        with bar(console, "tuning") as progress:
+            bundle = make(model, target, tune=True, budget=limit, progress=progress, **options)
+    else:
+        with console.status("building"):
+            bundle = make(model, target, **options)
+    manifest = bundle.manifest
+    kept, macs = (sum(int(step[key]) for step in manifest["steps"]) for key in ("kept_macs", "macs"))
+    typer.echo(
+        f"{bundle.path}: {manifest['isa']}, {len(manifest['steps'])} steps, "
+        f"{kept / 1e6:.1f} of {macs / 1e6:.1f} million multiply-adds kept, "
+        f"weights {size_text(manifest['bytes']['weights.bin'])}, arena {size_text(manifest['arena_bytes'])}"
+    )
+    tuning = manifest["tuning"]
+    if tuning["untuned"]:
+        typer.echo(f"{tuning['untuned']} of {tuning['tunable']} layers untuned (`colonnade tune`, or build --tune)")
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")],
+    inputs: Annotated[
+        list[str], typer.Option("--input", metavar="[NAME=]x.npy|photo.jpg", help="One for each input of the model.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="y.npy", help="Where the outputs go (.npz for several).")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=1024, help="Threads; the bundle's own number by default.")
+    ] = None,
+) -> None:
+    """Run a bundle on arrays or a photo; prints the five largest answers of a classifier when there is no -o."""
+    import numpy as np
+
+    from colonnade.bundle import Bundle
+    from colonnade.runtime.session import Session
+
+    opened = Bundle.load(bundle)
+    ports = opened.manifest["inputs"]
+    feeds = {
+        name: _load(path, port, opened.manifest.get("preprocess"))
+        for name, path, port in _named(inputs, {port["name"]: port for port in ports})
+    }
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"{output}: there is no folder {output.parent}")
+    if output is not None and output.suffix not in (".npy", ".npz"):
+        raise UserError(f"{output}: expected a name that ends in .npy, or .npz for several outputs")
+    if output is not None and output.suffix == ".npy" and len(opened.manifest["outputs"]) > 1:
+        raise UserError(
+            f"{output}: the model has {len(opened.manifest['outputs'])} outputs; give a name that ends in .npz"
+        )
+    with Session(bundle, threads=threads) as session:
+        answers = session.run(feeds)
+    if output is not None:
+        _save(output, answers)
+        typer.echo(f"{output}: " + ", ".join(f"{name} {value.shape}" for name, value in answers.items()))
+        return
+    for name, value in answers.items():
+        if value.ndim == 2 and value.shape[1] > 1:
+            for row, scores in enumerate(value):
+                best = np.argsort(-scores, kind="stable")[:TOP]
+                said = ", ".join(f"{index} ({scores[index]:.4g})" for index in best)
+                typer.echo(f"{name}[{row}]: {said}")
+        else:
+            typer.echo(
+                f"{name}: {value.dtype} {value.shape}, from {value.min():.4g} to {value.max():.4g}, "
+                f"mean {value.mean():.4g} (-o y.npy keeps it)"
+            )
+
+
+def _named(words: list[str], ports: dict[str, Any]) -> list[tuple[str, Path, Any]]:
+    """(input's name, file, port) for every ``[NAME=]FILE``. Raises UserError for names that do not fit the model."""
+    known = ", ".join(ports)
+    found: dict[str, tuple[str, Path, Any]] = {}
+    for word in words:
+        name, mark, path = word.partition("=")
+        if not mark or (name not in ports and Path(word).exists()):
+            if len(ports) > 1:
+                raise UserError(f"--input {word}: the model has several inputs; say which: NAME={word} ({known})")
+            name, path = next(iter(ports)), word
+        if name not in ports:
+            raise UserError(f"--input {word}: the model has no input {name!r}; its inputs: {known}")
+        if name in found:
+            raise UserError(f"--input {word}: input {name!r} was given twice")
+        found[name] = (name, Path(path), ports[name])
+    missing = [name for name in ports if name not in found]
+    if missing:
+        raise UserError(f"input {missing[0]!r} is missing: --input {missing[0]}=FILE")
+    return list(found.values())
+
+
+def _load(path: Path, port: Any, preprocess: Any) -> npt.NDArray[Any]:
+    """The array for one input, from an array's file or a photo."""
+    import numpy as np
+
+    if path.suffix.lower() in PHOTOS:
+        if preprocess is None:
+            raise UserError(
+                f"{path}: the bundle does not say how a photo becomes its input; build it with --preprocess imagenet "
+                "or --preprocess FILE.json"
+            )
+        from colonnade.photo import load_photo
+
+        photo = load_photo(path, preprocess)
+        shape = tuple(port["shape"])
+        if photo.shape[1:] == shape[1:] and shape[0] != 1:
+            raise UserError(f"{path}: the bundle takes {shape[0]} images at once and this is one; build with --batch 1")
+        return photo.astype(port["dtype"])
+    try:
+        # A pickle inside could run anything.
+        loaded = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or 'not an array'})") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: neither an array (.npy) nor a photo ({', '.join(PHOTOS)})") from error
+    if not isinstance(loaded, np.ndarray):
+        loaded.close()
+        raise UserError(f"{path}: several arrays in one file; save each as .npy and give them by name")
+    return loaded
+
+
+def _save(path: Path, answers: dict[str, npt.NDArray[Any]]) -> None:
+    """Write the outputs beside ``path`` and rename."""
+    import numpy as np
+
+    from colonnade.onnx_io import writing_aside
+
+    with writing_aside(path) as aside, aside.open("wb") as file:
+        if path.suffix == ".npz":
+            # The keyword of an output could collide with the function's own.
+            import zipfile
+
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, value in answers.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, value, allow_pickle=False)
+        else:
+            np.lib.format.write_array(file, next(iter(answers.values())), allow_pickle=False)

@@ -1,0 +1,248 @@
+"""Column-wise pruning of torch models in place: masks as parametrizations of the weights they belong to.
+
+A mask is a buffer of its layer (torch.nn.utils.parametrize), so it goes wherever the layer goes: state_dict, deepcopy,
+DataParallel and DistributedDataParallel, torch.compile, autocast. What the forward pass sees is the masked weight;
+gradients of removed weights are exactly zero, and the stored values start at zero, so neither momentum nor weight
+decay can bring one back.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from colonnade.errors import UserError
+from colonnade.pattern import ColumnPattern
+from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
+
+Prunable = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+
+class ColumnMask(nn.Module):
+    """The parametrization: a weight where ``mask`` (bool, of its shape) is true, zero elsewhere."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the layer computes with (0 * NaN would be NaN, so zeros are selected, not multiplied)."""
+        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is stored when a weight is assigned: its kept values."""
+        return self.forward(weight)
+
+
+@dataclass(frozen=True)
+class LayerPruning:
+    """What happened to one layer. ``sparsity``: share of its weights that are zero. ``pattern`` None: left dense."""
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: ColumnPattern | None
+    sparsity: float
+    reason: str = ""
+
+
+def masks(model: nn.Module) -> Iterator[tuple[str, ColumnMask]]:
+    """(name of the weight, its mask) of every masked weight, in the order of ``named_modules``."""
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            for part in cast(Iterable[nn.Module], cast(nn.ModuleDict, module.parametrizations)["weight"]):
+                if isinstance(part, ColumnMask):
+                    yield f"{name}.weight" if name else "weight", part
+
+
+def _order(model: nn.Module, example_inputs: Any) -> list[str]:
+    """Names of the prunable layers in the order in which they run (without inputs: in which they were registered)."""
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, Prunable)}
+    if example_inputs is None:
+        return list(layers.values())
+    order: list[str] = []
+
+    def note(module: nn.Module, _inputs: Any) -> None:
+        if (name := layers[module]) not in order:
+            order.append(name)
+
+    handles = [module.register_forward_pre_hook(note) for module in layers]
+    training = model.training
+    try:
+        model.eval()  # BatchNorm's statistics stay as they are
+        with torch.no_grad():
+            model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def _dense_by_default(order: list[str], model: nn.Module) -> dict[str, str]:
+    """Layers that stay dense unless they are named: layer -> why."""
+    reasons: dict[str, str] = {}
+    convolutions = [name for name in order if not isinstance(model.get_submodule(name), nn.Linear)]
+    for name in convolutions:
+        convolution = cast(nn.Conv2d, model.get_submodule(name))
+        if convolution.groups > 1 and convolution.weight.shape[1] == 1:
+            reasons[name] = "depthwise"
+    if convolutions:
+        reasons[convolutions[0]] = "stem"
+    if len(order) > 1:
+        reasons[order[-1]] = "classifier"
+    return reasons
+
+
+def _matches(key: str, name: str) -> bool:
+    """Whether ``key``, a regular expression or a glob, means the whole of ``name``."""
+    if key == name or fnmatch.fnmatchcase(name, key):
+        return True
+    try:
+        return re.fullmatch(key, name) is not None
+    except re.error:
+        return False  # only a glob
+
+
+def _choose(
+    names: list[str], pattern: ColumnPattern | Mapping[str, ColumnPattern | None], reasons: Mapping[str, str]
+) -> dict[str, ColumnPattern | None]:
+    """The pattern of every layer; None: dense. A layer that is named exactly is pruned whatever its place."""
+    if isinstance(pattern, ColumnPattern):
+        return {name: None if name in reasons else pattern for name in names}
+    chosen: dict[str, ColumnPattern | None] = {}
+    unused = set(pattern)
+    for name in names:
+        chosen[name] = None
+        for key, value in pattern.items():
+            if _matches(key, name):
+                unused.discard(key)
+                chosen[name] = value if key == name or name not in reasons else None
+                break
+    for key in sorted(unused):
+        if not any(_matches(key, name) for name in names):
+            raise UserError(f"pattern {key!r} matches no layer: expected a name, glob or regular expression of {names}")
+    return chosen
+
+
+def sparsify_(
+    model: nn.Module,
+    pattern: ColumnPattern | Mapping[str, ColumnPattern | None],
+    example_inputs: Any = None,
+    *,
+    score: str = "l1",
+    group_rows: bool = True,
+    exclude: Iterable[str] = (),
+    method: str = "magnitude",
+) -> list[LayerPruning]:
+    """Prune ``model`` column-wise, in place, and hold the zeros there by masks.
+
+    model:          any module with convolutions and linear layers, in any mode and on any device.
+    pattern:        one for all layers, or ``{glob or regular expression of layer names: pattern}``, of which the first
+                    that matches counts (None: dense). Layers that nothing matches stay dense.
+    example_inputs: a tensor or a tuple of them; the model runs once on them so that stem (the first convolution) and
+                    classifier (the last layer) are known by the order in which layers run. Without, by their order
+                    in the model. Both, and depthwise convolutions, stay dense unless named exactly.
+    score:          "l1" or "l2": how the importance of a column is measured from its weights in a tile.
+    group_rows:     put rows with similar columns into one tile, instead of consecutive ones.
+    exclude:        globs or regular expressions of layers that stay dense.
+    method:         "magnitude".
+
+    Returns what happened, layer by layer in running order. Raises UserError for unknown options, weights that are not
+    finite, layers that share one weight, and models without anything to prune; the model is then as it was.
+    Pruning a model a second time starts from the weights that are left.
+    """
+    if method != "magnitude":
+        raise UserError(f"method is {method!r}: expected 'magnitude'")
+    if score not in SCORES:
+        raise UserError(f"score is {score!r}: expected one of {', '.join(SCORES)}")
+    order = _order(model, example_inputs)
+    if not order:
+        raise UserError(f"{type(model).__name__} has no convolution or linear layer to prune")
+    reasons = _dense_by_default(order, model)
+    excluded = list(exclude)
+    chosen = _choose(order, pattern, reasons)
+    owners: dict[int, str] = {}
+    planned: list[tuple[LayerPruning, Tensor | None]] = []
+    for name in order:
+        module = model.get_submodule(name)
+        weight = cast(Tensor, module.weight)
+        wanted, reason = chosen[name], reasons.get(name, "not named")
+        if wanted is not None and any(_matches(key, name) for key in excluded):
+            wanted, reason = None, "excluded"
+        if wanted is None:
+            planned.append((LayerPruning(name, tuple(weight.shape), None, _zeros(weight), reason), None))
+            continue
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"layer {name}: its weights hold NaN or infinity: train or load it again")
+        if not parametrize.is_parametrized(module, "weight") and (other := owners.setdefault(id(weight), name)) != name:
+            raise UserError(f"layers {other} and {name} share one weight: exclude one, or give it a copy")
+        groups = int(getattr(module, "groups", 1))
+        array = weight.detach().to("cpu", torch.float32).numpy()
+        kept = select(as_matrix(array), wanted, groups=groups, score=score, similar_rows=group_rows).mask
+        mask = torch.from_numpy(from_matrix(kept, array.shape).copy()).to(weight.device)
+        planned.append((LayerPruning(name, tuple(weight.shape), wanted, 1 - float(mask.float().mean())), mask))
+    if all(mask is None for _, mask in planned):
+        raise UserError(f"nothing was pruned: every layer stays dense ({_summary(planned)}); name layers to prune them")
+    for layer, mask in planned:
+        if mask is not None:
+            _mask(model.get_submodule(layer.name), mask)
+    return [layer for layer, _ in planned]
+
+
+def _summary(planned: Iterable[tuple[LayerPruning, Tensor | None]]) -> str:
+    return ", ".join(f"{layer.name}: {layer.reason}" for layer, _ in planned)
+
+
+def _zeros(weight: Tensor) -> float:
+    return float((weight == 0).float().mean())
+
+
+def _mask(module: nn.Module, mask: Tensor) -> None:
+    """Give ``module.weight`` this mask (bool, the weight's shape), in the place of one it may have."""
+    if parametrize.is_parametrized(module, "weight"):
+        for part in cast(Iterable[nn.Module], cast(nn.ModuleDict, module.parametrizations)["weight"]):
+            if isinstance(part, ColumnMask):
+                part.mask = mask
+                module.weight = module.weight.detach()
+                return
+    parametrize.register_parametrization(module, "weight", ColumnMask(mask))
+
+
+def mask_zeros_(model: nn.Module, *, least: float = 0.05) -> list[str]:
+    """Put masks on a model that was pruned elsewhere: where a weight is zero now, it stays zero.
+
+    Layers of which at least the share ``least`` is zero get a mask. Returns their names.
+    """
+    named = []
+    for name, module in model.named_modules():
+        if isinstance(module, Prunable) and not parametrize.is_parametrized(module, "weight"):
+            weight = module.weight
+            if _zeros(weight) >= least:
+                _mask(module, weight.detach() != 0)
+                named.append(name)
+    return named
+
+
+def remove_masks(model: nn.Module) -> nn.Module:
+    """Take the masks off, in place: plain parameters with exact zeros stay. Returns ``model``.
+
+    Parametrizations that others put on the same weights are made permanent too (torch removes all or none).
+    """
+    for name, _ in list(masks(model)):
+        module = model.get_submodule(name.rpartition(".")[0])
+        # A deepcopy shares the class that torch made for the parametrized layer, and removing changes that class: work
+        # on one of the layer's own, or the other copies lose their weights.
+        shared = type(module)
+        own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, own)
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return model

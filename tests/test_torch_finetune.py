@@ -1,0 +1,144 @@
+"""Fine-tuning on the bundled digits: zeros stay, resuming changes nothing, the best epoch is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import colonnade as cn
+from colonnade.demo.network import Shifted, SmallResNet, digits
+from colonnade.errors import UserError
+from colonnade.sparsify.masks import masks
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[Shifted, TensorDataset]:
+    (images, labels), test = digits()
+    return Shifted(images[:192], labels[:192]), TensorDataset(test[0][:96], test[1][:96])
+
+
+@pytest.fixture(scope="module")
+def start(data: tuple[Shifted, TensorDataset]) -> nn.Module:
+    torch.manual_seed(0)
+    model = SmallResNet((16, 16, 24))
+    cn.sparsify_(model, cn.ColumnPattern(0.5), data[0][0][0][None])
+    return model
+
+
+def tune(model: nn.Module, data: tuple[Shifted, TensorDataset], **options: Any) -> Any:
+    settings = {"epochs": 3, "lr": 0.05, "progress": False} | options
+    train = DataLoader(data[0], 32, shuffle=True)
+    return cn.finetune(model, train, DataLoader(data[1], 40), **settings)
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_masks_stay_and_the_loss_falls(start: nn.Module, data: tuple[Shifted, TensorDataset]) -> None:
+    model = copy.deepcopy(start)
+    history = tune(model, data, momentum=0.9, weight_decay=0.01)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    assert history.epochs[-1].lr == 0
+    assert not model.training
+    for (name, mine), (_, before) in zip(masks(model), masks(start), strict=True):
+        assert torch.equal(mine.mask, before.mask)
+        weight = model.get_submodule(name.rpartition(".")[0]).weight
+        assert bool((weight[~before.mask] == 0).all())
+    assert not same(model, start)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resuming_equals_not_stopping(
+    start: nn.Module, data: tuple[Shifted, TensorDataset], tmp_path: Path, optimizer: str
+) -> None:
+    whole, parts, again = (copy.deepcopy(start) for _ in range(3))
+    expected = tune(whole, data, optimizer=optimizer, lr=0.01)
+
+    class Stop(Exception):
+        pass
+
+    def stopping(calls: int) -> Any:
+        cross_entropy = nn.CrossEntropyLoss()
+        left = iter(range(calls))
+
+        def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            if next(left, None) is None:
+                raise Stop
+            return cross_entropy(outputs, targets)
+
+        return loss
+
+    with pytest.raises(Stop):  # in the middle of the second epoch
+        tune(parts, data, optimizer=optimizer, lr=0.01, checkpoint_dir=tmp_path, loss=stopping(9))
+    history = tune(again, data, optimizer=optimizer, lr=0.01, checkpoint_dir=tmp_path)
+    assert [epoch.loss for epoch in history.epochs] == [epoch.loss for epoch in expected.epochs]
+    assert same(again, whole)
+    # Finished: a third call has nothing left to do and gives the same.
+    assert tune(parts, data, optimizer=optimizer, lr=0.01, checkpoint_dir=tmp_path).best == expected.best
+    assert same(parts, whole)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["epoch-0003"]
+
+
+def test_the_best_epoch_is_kept(start: nn.Module, data: tuple[Shifted, TensorDataset]) -> None:
+    model = copy.deepcopy(start)
+    history = tune(model, data, epochs=4)
+    best = max(epoch.accuracy for epoch in history.epochs)
+    assert history.accuracy == best
+    images, labels = data[1].tensors
+    with torch.no_grad():
+        assert float((model(images).argmax(1) == labels).float().mean()) == pytest.approx(best)
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    start: nn.Module, data: tuple[Shifted, TensorDataset], tmp_path: Path
+) -> None:
+    tune(copy.deepcopy(start), data, epochs=1, checkpoint_dir=tmp_path)
+    with pytest.raises(UserError, match=r"other options \(lr was 0.05\)"):
+        tune(copy.deepcopy(start), data, epochs=1, lr=0.01, checkpoint_dir=tmp_path)
+    (tmp_path / "epoch-0001" / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(UserError, match="not a checkpoint of this model"):
+        tune(copy.deepcopy(start), data, epochs=1, checkpoint_dir=tmp_path)
+    tune(copy.deepcopy(start), data, epochs=1, checkpoint_dir=tmp_path, resume=False)
+
+
+def test_bfloat16_leaves_no_wrapper(start: nn.Module, data: tuple[Shifted, TensorDataset]) -> None:
+    model = copy.deepcopy(start)
+    tune(model, data, epochs=1, mixed_precision="bf16")
+    assert model(data[1].tensors[0][:1]).dtype == torch.float32
+    copy.deepcopy(model)
+    tune(model, data, epochs=1)  # another precision in the same process
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epochs": 0}, "epochs >= 1"),
+        ({"lr": -1.0}, "lr > 0"),
+        ({"optimizer": "magic"}, "optimizer is 'magic'"),
+        ({"mixed_precision": "int3"}, "mixed_precision is 'int3'"),
+        ({"lr": 1e30}, "the loss became"),
+    ],
+)
+def test_wrong_options(
+    start: nn.Module, data: tuple[Shifted, TensorDataset], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        tune(copy.deepcopy(start), data, **options)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # Sums are split over threads: with the same number of them, runs give the same bits.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
