@@ -149,12 +149,13 @@ def _cost(tiled: TiledWeights, lanes: int, mr: int, nv: int, isa: Isa) -> float:
 def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float:
     """Cycles a kept column costs a two-wide in-order core with one vector-arithmetic and one vector-memory pipe: the
     busiest of arithmetic (LMUL a multiply-add), load (2.2 LMUL) and issue (a multiply-add and its weight a row, five
-    more), and what waits for the column. VLEN is taken as 256; a strip costs the same however few lanes it has."""
+    more), what waits for the column, and its way through the caches. VLEN is taken as 256; a strip costs the same
+    however few lanes it has."""
     strips = -(-lanes // (8 * lmul))
     total = 0.0
     for tile in tiled.tiles:
         for rows in _heights(len(tile.rows), mr):
-            column = max(rows * lmul, 2.2 * lmul, rows + 2.5) + 1.5
+            column = max(rows * lmul, 2.2 * lmul, rows + 2.5) + 1.5 + 0.2 * lmul
             total += strips * (len(tile.columns) * column + 8 * rows * lmul)  # bias, limits, holes, store
     return total
 

@@ -1,0 +1,144 @@
+"""The emulated RISC-V machine as a target: what it says of itself, how programs end, that nothing is timed."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from convolutions import operands
+from emulated import INSTALLED, MISSING, RVV
+
+from colonnade import targets
+from colonnade.build.toolchain import Toolchain
+from colonnade.errors import TargetError, UserError
+from colonnade.kernels import registry
+from colonnade.kernels.isa import isa
+from colonnade.pattern import ColumnPattern
+from colonnade.plan import Plan
+from colonnade.targets import Qemu, parse
+from colonnade.tune import tune
+from colonnade.tune.job import Run, problem
+from colonnade.tune.measure import Harness, Measurement
+from colonnade.workload import RELU, Conv2d, Epilogue
+
+needs_qemu = pytest.mark.skipif(not INSTALLED, reason=MISSING)
+
+
+@pytest.mark.parametrize(
+    ("text", "vlen", "poison"),
+    [
+        ("qemu", 256, False),
+        ("qemu:vlen=128", 128, False),
+        ("qemu:vlen=1024,poison", 1024, True),
+        ("qemu:poison", 256, True),
+    ],
+)
+def test_names_of_the_target(text, vlen, poison):
+    target = parse(text)
+    assert target == Qemu(vlen, poison)
+    assert parse(target.name) == target
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["qemu:", "qemu:vlen", "qemu:vlen=0", "qemu:vlen=100", "qemu:vlen=2048", "qemu:vlen=256,", "qemux", "qemu:v=1"],
+)
+def test_names_that_are_none(text):
+    with pytest.raises(UserError) as caught:
+        parse(text)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_qemu_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(TargetError, match="apt-get install qemu-user"):
+        Qemu().probe()
+
+
+@needs_qemu
+@pytest.mark.parametrize("vlen", targets.qemu.VLENS)
+def test_the_machine_is_what_the_probe_says(vlen):
+    source = r"""
+    #include <stdio.h>
+    #include <sys/auxv.h>
+    int main(void)
+    {
+        unsigned long vlenb;
+        __asm__ volatile("csrr %0, vlenb" : "=r"(vlenb));
+        printf("%lu %d\n", vlenb, (int)(getauxval(AT_HWCAP) >> ('v' - 'a') & 1));
+    }
+    """
+    program = Toolchain().compile({"kernels_rvv.c": source}, "program", "riscv64")
+    machine = Qemu(vlen).probe()
+    outcome = Qemu(vlen).run(program)
+    assert outcome.ok and outcome.stdout == f"{vlen // 8} 1\n"
+    assert machine.vlenb == vlen // 8
+    assert [row.name for row in machine.isas] == ["rvv", "portable"]
+    assert machine.key() != Qemu(512 if vlen == 256 else 256).probe().key()
+
+
+@needs_qemu
+def test_how_programs_end():
+    source = r"""
+    #include <stdio.h>
+    #include <stdlib.h>
+    #include <unistd.h>
+    int main(int argc, char **argv)
+    {
+        FILE *in = fopen("in", "r"), *out = fopen("out", "w");
+        if (argc > 1 && argv[1][0] == 'c') *(volatile int *)8 = 1;
+        while (argc > 1 && argv[1][0] == 'h') pause();
+        fputc(fgetc(in) + 1, out);
+        return argc > 1 ? atoi(argv[1]) : 0;
+    }
+    """
+    program = Toolchain().compile({"main.c": source}, "program", "riscv64")
+    run = Qemu().run
+    assert run(program, inputs={"in": b"a"}, outputs=["out", "none"]).files == {"out": b"b"}
+    assert run(program, ["7"], {"in": b"a"}).code == 7
+    assert run(program, ["crash"], {"in": b"a"}).signal == 11
+    assert run(program, ["hang"], {"in": b"a"}, timeout=0.5).timed_out
+
+
+@needs_qemu
+@pytest.mark.parametrize("row", RVV, ids=lambda row: row.label)
+def test_every_kernel_through_the_measuring_program(row):
+    """The tuner's program on the emulated machine: results are checked, nothing is timed; two threads."""
+    conv = Conv2d(1, 11, 53, 13, 17, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(True, RELU))
+    case, _ = operands(conv, ColumnPattern(0.75, tile=26), seed=3)
+    object.__setattr__(case, "key", lambda: "convolution")
+    chosen = {c.kernel: c for c in reversed(registry.candidates(case, isa("rvv"), 2))}
+    found: dict[str, Measurement] = {}
+    names = list(chosen)
+    Harness(Qemu(row.vlen, poison=True), isa("rvv"), 2).run(
+        problem(case),
+        list(chosen.values()),
+        [Run(index, check=True, least=0, most=0, budget_ns=0, limit_s=20) for index in range(len(names))],
+        lambda index, measurement: found.__setitem__(names[index], measurement),
+        registry.bind,
+    )
+    assert {name: (m.outcome, m.detail) for name, m in found.items()} == {name: ("ok", "") for name in names}
+    assert len(names) > 8
+
+
+def test_nothing_is_tuned_by_emulated_times(tmp_path):
+    empty = Plan(name="none", steps=(), buffers=(), arena=0, inputs=(), outputs=())
+    with pytest.raises(UserError, match="static ranking chooses") as caught:
+        tune(empty, Qemu(), isa("rvv"), db_path=tmp_path / "db")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "db").exists()
+
+
+def test_the_static_ranking_of_rvv():
+    """Tiles of 8 rows take 8 x LMUL 2 on wide maps; no candidate differs from another in what RVV does not have."""
+    conv = Conv2d(1, 64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
+    call, _ = operands(conv, ColumnPattern(0.75, tile=8), seed=0)
+    ranked = registry.candidates(call, isa("rvv"), 1)
+    assert ranked[0].kernel == "f32_spconv_8x2v__rvv" and not ranked[0].params["dense"]
+    assert {c.params["prefetch"] for c in ranked} == {0}
+    dense, _ = operands(conv, None, seed=0)
+    best = registry.candidates(dense, isa("rvv"), 1)[0]
+    rows, lmul = (int(x.rstrip("v")) for x in best.kernel.split("_")[2].split("x"))
+    assert rows * lmul >= 24, "a dense tile fills the registers"
+    assert np.isfinite([c.rank for c in ranked]).all()
