@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops import depthwise
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed
@@ -61,6 +62,7 @@ def variants(isa: Isa) -> Iterator[Variant]:
     """Every (MR, NV) worth compiling for ``isa``."""
     for mr, nv in _shapes(isa):
         yield Variant(symbol(mr, nv, isa), "spconv.c.in", {"MR": mr, "NV": nv, "row_counts": row_counts(mr)})
+    yield from depthwise.variants(isa)
 
 
 def row_counts(mr: int) -> list[int]:
@@ -107,6 +109,8 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     """MR x NV, strips in a block, prefetch distance, split over threads; for pruned weights also the dense self."""
     conv = step.workload
     assert isinstance(conv, Conv2d) and step.output is not None
+    if depthwise.applies(conv):
+        yield from depthwise.candidates(step, isa, threads)
     lanes = step.output.planes.lanes
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
     pruned = not tiling(step, dense_tile=0).is_dense
@@ -219,12 +223,16 @@ def column_offsets(conv: Conv2d, source: Placed, group: int) -> npt.NDArray[np.i
 
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
-    """One ``cn_conv`` call."""
+    """One ``cn_conv`` call, or one ``cn_dwconv``."""
     conv, output = step.workload, step.output
     assert isinstance(conv, Conv2d) and output is not None
     source, layout = step.inputs[0], output.planes
     if (source.planes.pitch, source.planes.image_rows) != (layout.pitch, layout.image_rows):
         raise ValueError(f"{conv.key()}: input planes {source.planes.key()} do not match output {layout.key()}")
+    if source.planes.phases != conv.stride:
+        raise ValueError(f"{conv.key()}: input in phases {source.planes.phases}, needed {conv.stride}")
+    if candidate.kernel.startswith("f32_dwconv_"):
+        return depthwise.bind(step, candidate)
     params = candidate.params
     mr = int(candidate.kernel.split("_")[2].split("x")[0])
     tiled = tiling(step, dense_tile=mr if params["dense"] else 0)
@@ -301,4 +309,4 @@ def _tables(conv: Conv2d, source: Placed, tiled: TiledWeights) -> _Tables:
     return _Tables(offsets.astype(np.uint32), weights, records)
 
 
-ROWS = (Operator("conv2d", (TILE, CONV), variants, candidates, bind),)
+ROWS = (Operator("conv2d", (TILE, CONV, depthwise.DWCONV), variants, candidates, bind),)

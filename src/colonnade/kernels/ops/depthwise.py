@@ -1,0 +1,183 @@
+"""Depthwise convolution: one input plane an output plane, so rows of pixels stand in registers, not rows of weights.
+
+Its kernels are candidates of ``conv2d`` beside the offset-gather ones, which read every input row once a tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.kernels.call import Arena, Call, Const, Field
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
+from colonnade.kernels.registry import Candidate, Operands, Variant
+from colonnade.kernels.structs import Member, Struct
+from colonnade.layout import Placed
+from colonnade.workload import Conv2d
+
+DWCONV = Struct(
+    "cn_dwconv",
+    "Depthwise convolution: out[channel] = clip(bias + residual + sum over taps). A line is a run of taps in "
+    "consecutive rows of a plane.",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("offsets", "const uint32_t *", "of the first tap of every line at lane 0 [channels][lines]"),
+        Member("taps", "const uint32_t *", "of every line"),
+        Member("weights", "const float *", "[channels][weight_stride], in the order of lines"),
+        Member("bias", "const float *"),
+        Member("rows", "const uint32_t *", "offset of every output plane"),
+        Member("residual", "const uint32_t *", "offset of every plane to add, or null"),
+        Member("mask", "const uint8_t *", "a bit a lane of one row: is it a pixel?"),
+        *LEAD_MEMBERS,
+        Member("channels", "u32", "of the output"),
+        Member("lines", "u32"),
+        Member("weight_stride", "u32", "taps of a channel"),
+        Member("images", "u32"),
+        Member("image", "u32", "lanes from one image to the next"),
+        Member("height", "u32", "rows of an image"),
+        Member("width", "u32", "lanes of a row to compute"),
+        Member("pitch", "u32", "lanes from one row to the next, all of them written"),
+        Member("step", "u32", "lanes between the taps of a line: the pitch of the planes, also where they count as one row"),
+        Member("plane", "u32", "lanes of a whole plane, all of them written"),
+        Member("low", "f32"),
+        Member("high", "f32"),
+    ),
+)
+TAP_COUNTS = (1, 2, 3, 5)  # lines that a kernel knows; a column of seven taps is one of five and one of two
+
+
+def symbol(rows: int, nv: int, isa: Isa) -> str:
+    """``f32_dwconv_4x2v__avx512``"""
+    return f"f32_dwconv_{rows}x{nv}v__{isa.name}"
+
+
+def variants(isa: Isa) -> Iterator[Variant]:
+    """Every (R, NV) worth compiling for ``isa``."""
+    for rows, nv in _shapes(isa):
+        counts = [rows, *(p for p in (4, 2, 1) if p < rows)]
+        params = {"R": rows, "NV": nv, "row_counts": counts, "tap_counts": TAP_COUNTS}
+        yield Variant(symbol(rows, nv, isa), "dwconv.c.in", params)
+
+
+def _shapes(isa: Isa) -> list[tuple[int, int]]:
+    """(R, NV); beside the sums, one row of the strip and (fixed vectors) five weights must find registers."""
+    if isa.scalable:
+        shapes = [(8, 2), (4, 4), (4, 2), (2, 4), (8, 1), (1, 8), (1, 2)]
+        return [(rows, nv) for rows, nv in shapes if (rows + 1) * nv < isa.registers]
+    shapes = [(8, 2), (6, 3), (4, 4), (4, 2), (2, 4), (8, 1), (4, 1), (1, 4), (1, 2)]
+    return [(rows, nv) for rows, nv in shapes if (rows + 1) * nv + 5 <= isa.registers]
+
+
+def applies(conv: Conv2d) -> bool:
+    """One input channel a group: depthwise, also with several outputs a channel."""
+    return conv.groups > 1 and conv.groups == conv.in_channels
+
+
+def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
+    """R x NV over the rows of an image, and single rows over the plane as one long row (``flat``)."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d) and step.output is not None
+    layout = step.output.planes
+    taps = conv.kernel[0] * conv.kernel[1]
+    lines = len(_lines(conv))
+    lanes = isa.lanes or 8
+    for rows, nv in _shapes(isa):
+        for flat in (0, 1) if rows == 1 else (0,):
+            height, width = (1, layout.lanes) if flat else (layout.batch * layout.rows, layout.pitch)
+            vectors = -(-width // (lanes * (nv if isa.scalable else 1))) * (nv if isa.scalable else 1)
+            blocks = -(-height // rows)
+            # rows of a block overlap in what they load; a strip costs its calls, weights and limits
+            work = blocks * vectors * (rows * taps + lines * (rows + taps / lines - 1))
+            overhead = blocks * -(-vectors // nv) * (20 + 2 * taps)
+            yield Candidate(symbol(rows, nv, isa), {"flat": flat}, conv.out_channels * (work + overhead) / 1e3)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """``taps`` weights (kh, kw) under each other, the first on pixel row ``row``, column ``column`` of the phase."""
+
+    phase: tuple[int, int]
+    row: int
+    column: int
+    taps: tuple[tuple[int, int], ...]
+
+
+def _lines(conv: Conv2d) -> list[_Line]:
+    """All taps, cut into lines of known lengths."""
+    (sy, sx), (dy, dx), (top, left) = conv.stride, conv.dilation, conv.padding[:2]
+    columns: dict[tuple[int, int, int], dict[int, tuple[int, int]]] = {}
+    for kh, kw in product(range(conv.kernel[0]), range(conv.kernel[1])):
+        (row, py), (column, px) = divmod(kh * dy - top, sy), divmod(kw * dx - left, sx)
+        columns.setdefault((px, column, py), {})[row] = (kh, kw)
+    lines = []
+    for (px, column, py), taps in columns.items():
+        while taps:
+            first = min(taps)
+            run = 1
+            while first + run in taps:
+                run += 1
+            count = max(n for n in TAP_COUNTS if n <= run)
+            lines.append(_Line((py, px), first, column, tuple(taps.pop(first + i) for i in range(count))))
+    return lines
+
+
+def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    """One ``cn_dwconv`` call."""
+    conv, output = step.workload, step.output
+    assert isinstance(conv, Conv2d) and output is not None
+    layout = output.planes
+    flat = bool(candidate.params["flat"])
+    lines = _lines(conv)
+    weight = step.constants["weight"].reshape(conv.out_channels, *conv.kernel)
+    taps = [tap for line in lines for tap in line.taps]
+    bias = step.constants.get("bias")
+    mask = layout.mask()
+    if not flat:
+        row = np.zeros(layout.pitch + 512, bool)  # kernels look at whole vectors
+        row[: layout.columns] = True
+        mask = np.packbits(row, bitorder="little")
+    fields: dict[str, Field] = {
+        "arena": Arena(),
+        "offsets": Const(_offsets(conv, step.inputs[0], lines)),
+        "taps": u32([len(line.taps) for line in lines]),
+        "weights": f32(np.stack([weight[:, kh, kw] for kh, kw in taps], axis=1)),
+        "bias": f32(np.zeros(conv.out_channels) if bias is None else bias),
+        "rows": u32(output.offsets),
+        "residual": u32(step.inputs[1].offsets) if conv.epilogue.residual else None,
+        "mask": Const(mask),
+        **lead(output),
+        "channels": conv.out_channels,
+        "lines": len(lines),
+        "weight_stride": len(taps),
+        "images": 1 if flat else layout.batch,
+        "image": layout.plane if flat else layout.image_rows * layout.pitch,
+        "height": 1 if flat else layout.rows,
+        "width": layout.lanes if flat else layout.pitch,
+        "pitch": layout.plane if flat else layout.pitch,
+        "step": layout.pitch,
+        "plane": layout.plane,
+        "low": float(conv.epilogue.activation.low),
+        "high": float(conv.epilogue.activation.high),
+    }
+    return (Call(candidate.kernel, DWCONV.name, fields),)
+
+
+def _offsets(conv: Conv2d, source: Placed, lines: list[_Line]) -> npt.NDArray[np.uint32]:
+    """uint32 [OC, lines]: byte offset from the arena's base of every line's first tap at output lane 0."""
+    layout = source.planes
+    phases = layout.stored_phases
+    planes = source.offsets.reshape(conv.in_channels, len(phases))
+    planes = np.repeat(planes, conv.out_channels // conv.in_channels, axis=0)
+    at = [
+        planes[:, phases.index(line.phase)] + (line.row * layout.pitch + line.column) * layout.itemsize
+        for line in lines
+    ]
+    offsets = np.stack(at, axis=1)
+    if offsets.min() < 0 or offsets.max() >= 2**32:
+        raise ValueError(f"{conv.key()}: an offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
+    return offsets.astype(np.uint32)

@@ -1,0 +1,79 @@
+"""Depthwise kernels against their definition: any kernel, stride, dilation and multiplier, on every ISA."""
+
+from __future__ import annotations
+
+import pytest
+from convolutions import operands
+from emulated import INSTALLED, MISSING, RVV
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from kernel_harness import machine_has, run
+
+from colonnade.kernels.isa import ISAS
+from colonnade.kernels.ops import depthwise
+from colonnade.kernels.registry import candidates
+from colonnade.workload import NONE, RELU, RELU6, Conv2d, Epilogue
+
+TOLERANCE = 2e-5  # of the largest magnitude
+MACHINE = [
+    *(pytest.param(row, id=row.name) for row in ISAS if machine_has(row.name)),
+    *(pytest.param(row, id=row.label, marks=pytest.mark.skipif(not INSTALLED, reason=MISSING)) for row in RVV),
+]
+
+
+@st.composite
+def depthwise_convs(draw: st.DrawFn) -> Conv2d:
+    """Depthwise convolutions with one to three outputs a channel that have an output."""
+    channels = draw(st.integers(2, 20))
+    kernel = (draw(st.integers(1, 8)), draw(st.integers(1, 8)))
+    pads = [draw(st.integers(0, kernel[i % 2])) for i in range(4)]
+    conv = Conv2d(
+        batch=draw(st.sampled_from([1, 1, 2, 3])),
+        in_channels=channels,
+        out_channels=channels * draw(st.sampled_from([1, 1, 2, 3])),
+        height=draw(st.integers(1, 40)),
+        width=draw(st.integers(1, 70)),
+        kernel=kernel,
+        stride=(draw(st.integers(1, 4)), draw(st.integers(1, 4))),
+        padding=(pads[0], pads[1], pads[2], pads[3]),
+        dilation=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        groups=channels,
+        epilogue=Epilogue(draw(st.booleans()), draw(st.sampled_from([NONE, RELU, RELU6]))),
+    )
+    assume(conv.out_height > 0 and conv.out_width > 0 and conv.macs <= 1_000_000)
+    return conv
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(conv=depthwise_convs(), seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_depthwise_convolution_equals_its_definition(isa, conv, seed, extra, data):
+    call, inputs = operands(conv, None, seed, extra)
+    threads = data.draw(st.sampled_from([1, 2, 3]))
+    found = [c for c in candidates(call, isa, threads) if "dwconv" in c.kernel]
+    run(call, data.draw(st.sampled_from(found)), isa, inputs, threads=threads, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("size, stride", [(7, 1), (15, 2), (33, 1)])
+def test_every_depthwise_kernel_of_the_library(isa, size, stride):
+    """Each (R, NV), with blocks of rows and strips that do not come out even."""
+    conv = Conv2d(2, 5, 5, size, size, (3, 3), (stride, stride), (1, 1, 1, 1), groups=5, epilogue=Epilogue(True, RELU6))
+    call, inputs = operands(conv, None, seed=3)
+    found = [c for c in candidates(call, isa, 2) if "dwconv" in c.kernel]
+    assert {c.kernel for c in found} == {v.symbol for v in depthwise.variants(isa)}
+    for candidate in found:
+        run(call, candidate, isa, inputs, threads=2, tolerance=TOLERANCE)
+
+
+def test_lines_hold_every_tap_once():
+    conv = Conv2d(1, 4, 4, 30, 30, (7, 5), (2, 3), (3, 2, 3, 2), (2, 1), groups=4)
+    taps = [tap for line in depthwise._lines(conv) for tap in line.taps]
+    assert sorted(taps) == [(i, j) for i in range(7) for j in range(5)]
+
+
+def test_a_depthwise_layer_still_has_the_gathering_kernels_to_be_measured_against():
+    conv = Conv2d(1, 4, 4, 9, 9, (3, 3), padding=(1, 1, 1, 1), groups=4)
+    call, _ = operands(conv, None, seed=0)
+    assert {c.kernel.split("_")[1] for c in candidates(call, ISAS[0], 1)} == {"dwconv", "spconv"}
+    assert candidates(call, ISAS[0], 1)[0].kernel.startswith("f32_dwconv")
