@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import onnx
 import pytest
 from emulated import INSTALLED, MISSING
 from models import onnxruntime_outputs
+from onnx import helper, numpy_helper
 from test_parity import TOLERANCE, files  # noqa: F401  (a fixture)
 
 from colonnade.api import build
@@ -55,3 +58,46 @@ def test_resnet18_in_small(files, tmp_path, percent):  # noqa: F811
 @pytest.mark.parametrize("network", ["resnet18", "resnet50"])
 def test_resnets_at_every_vector_length(files, tmp_path, network, percent):  # noqa: F811
     compare(files(network, percent), tmp_path, 224)
+
+
+def colonnade(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """A verb by command line."""
+    return subprocess.run([sys.executable, "-m", "colonnade.cli", *map(str, words)], capture_output=True, text=True)
+
+
+def test_the_verbs_on_the_emulated_machine(tmp_path):
+    """Build for one vector length, run at another; what makes no sense there is refused in one line."""
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.standard_normal((9, 3, 3, 3)).astype(np.float32), "w")
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]), helper.make_node("Relu", ["c"], ["y"])],
+            "small",
+            [helper.make_tensor_value_info("x", 1, [1, 3, 10, 11])],
+            [helper.make_tensor_value_info("y", 1, [1, 9, 10, 11])],
+            [weight],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    file, bundle, x, y = tmp_path / "m.onnx", tmp_path / "b", tmp_path / "x.npy", tmp_path / "y.npy"
+    onnx.save(model, file)
+    feeds = {"x": rng.standard_normal((1, 3, 10, 11)).astype(np.float32)}
+    np.save(x, feeds["x"])
+    done = colonnade("build", file, "--target", "qemu:vlen=256", "-o", bundle)
+    assert done.returncode == 0 and "rvv" in done.stdout, done.stderr
+    done = colonnade("run", bundle, "--input", x, "-o", y, "--target", "qemu:vlen=512", "--threads", "2")
+    assert done.returncode == 0, done.stderr
+    wanted = onnxruntime_outputs(model, feeds)["y"]
+    assert np.abs(np.load(y) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    np.save(x, feeds["x"][:, :, :9])
+    for words, said in (
+        (("run", bundle, "--input", x, "--target", "qemu"), "shape (1, 3, 9, 11), expected (1, 3, 10, 11)"),
+        (("run", bundle, "--input", x), "needs riscv64"),
+        (("tune", file, "--target", "qemu", "--db", tmp_path / "db"), "the static ranking chooses"),
+        (("build", file, "--target", "qemu", "-o", tmp_path / "c", "--tune"), "the static ranking chooses"),
+        (("bench", file, "--target", "qemu"), "times under QEMU say nothing about a chip"),
+    ):
+        done = colonnade(*words)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (words, done.stderr)
+    assert not (tmp_path / "c").exists()

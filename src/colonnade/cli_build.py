@@ -13,6 +13,9 @@ from colonnade.errors import UserError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from colonnade.bundle import Bundle
+    from colonnade.targets import Target as Place
+
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 TOP = 5
 
@@ -73,13 +76,16 @@ def run(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=1024, help="Threads; the bundle's own number by default.")
     ] = None,
+    target: Target = "local",
 ) -> None:
     """Run a bundle on arrays or a photo; prints the five largest answers of a classifier when there is no -o."""
     import numpy as np
 
+    from colonnade import targets
     from colonnade.bundle import Bundle
     from colonnade.runtime.session import Session
 
+    place = targets.parse(target)
     opened = Bundle.load(bundle)
     ports = opened.manifest["inputs"]
     feeds = {
@@ -94,8 +100,11 @@ def run(
         raise UserError(
             f"{output}: the model has {len(opened.manifest['outputs'])} outputs; give a name that ends in .npz"
         )
-    with Session(bundle, threads=threads) as session:
-        answers = session.run(feeds)
+    if place.name == "local":
+        with Session(bundle, threads=threads) as session:
+            answers = session.run(feeds)
+    else:
+        answers = _elsewhere(opened, place, feeds, threads)
     if output is not None:
         _save(output, answers)
         typer.echo(f"{output}: " + ", ".join(f"{name} {value.shape}" for name, value in answers.items()))
@@ -111,6 +120,28 @@ def run(
                 f"{name}: {value.dtype} {value.shape}, from {value.min():.4g} to {value.max():.4g}, "
                 f"mean {value.mean():.4g} (-o y.npy keeps it)"
             )
+
+
+def _elsewhere(bundle: Bundle, place: Place, feeds: dict[str, Any], threads: int | None) -> dict[str, npt.NDArray[Any]]:
+    """The outputs of the bundle's static program on a target that is not this process."""
+    import numpy as np
+
+    from colonnade.bench.ours import Ours
+
+    manifest, machine = bundle.manifest, place.probe()
+    if manifest["arch"] != machine.arch:
+        raise UserError(
+            f"{bundle.path}: this bundle needs {manifest['arch']} ({manifest['isa']}); {place.name} is {machine.arch}"
+        )
+    machine.pick_isa(manifest["isa"])
+    for port in manifest["inputs"]:
+        array = feeds[port["name"]]
+        if array.dtype != np.dtype(port["dtype"]):
+            raise UserError(f"input {port['name']!r}: type {array.dtype}, expected {port['dtype']}")
+        if array.shape != tuple(port["shape"]):
+            raise UserError(f"input {port['name']!r}: shape {array.shape}, expected {tuple(port['shape'])}")
+    answers = Ours(bundle, place, feeds, threads or manifest["threads"]).outputs()
+    return {port["name"]: answer for port, answer in zip(manifest["outputs"], answers, strict=True)}
 
 
 def _named(words: list[str], ports: dict[str, Any]) -> list[tuple[str, Path, Any]]:

@@ -81,7 +81,7 @@ class bar:
 
         assert isinstance(console, Console)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[at]}"))
-        self._progress = Progress(*columns, console=console, transient=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(title, total=1.0, at="")
 
     def __enter__(self) -> bar:
