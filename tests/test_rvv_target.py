@@ -11,7 +11,7 @@ from emulated import INSTALLED, MISSING, RVV
 
 from colonnade import targets
 from colonnade.build.toolchain import Toolchain
-from colonnade.errors import TargetError, UserError
+from colonnade.errors import UserError
 from colonnade.kernels import registry
 from colonnade.kernels.isa import isa
 from colonnade.pattern import ColumnPattern
@@ -52,7 +52,7 @@ def test_names_that_are_none(text):
 
 def test_without_qemu_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(TargetError, match="apt-get install qemu-user"):
+    with pytest.raises(UserError, match="apt-get install qemu-user"):
         Qemu().probe()
 
 

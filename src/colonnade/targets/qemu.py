@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from colonnade.errors import TargetError, UserError
+from colonnade.errors import UserError
 from colonnade.targets.base import Machine, Outcome
 from colonnade.targets.local import execute_staged
 
@@ -55,10 +55,10 @@ class Qemu:
         return cls(vlen, found[2] is not None)
 
     def command(self, *more: str) -> tuple[str, ...]:
-        """What starts a program of the emulated machine. Raises ``TargetError`` when QEMU is not there."""
+        """What starts a program of the emulated machine. Raises ``UserError`` when QEMU is not there."""
         program = shutil.which(PROGRAM)
         if program is None:
-            raise TargetError(f"target {self.name} needs {PROGRAM}: apt-get install qemu-user")
+            raise UserError(f"target {self.name} needs {PROGRAM}: apt-get install qemu-user")
         cpu = f"rv64,v=true,vlen={self.vlen},vext_spec=v1.0"
         if self.poison:
             cpu += ",rvv_ta_all_1s=true,rvv_ma_all_1s=true"
