@@ -65,7 +65,9 @@ def masks(model: nn.Module) -> Iterator[tuple[str, ColumnMask]]:
 
 def _order(model: nn.Module, example_inputs: Any) -> list[str]:
     """Names of the prunable layers in the order in which they run (without inputs: in which they were registered)."""
-    layers = {module: name for name, module in model.named_modules() if isinstance(module, Prunable)}
+    layers: dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules() if isinstance(module, Prunable)
+    }
     if example_inputs is None:
         return list(layers.values())
     order: list[str] = []
@@ -75,13 +77,14 @@ def _order(model: nn.Module, example_inputs: Any) -> list[str]:
             order.append(name)
 
     handles = [module.register_forward_pre_hook(note) for module in layers]
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()  # BatchNorm's statistics stay as they are
         with torch.no_grad():
             model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
     finally:
-        model.train(training)
+        for module in training:  # each by itself: parts of a model may be frozen in evaluation mode
+            module.training = True
         for handle in handles:
             handle.remove()
     return order
@@ -192,9 +195,9 @@ def sparsify_(
         planned.append((LayerPruning(name, tuple(weight.shape), wanted, 1 - float(mask.float().mean())), mask))
     if all(mask is None for _, mask in planned):
         raise UserError(f"nothing was pruned: every layer stays dense ({_summary(planned)}); name layers to prune them")
-    for layer, mask in planned:
-        if mask is not None:
-            _mask(model.get_submodule(layer.name), mask)
+    for layer, chosen_mask in planned:
+        if chosen_mask is not None:
+            _mask(model.get_submodule(layer.name), chosen_mask)
     return [layer for layer, _ in planned]
 
 
@@ -212,7 +215,7 @@ def _mask(module: nn.Module, mask: Tensor) -> None:
         for part in cast(Iterable[nn.Module], cast(nn.ModuleDict, module.parametrizations)["weight"]):
             if isinstance(part, ColumnMask):
                 part.mask = mask
-                module.weight = module.weight.detach()
+                module.weight = cast(Tensor, module.weight).detach()
                 return
     parametrize.register_parametrization(module, "weight", ColumnMask(mask))
 
