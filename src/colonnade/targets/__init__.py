@@ -4,10 +4,11 @@ from colonnade.errors import UserError
 from colonnade.targets.base import Cache, Machine, Outcome, Target
 from colonnade.targets.local import Local
 from colonnade.targets.qemu import Qemu
+from colonnade.targets.ssh import Ssh
 
-__all__ = ["Cache", "Local", "Machine", "Outcome", "Qemu", "Target", "parse"]
+__all__ = ["Cache", "Local", "Machine", "Outcome", "Qemu", "Ssh", "Target", "parse"]
 
-FORMS = "local, qemu[:vlen=256], ssh://user@host[:port]"
+FORMS = "local, qemu[:vlen=256], model:x60, ssh://user@host[:port]"
 
 
 def parse(text: str) -> Target:
@@ -16,6 +17,10 @@ def parse(text: str) -> Target:
         return Local()
     if text == "qemu" or text.startswith("qemu:"):
         return Qemu.parse(text)
+    if text.startswith("model:"):
+        from colonnade.targets.model import Modelled  # it stands on the instrument, which stands on this package
+
+        return Modelled.parse(text)
     if text.startswith("ssh://"):
-        raise UserError(f"target {text!r} is not available in this version; use local or qemu")
+        return Ssh.parse(text)
     raise UserError(f"unknown target {text!r}; expected one of: {FORMS}")

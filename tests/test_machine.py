@@ -1,0 +1,175 @@
+"""The instrument: it counts exactly, its pipes keep the published cycles, its caches miss what they must miss."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from colonnade.build.toolchain import Toolchain
+from colonnade.errors import UserError
+from colonnade.machine import Instrument, Report, names, read
+from colonnade.machine.model import class_names
+from colonnade.targets import parse
+
+INSTALLED = shutil.which("qemu-riscv64") is not None
+needs_qemu = pytest.mark.skipif(not INSTALLED, reason="qemu-riscv64 is not installed (apt-get install qemu-user)")
+HEAD = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+static float memory[1024] __attribute__((aligned(4096), unused));
+#define MARK(n) __asm__ volatile("slti x0, x0, " #n ::: "memory")
+"""
+
+
+def program(body: str, head: str = "") -> Path:
+    """A static riscv64 program; ``body`` is its main."""
+    source = f"{HEAD}{head}int main(void) {{ {body} return 0; }}"
+    return Toolchain().compile({"kernels_rvv.c": source}, "program", "riscv64")
+
+
+def loop(setup: str, lines: list[str], rounds: int = 100, copies: int = 8, operands: str = "") -> str:
+    """C that runs ``copies`` times ``lines`` in each of ``rounds`` rounds, twice, marked (the second is warm)."""
+    block = "\\n".join(lines)
+    text = f"li t0,{rounds}\\n{setup}\\n1:.rept {copies}\\n{block}\\n.endr\\naddi t0,t0,-1\\nbnez t0,1b"
+    asm = f'__asm__ volatile("{text}" :: {operands} : "t0", "t1", "memory");'
+    return f"for (int r = 0; r < 2; r++) {{ MARK(1); {asm} MARK(2); }}"
+
+
+def run(model: str, body: str, head: str = "") -> Report:
+    report = Instrument(read(model)).run(program(body, head))
+    assert report.outcome.ok, report.outcome.describe()
+    return report
+
+
+def per_instruction(model: str, setup: str, lines: list[str], operands: str = "") -> float:
+    return run(model, loop(setup, lines, operands=operands)).regions[1] / (100 * 8 * len(lines))
+
+
+def vset(size: int, lmul: int) -> str:
+    return f"vsetvli t1,x0,e{size},m{lmul},ta,ma"
+
+
+@pytest.mark.parametrize("name", names())
+def test_models_are_whole(name: str) -> None:
+    model = read(name)
+    assert set(model.classes) == set(class_names())
+    assert model.vlen in (128, 256, 512, 1024)
+    assert all(n.assumed or n.source in model.sources for n in model.numbers.values())
+    for number, (low, high) in model.assumed():
+        assert low < high
+        assert model.vary(number, low).text() != model.vary(number, high).text()
+
+
+def test_broken_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no machine model 'x61'"):
+        read("x61")
+    text = (resources.files("colonnade.machine") / "models" / "x60.toml").read_text()
+    for change, message in (
+        (text.replace('width = { value = 2, from = "llvm" }\n', ""), "width"),
+        (text.replace('width = { value = 2, from = "llvm" }', 'width = { value = 2, from = "hearsay" }'), "hearsay"),
+        (text.replace(", range = [14, 40]", ""), "range"),
+        (text.replace('unit = "vmem"', 'unit = "warp"', 1), "unit"),
+    ):
+        file = tmp_path / "core.toml"
+        file.write_text(change)
+        with pytest.raises(UserError, match=message):
+            read(str(file))
+    with pytest.raises(UserError, match="no number"):
+        read("x60").vary("core.warp", 1)
+
+
+@needs_qemu
+@pytest.mark.parametrize("lmul", [1, 2, 4, 8])
+def test_pipes_keep_the_published_cycles(lmul: int) -> None:
+    # rvv-bench, SpacemiT X60, e32: the class's own instructions back to back, results apart
+    model = read("x60")
+    registers = [8, 16, 24] if lmul == 8 else [8, 12, 16, 20]
+    index = (1, 2, 4, 8).index(lmul)
+    for text, kind in (("vfmul.vv v{r},v{r},v{r}", "vfmul"), ("vsll.vi v{r},v{r},1", "vshift")):
+        if lmul < 4:
+            continue  # shorter groups wait for their own results
+        found = per_instruction("x60", vset(32, lmul), [text.format(r=r) for r in registers])
+        assert found == pytest.approx(model.classes[kind].cycles[index], rel=0.05)
+    loads = [f"vle32.v v{r},(%0)" for r in registers]
+    found = per_instruction("x60", vset(32, lmul), loads, operands='"r"(memory)')
+    assert found == pytest.approx(model.classes["vload"].cycles[index], rel=0.06)
+
+
+@needs_qemu
+def test_a_chain_costs_its_latency_and_halves_share_the_work() -> None:
+    model = read("x60")
+    chain = per_instruction("x60", vset(32, 1), ["vfadd.vv v8,v8,v8"])
+    assert chain == pytest.approx(model.classes["vfadd"].latency.value, rel=0.05)
+    # published for this design: vsll alone 2 cycles, beside vadd (which may use the other half) 1
+    assert per_instruction("x60", vset(32, 1), ["vsll.vi v8,v16,1", "vsll.vi v9,v17,1"]) == pytest.approx(2, rel=0.05)
+    mixed = ["vsll.vi v8,v16,1", "vadd.vv v9,v17,v18", "vsll.vi v10,v16,1", "vadd.vv v11,v17,v18"]
+    assert per_instruction("x60", vset(32, 1), mixed) == pytest.approx(1, rel=0.05)
+    # a group of 8 is as long as its unit needs it: its first register is ready before its last is begun
+    assert per_instruction("x60", vset(32, 8), ["vfadd.vv v8,v8,v8"]) == pytest.approx(8, rel=0.05)
+
+
+@needs_qemu
+def test_counts_are_exact() -> None:
+    lines = ["vfmacc.vf v8,ft0,v16", "vfmacc.vf v12,ft0,v16", "vle32.v v20,(%0)", "flw ft0,0(%0)", "vse32.v v8,(%0)"]
+    body = "float *a = aligned_alloc(4096, 4096); memset(a, 0, 4096);" + loop(vset(32, 4), lines, 10, 3, '"r"(a)')
+    report = run("x60", body)
+    assert report.executed("vfma") == {"e32m4": 2 * 10 * 3 * 2}
+    assert report.executed("vload") == report.executed("vstore") == {"e32m4": 2 * 10 * 3}
+    assert report.executed("fload") == {"all": 2 * 10 * 3}
+    assert report.executed("branch") == {"all": 2 * 10}
+    assert report.bound(read("x60")) == 2 * 10 * 3 * 2 * 4
+
+
+@needs_qemu
+@pytest.mark.parametrize(("kilobytes", "again"), [(16, 0), (64, 1024)])
+def test_l1_misses_what_does_not_fit(kilobytes: int, again: int) -> None:
+    lines = kilobytes * 1024 // 64
+    body = f"""volatile char *a = aligned_alloc(4096, {kilobytes} << 10); memset((char *)a, 1, {kilobytes} << 10);
+    for (int r = 0; r < 2; r++) {{ MARK(3); for (int k = 0; k < 2; k++) {{ MARK(1);
+        for (int i = 0; i < {lines}; i++) (void)a[(i * 37 % {lines}) * 64]; MARK(2); }} }}"""
+    own = read("x60").vary("misses.prefetch_streams", 0)
+    report = Instrument(own).run(program(body))
+    misses = report.memory()["l1_misses"]
+    assert misses == pytest.approx(2 * (lines + again), abs=24)  # the stack is in there too
+    cold, warm = report.regions[:2]
+    assert warm < cold / 2  # from L1 or L2, no longer from memory
+
+
+@needs_qemu
+def test_the_programs_clock_tells_modelled_time() -> None:
+    body = """struct timespec a, b; clock_gettime(CLOCK_MONOTONIC, &a); MARK(1);
+    for (volatile int i = 0; i < 20000; i++) ; MARK(2); clock_gettime(CLOCK_MONOTONIC, &b);
+    printf("%lld\\n", (b.tv_sec - a.tv_sec) * 1000000000ll + b.tv_nsec - a.tv_nsec);"""
+    report = Instrument(read("x60")).run(program(body), skip=False)
+    told = int(report.outcome.stdout)
+    assert told == pytest.approx(report.cycles / 1.6, rel=0.02)
+    target = parse("model:x60")
+    outcome = target.run(program(body))
+    assert int(outcome.stdout) == pytest.approx(told, rel=0.01)
+    assert target.probe().vlenb == 32
+
+
+@needs_qemu
+@pytest.mark.parametrize(
+    ("lines", "published"),
+    [
+        # bytes a cycle of 12 KB in L1, rvv-bench memset and memcpy on a BPI-F3
+        (["vse8.v v0,(%0)"], {1: 5.25, 8: 13.0}),
+        (["vle8.v v0,(%1)", "vse8.v v0,(%0)"], {1: 3.95, 4: 5.09, 8: 5.16}),
+    ],
+)
+def test_copy_and_fill_come_near_to_what_was_measured(lines: list[str], published: dict[int, float]) -> None:
+    for lmul, expected in published.items():
+        block = "\\n".join(lines)
+        body = f"""char *d = aligned_alloc(4096, 16384), *s = aligned_alloc(4096, 16384);
+        memset(d, 1, 16384), memset(s, 1, 16384);
+        for (int r = 0; r < 2; r++) {{ char *x = d, *y = s; long n = 12288; MARK(1);
+        __asm__ volatile("1: vsetvli t1,%2,e8,m{lmul},ta,ma\\n{block}\\n"
+            "add %1,%1,t1\\nsub %2,%2,t1\\nadd %0,%0,t1\\nbnez %2,1b"
+            : "+r"(x), "+r"(y), "+r"(n) :: "t1", "memory"); MARK(2); }}"""
+        assert 12288 / run("x60", body).regions[1] == pytest.approx(expected, rel=0.2)
