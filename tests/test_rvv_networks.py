@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_the_verbs_on_the_emulated_machine(tmp_path):
     assert done.returncode == 0, done.stderr
     wanted = onnxruntime_outputs(model, feeds)["y"]
     assert np.abs(np.load(y) - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    library, program = ((bundle / name).read_bytes() for name in ("libmodel.so", "run"))
+    assert library[18:20] == program[18:20] == bytes([243, 0])  # e_machine: RISC-V
+    versions = {tuple(map(int, v.split(b"."))) for v in re.findall(rb"GLIBC_([\d.]+)", library)}
+    assert versions and max(versions) <= (2, 28), "the boards' own images are older than what the library asks for"
+    assert b"/lib/ld" not in program, "the program is static"
+    qemu, _, cpu = Qemu().command()
+    for machine in ("rv64", cpu.replace("v=true", "v=false")):
+        done = subprocess.run([qemu, "-cpu", machine, bundle / "run"], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "v" in done.stderr.split(), done.stderr
     np.save(x, feeds["x"][:, :, :9])
     for words, said in (
         (("run", bundle, "--input", x, "--target", "qemu"), "shape (1, 3, 9, 11), expected (1, 3, 10, 11)"),

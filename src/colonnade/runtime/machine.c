@@ -41,10 +41,23 @@ static int has(const char *feature)
     return 0;
 }
 #elif defined(__riscv)
+/* Kernels of vendors set the bit of V for the vectors of draft 0.7.1 too. Both drafts and 1.0 have vsetvli, but only 1.0
+ * takes this type (e32, m1, tail and mask agnostic); others answer with vill, the top bit. */
+static int is_vector_1_0(void)
+{
+    enum { TYPE = 0xd0 };
+    uint64_t type;
+    __asm__ volatile(".4byte 0x0d007557\n\t" /* vsetvli a0, zero, e32, m1, ta, ma */
+                     "csrr %0, 0xc21"         /* vtype */
+                     : "=r"(type) : : "a0", "memory");
+    return type == TYPE;
+}
+
 /* single-letter extensions are bits of AT_HWCAP */
 static int has(const char *feature)
 {
-    return feature[0] >= 'a' && feature[0] <= 'z' && !feature[1] && (getauxval(AT_HWCAP) >> (feature[0] - 'a') & 1);
+    if (feature[0] < 'a' || feature[0] > 'z' || feature[1] || !(getauxval(AT_HWCAP) >> (feature[0] - 'a') & 1)) return 0;
+    return feature[0] != 'v' || is_vector_1_0();
 }
 #else
 static int has(const char *feature) { return (void)feature, 0; }
