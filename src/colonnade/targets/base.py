@@ -27,7 +27,10 @@ class Machine:
     """What a probe found. ``vlenb`` bytes of a scalable vector register, 0 where there is none; memory in bytes.
 
     ``flags`` are the names by which the kernel shows instruction sets. ``clusters`` are the groups of cores that
-    share a last private cache (their numbers), in order; ``governor`` is empty where frequency is not managed.
+    share a last private cache (their numbers), in order; ``governor`` is empty where frequency is not managed;
+    ``model`` is the board's name and ``isa_text`` its ISA string, where the kernel tells them; ``temperature`` in
+    degrees Celsius, the hottest sensor, 0 when there is none; ``cpus`` are the cores that somebody chose, empty when
+    nobody did.
     """
 
     arch: str
@@ -41,6 +44,10 @@ class Machine:
     memory_free: int = 0
     governor: str = ""
     kernel: str = ""
+    model: str = ""
+    isa_text: str = field(default="", repr=False)
+    temperature: float = 0.0
+    cpus: tuple[int, ...] = ()
 
     @property
     def isas(self) -> tuple[Isa, ...]:
@@ -54,7 +61,8 @@ class Machine:
     def key(self) -> str:
         """Equal for machines whose measurements may be exchanged: nothing that changes while it runs is in it."""
         caches = ",".join(f"L{c.level}{c.kind[0]}{c.size}" for c in self.caches)
-        return f"{self.arch}|{self.cpu}|vlenb={self.vlenb}|cores={self.cores}|{caches}"
+        chosen = f"|cpus={','.join(map(str, self.cpus))}" if self.cpus else ""
+        return f"{self.arch}|{self.cpu}|vlenb={self.vlenb}|cores={self.cores}|{caches}{chosen}"
 
     def pick_isa(self, name: str | None = None) -> Isa:
         """The ISA called ``name``, which the machine must have, or its best one. Raises ``TargetError``."""
