@@ -25,6 +25,7 @@ check:
 
 # pytest last: its closing line is the last one.
 test: check
+	@scripts/emulator.sh $(BIN)/python
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 clean:

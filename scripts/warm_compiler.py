@@ -1,4 +1,6 @@
-"""Have the compiler build its C libraries for this machine now, so that the first model does not wait for them."""
+"""Have the compiler build its C libraries for this machine (or the one named) now: the first model shall not wait."""
+
+import sys
 
 from colonnade.build.toolchain import Toolchain, host
 
@@ -16,5 +18,6 @@ int main(void) {
 """
 
 if __name__ == "__main__":
-    Toolchain().compile({"warm.c": SOURCE}, "shared", host())
-    Toolchain().compile({"warm.c": SOURCE}, "program", host())
+    arch = sys.argv[1] if len(sys.argv) > 1 else host()
+    for kind in ("shared", "program"):
+        Toolchain().compile({"warm.c": SOURCE}, kind, arch)
