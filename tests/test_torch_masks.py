@@ -171,8 +171,11 @@ def test_data_parallel(net: Net, x: torch.Tensor) -> None:
     assert torch.equal(nn.DataParallel(net.eval())(x), net(x))
 
 
-def test_distributed_data_parallel(net: Net, x: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.timeout(120)
+def test_distributed_data_parallel(net: Net, x: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks this machine's name up in the network
 
     cn.sparsify_(net, PATTERN, x)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
