@@ -23,7 +23,8 @@ def build(
     model: str | Path | ir.Model | onnx.ModelProto,
     target: str = "local",
     *,
-    threads: int = 1,
+    threads: int | None = None,
+    cpus: str | None = None,
     isa: str | None = None,
     batch: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -43,7 +44,9 @@ def build(
     Args:
         model: a file, or a model in memory.
         target: ``local``, ``qemu[:vlen=N]`` or ``ssh://user@host[:port]``.
-        threads: what sessions use when they are not told, and what candidates are chosen for.
+        threads: what sessions use when they are not told, and what candidates are chosen for; by default one, on a
+            board the cores of one cluster.
+        cpus: cores of the target to tune on, as ``0-3,6``.
         isa: instruction set; the target's best one by default.
         batch, input_shapes, outputs: as ``frontend.load``.
         out: the bundle's folder; ``NAME.bundle`` in the current one by default, NAME that of the model.
@@ -65,7 +68,8 @@ def build(
     from colonnade.frontend import load
     from colonnade.photo import checked, preprocessing
 
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+    known = threads is None or (isinstance(threads, int) and not isinstance(threads, bool))
+    if not known or (threads is not None and not 1 <= threads <= MAX_THREADS):
         raise UserError(f"threads {threads!r}: expected a whole number from 1 to {MAX_THREADS}")
     machine_of = targets.parse(target)
     extra: dict[str, Any] = {}
@@ -80,13 +84,14 @@ def build(
     folder = Path(out) if out is not None else Path(re.sub(r"[^\w.-]+", "_", plan.name) + ".bundle")
     check_place(folder, force)
 
+    machine_of, count = targets.settle(machine_of, threads, cpus)
     machine = machine_of.probe()
     chosen = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=notice)
     records = Path(db) if db is not None else None
     if tune:
-        tuning.tune(plan, machine_of, chosen, threads, budget, records, progress, toolchain)
-    choices = tuning.choose(plan, chosen, machine, threads, records, toolchain)
+        tuning.tune(plan, machine_of, chosen, count, budget, records, progress, toolchain)
+    choices = tuning.choose(plan, chosen, machine, count, records, toolchain)
     extra["target"] = machine_of.name
     extra["tuning"] = {"untuned": choices.untuned, "tunable": choices.tunable}
     return write_bundle(
@@ -94,7 +99,7 @@ def build(
         choices.candidates,
         chosen,
         folder,
-        threads=threads,
+        threads=count,
         arch=machine.arch,
         toolchain=toolchain,
         force=force,

@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
-from colonnade.cli_tune import Compiler, Db, IsaName, Target, bar
+from colonnade.cli_tune import Compiler, Cpus, Db, IsaName, Target, Threads, bar
 from colonnade.errors import UserError
 
 
 def bench(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|BUNDLE")],
     target: Target = "local",
-    threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads, for all that is measured.")] = 1,
+    threads: Threads = None,
+    cpus: Cpus = None,
     vs: Annotated[str, typer.Option("--vs", help="Other runtimes: onnxruntime,openvino,ncnn,torch.")] = "",
     output: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     isa: IsaName = None,
@@ -39,9 +40,9 @@ def bench(
     console = Console(stderr=True)
     toolchain = Toolchain(cc, notice=console.print)
     names = [name.strip() for name in vs.split(",") if name.strip()]
-    where = targets.parse(target)
+    where, count = targets.settle(targets.parse(target), threads, cpus)
     with bar(console, "measuring") as progress:
-        found = measure(model, where, threads, names, isa, batch, db, blocks, toolchain, progress)
+        found = measure(model, where, count, names, isa, batch, db, blocks, toolchain, progress)
     out = Console()
     for part in table(found, layers):
         out.print(part, markup=False, highlight=False) if isinstance(part, str) else out.print(part)

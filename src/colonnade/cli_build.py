@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from colonnade.cli_tune import Compiler, Db, IsaName, Target, bar, seconds, size_text
+from colonnade.cli_tune import Compiler, Cpus, Db, IsaName, Target, Threads, bar, seconds, size_text
 from colonnade.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def build(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The folder to make.")],
     target: Target = "local",
-    threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads to build for.")] = 1,
+    threads: Threads = None,
+    cpus: Cpus = None,
     isa: IsaName = None,
     tune: Annotated[bool, typer.Option("--tune", help="Measure first what the records lack.")] = False,
     budget: Annotated[str, typer.Option("--budget", help="Time that --tune may take, such as 120s.")] = "120s",
@@ -44,8 +45,9 @@ def build(
 
     console = Console(stderr=True)
     options: dict[str, Any] = {
-        "threads": threads, "isa": isa, "batch": batch, "out": output, "db": db, "cc": cc, "preprocess": preprocess,
-        "force": force, "notice": lambda line: console.print(line, markup=False, highlight=False),
+        "threads": threads, "cpus": cpus, "isa": isa, "batch": batch, "out": output, "db": db, "cc": cc,
+        "preprocess": preprocess, "force": force,
+        "notice": lambda line: console.print(line, markup=False, highlight=False),
     }  # fmt: skip
     if tune:
         with bar(console, "tuning") as progress:
@@ -76,6 +78,7 @@ def run(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=1024, help="Threads; the bundle's own number by default.")
     ] = None,
+    cpus: Cpus = None,
     target: Target = "local",
 ) -> None:
     """Run a bundle on arrays or a photo; prints the five largest answers of a classifier when there is no -o."""
@@ -100,11 +103,12 @@ def run(
         raise UserError(
             f"{output}: the model has {len(opened.manifest['outputs'])} outputs; give a name that ends in .npz"
         )
-    if place.name == "local":
-        with Session(bundle, threads=threads) as session:
+    place, count = targets.settle(place, threads or int(opened.manifest["threads"]), cpus)
+    if isinstance(place, targets.Local):
+        with targets.on_cores(place.cpus), Session(bundle, threads=count) as session:
             answers = session.run(feeds)
     else:
-        answers = _elsewhere(opened, place, feeds, threads)
+        answers = _elsewhere(opened, place, feeds, count)
     if output is not None:
         _save(output, answers)
         typer.echo(f"{output}: " + ", ".join(f"{name} {value.shape}" for name, value in answers.items()))
@@ -122,7 +126,7 @@ def run(
             )
 
 
-def _elsewhere(bundle: Bundle, place: Place, feeds: dict[str, Any], threads: int | None) -> dict[str, npt.NDArray[Any]]:
+def _elsewhere(bundle: Bundle, place: Place, feeds: dict[str, Any], threads: int) -> dict[str, npt.NDArray[Any]]:
     """The outputs of the bundle's static program on a target that is not this process."""
     import numpy as np
 
@@ -140,7 +144,7 @@ def _elsewhere(bundle: Bundle, place: Place, feeds: dict[str, Any], threads: int
             raise UserError(f"input {port['name']!r}: type {array.dtype}, expected {port['dtype']}")
         if array.shape != tuple(port["shape"]):
             raise UserError(f"input {port['name']!r}: shape {array.shape}, expected {tuple(port['shape'])}")
-    answers = Ours(bundle, place, feeds, threads or manifest["threads"]).outputs()
+    answers = Ours(bundle, place, feeds, threads).outputs()
     return {port["name"]: answer for port, answer in zip(manifest["outputs"], answers, strict=True)}
 
 

@@ -13,7 +13,11 @@ from colonnade.errors import UserError
 cache = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Target = Annotated[str, typer.Option("--target", metavar="T", help="local | qemu[:vlen=N] | ssh://user@host[:port]")]
-Threads = Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads to tune for.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, max=1024, help="Threads; one by default, on a board a cluster's cores."),
+]
+Cpus = Annotated[str | None, typer.Option("--cpus", metavar="0-3,6", help="Cores to use, as the target numbers them.")]
 IsaName = Annotated[str | None, typer.Option("--isa", help="Instruction set; the machine's best one by default.")]
 Db = Annotated[Path | None, typer.Option("--db", help="Tuning database; in the user's data folder by default.")]
 Compiler = Annotated[str, typer.Option("--cc", help="C compiler: zig, gcc, clang or a path.")]
@@ -30,7 +34,8 @@ def seconds(text: str) -> float:
 def tune(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
     target: Target = "local",
-    threads: Threads = 1,
+    threads: Threads = None,
+    cpus: Cpus = None,
     isa: IsaName = None,
     budget: Annotated[str, typer.Option("--budget", help="Time to measure for, such as 120s.")] = "120s",
     db: Db = None,
@@ -52,12 +57,13 @@ def tune(
     console = Console(stderr=True)
     machine_of = targets.parse(target)
     plan = load(model, batch=batch)
+    machine_of, count = targets.settle(machine_of, threads, cpus)
     machine = machine_of.probe()
     chosen_isa = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=console.print)
     with bar(console, "tuning") as progress:
-        summary = measure(plan, machine_of, chosen_isa, threads, limit, db, progress, toolchain)
-    choices = choose(plan, chosen_isa, machine, threads, db, toolchain)
+        summary = measure(plan, machine_of, chosen_isa, count, limit, db, progress, toolchain)
+    choices = choose(plan, chosen_isa, machine, count, db, toolchain)
     for line in summary.failures:
         console.print(f"never chosen: {line}", markup=False, highlight=False)
     if summary.measured:
@@ -109,14 +115,18 @@ def probe(
     machine = place.probe()
     clusters = "; ".join(",".join(map(str, cluster)) for cluster in machine.clusters)
     caches = ", ".join(f"L{c.level} {c.kind} {size_text(c.size)} (line {c.line})" for c in machine.caches)
+    vectors = f"; vlenb {machine.vlenb} ({machine.vlenb * 8} bits)" if machine.vlenb else ""
     lines = {
         "target": place.name,
+        **({"board": machine.model} if machine.model else {}),
         "machine": f"{machine.cpu} ({machine.arch}), Linux {machine.kernel}",
-        "ISAs": ", ".join(isa.name for isa in machine.isas) + (f"; vlenb {machine.vlenb}" if machine.vlenb else ""),
+        "ISAs": ", ".join(isa.name for isa in machine.isas) + vectors,
+        **({"ISA string": machine.isa_text} if machine.isa_text else {}),
         "cores": f"{machine.cores} in clusters {clusters}",
         "caches": caches or "unknown",
         "memory": f"{size_text(machine.memory_free)} free of {size_text(machine.memory)}",
         "governor": machine.governor or "none",
+        **({"temperature": f"{machine.temperature:.0f} °C"} if machine.temperature else {}),
     }
     if peak:
         from colonnade.targets.peak import measure_peak

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import selectors
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,10 +29,11 @@ class Local:
 
     name: str = "local"
     untimed: str = ""
+    cpus: tuple[int, ...] = ()  # cores that programs are kept on; empty for all
 
     def probe(self) -> Machine:
         """See ``Target.probe``. Static facts are read once a process."""
-        return _probe()
+        return replace(_probe(), cpus=self.cpus)
 
     def run(
         self,
@@ -43,7 +45,25 @@ class Local:
         on_line: Callable[[str], None] | None = None,
     ) -> Outcome:
         """See ``Target.run``."""
-        return execute_staged([str(program.resolve()), *args], inputs, outputs, timeout, on_line)
+        with on_cores(self.cpus):
+            return execute_staged([str(program.resolve()), *args], inputs, outputs, timeout, on_line)
+
+
+@contextlib.contextmanager
+def on_cores(cpus: tuple[int, ...]) -> Iterator[None]:
+    """Keep this thread, and the programs and threads that it starts meanwhile, on ``cpus``; empty changes nothing."""
+    before = os.sched_getaffinity(0)
+    try:
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+        yield
+    except OSError as error:
+        if not cpus or error.errno != errno.EINVAL:
+            raise
+        raise TargetError(f"cores {','.join(map(str, cpus))} may not be used here") from error
+    finally:
+        if cpus:
+            os.sched_setaffinity(0, before)
 
 
 def execute_staged(

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import IO
@@ -63,14 +63,18 @@ OPTIONS = {
 
 @dataclass(eq=False)
 class Ssh:
-    """``user`` and ``port`` may be left to the user's configuration. ``cpus``: cores that programs are kept on, empty
-    for all. ``COLONNADE_SSH`` names another client or adds options (``ssh -F file``); ``COLONNADE_BOARD_DIR`` a folder
-    of the board to keep files in."""
+    """``user`` and ``port`` may be left to the user's configuration.
+
+    ``cpus``: cores that programs are kept on, empty for all; ``chosen``: by the user, so that measurements on other
+    cores do not count. ``COLONNADE_SSH`` names another client or adds options (``ssh -F file``);
+    ``COLONNADE_BOARD_DIR`` a folder of the board to keep files in.
+    """
 
     host: str
     user: str = ""
     port: int = 0
     cpus: tuple[int, ...] = ()
+    chosen: bool = False
     toolchain: Toolchain = field(default_factory=Toolchain, repr=False)
     untimed: str = ""
 
@@ -113,7 +117,7 @@ class Ssh:
             if self._arch == "riscv64" and (refusal := probe.vector_refusal(facts)):
                 raise TargetError(f"{self.name}: {refusal}")
             self._machine = probe.machine(facts, self._arch)
-        return self._machine
+        return replace(self._machine, cpus=self.cpus) if self.chosen else self._machine
 
     def run(
         self,
