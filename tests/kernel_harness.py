@@ -149,7 +149,8 @@ def expected(case: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
         fixed = [constants["scale"], constants["shift"]]
     else:
         fixed = []
-    return workload.reference(*inputs[:1], *fixed, *inputs[1:])
+    named = {role: array for role, array in constants.items() if role.startswith("before_")}
+    return workload.reference(*inputs[:1], *fixed, *inputs[1:], **named)
 
 
 def run(

@@ -11,28 +11,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from colonnade.frontend.draft import Draft, Tensor, Value, whole
 from colonnade.layout import Layout, Planes, Rows
-from colonnade.workload import Affine, Binary, Conv2d, Convert
+from colonnade.workload import Affine, Binary, Conv2d, Convert, Reach
 
-
-@dataclass(frozen=True)
-class Reach:
-    """How a convolution looks at its input along one axis, in rows or columns of the stored planes."""
-
-    phases: tuple[int, ...]
-    before: int
-    after: int
-
-    @staticmethod
-    def of(conv: Conv2d, axis: int) -> Reach:
-        """Tap ``t`` of output ``o`` reads input ``o*s + t*d - pad``: row ``o + q // s`` of phase ``q % s``."""
-        stride = conv.stride[axis]
-        taps = [t * conv.dilation[axis] - conv.padding[axis] for t in range(conv.kernel[axis])]
-        shifts = [q // stride for q in taps]
-        return Reach(tuple(sorted({q % stride for q in taps})), max(0, -min(shifts)), max(0, max(shifts)))
 
 
 class Regions:

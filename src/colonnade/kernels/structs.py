@@ -9,14 +9,14 @@ import struct as binary
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SIZES = {"u32": 4, "u64": 8, "f32": 4, "ptr": 8}
-FORMATS = {"u32": "<I", "u64": "<Q", "f32": "<f"}
-C_TYPES = {"u32": "uint32_t ", "u64": "uint64_t ", "f32": "float "}
+SIZES = {"u32": 4, "i32": 4, "u64": 8, "f32": 4, "ptr": 8}
+FORMATS = {"u32": "<I", "i32": "<i", "u64": "<Q", "f32": "<f"}
+C_TYPES = {"u32": "uint32_t ", "i32": "int32_t ", "u64": "uint64_t ", "f32": "float "}
 
 
 @dataclass(frozen=True)
 class Member:
-    """``kind`` is u32, u64, f32 or a C pointer type such as ``const float *``."""
+    """``kind`` is u32, i32, u64, f32 or a C pointer type such as ``const float *``."""
 
     name: str
     kind: str

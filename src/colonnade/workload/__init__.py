@@ -1,7 +1,7 @@
 """Operator calls and their numpy definitions: one file an operator family."""
 
 from colonnade.workload.base import NONE, RELU, RELU6, Activation, Array, Epilogue, Workload
-from colonnade.workload.conv import Conv2d, im2col, matrix, unmatrix
+from colonnade.workload.conv import Conv2d, Reach, im2col, matrix, unmatrix
 from colonnade.workload.convert import Convert, Zeros
 from colonnade.workload.linear import Linear
 from colonnade.workload.pointwise import Affine, Binary, Softmax
@@ -9,5 +9,5 @@ from colonnade.workload.pool import GlobalPool, Pool2d
 
 __all__ = [
     "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Conv2d", "Convert", "Epilogue",
-    "GlobalPool", "Linear", "Pool2d", "Softmax", "Workload", "Zeros", "im2col", "matrix", "unmatrix",
+    "GlobalPool", "Linear", "Pool2d", "Reach", "Softmax", "Workload", "Zeros", "im2col", "matrix", "unmatrix",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from colonnade.workload.base import Array, Epilogue, key_of
+from colonnade.workload.base import Activation, Array, Epilogue, key_of
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class Conv2d:
     """``activation(conv(x, w) + bias + residual)``.
 
     x [N, IC, H, W], w [OC, IC/groups, KH, KW], padding (top, left, bottom, right) in pixels.
+    ``prologue``: x is ``prologue(x * before_scale[c] + before_shift[c])`` first, padded with zeros afterwards: a
+    BatchNorm and activation in front of the convolution.
     ``tile`` and ``columns`` describe the sparsity: rows in the largest tile, and kept columns summed over
     tiles weighted by their rows (``OC * K`` when dense): kept multiply-adds are ``columns * pixels``.
     """
@@ -33,6 +35,7 @@ class Conv2d:
     dtype: str = "f32"
     tile: int = 0
     columns: int = -1
+    prologue: Activation | None = None
 
     @property
     def op(self) -> str:
@@ -70,8 +73,20 @@ class Conv2d:
         """Stable text, see ``Workload.key``."""
         return key_of(self)
 
-    def reference(self, x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None, *_: Any) -> Array:
+    def reference(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *_: Any,
+        before_scale: Array | None = None,
+        before_shift: Array | None = None,
+    ) -> Array:
         """[N, OC, OH, OW]; sums in float64 where the problem is small enough to afford it."""
+        if self.prologue is not None:
+            assert before_scale is not None and before_shift is not None
+            x = self.prologue((x * before_scale[:, None, None] + before_shift[:, None, None]).astype(np.float32))
         columns = im2col(x, self)
         n, g = self.batch, self.groups
         w = matrix(weight).reshape(g, self.out_channels // g, self.k)
@@ -84,6 +99,24 @@ class Conv2d:
             assert residual is not None
             y = y + residual
         return self.epilogue.activation(y.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How a convolution that reads its input in place looks at it along one axis, in rows or columns of planes stored
+    in as many ``phases`` as the stride: the phases it needs, and how far it reads before and behind a pixel."""
+
+    phases: tuple[int, ...]
+    before: int
+    after: int
+
+    @staticmethod
+    def of(conv: Conv2d, axis: int) -> Reach:
+        """Tap ``t`` of output ``o`` reads input ``o*s + t*d - pad``: row ``o + q // s`` of phase ``q % s``."""
+        stride = conv.stride[axis]
+        taps = [t * conv.dilation[axis] - conv.padding[axis] for t in range(conv.kernel[axis])]
+        shifts = [q // stride for q in taps]
+        return Reach(tuple(sorted({q % stride for q in taps})), max(0, -min(shifts)), max(0, max(shifts)))
 
 
 def out_size(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops import depthwise
+from colonnade.kernels.isa import isa as isa_named
+from colonnade.kernels.ops import depthwise, packing
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed
@@ -51,9 +52,16 @@ CONV = Struct(
         Member("strip_block", "u32", "strips that run through all tiles before the next ones start"),
         Member("prefetch", "u32", "kept columns to prefetch ahead; 0: none"),
         Member("split_tiles", "u32", "threads share out 0: strips, 1: tiles"),
+        Member("packed", "u32", "is this the head of a cn_packed_conv?"),
         Member("low", "f32"),
         Member("high", "f32"),
     ),
+)
+PACKED = Struct(
+    "cn_packed_conv",
+    "A cn_conv whose offsets count from the panel of a strip: in bytes, or in rows where a strip's length is known at "
+    "run time only. Input planes may have any pitch, halo and phases.",
+    (*CONV.members, *packing.MEMBERS),
 )
 PREFETCH_MAX = 16  # the offset table is padded by this many entries, so looking ahead needs no test
 
@@ -106,29 +114,66 @@ def legal(mr: int, nv: int, isa: Isa) -> bool:
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
-    """MR x NV, strips in a block, prefetch distance, split over threads; for pruned weights also the dense self."""
+    """MR x NV, strips in a block, prefetch distance, split over threads, feed; for pruned weights also the dense self.
+
+    ``feed`` 0 reads the input in place, 1 gathers panels. Where the input stands as it should, panels are tried with
+    the few shapes that promise most.
+    """
     conv = step.workload
     assert isinstance(conv, Conv2d) and step.output is not None
-    if depthwise.applies(conv):
+    source, layout = step.inputs[0].planes, step.output.planes
+    in_place = packing.direct(conv, source, layout)
+    if in_place and depthwise.applies(conv):
         yield from depthwise.candidates(step, isa, threads)
-    lanes = step.output.planes.lanes
-    distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
+    lanes = layout.lanes
     pruned = not tiling(step, dense_tile=0).is_dense
     for dense in (0, 1) if pruned else (1,):
+        packed: list[Candidate] = []
         for mr, nv in _shapes(isa):
             tiled = tiling(step, dense_tile=mr if dense else 0)
             if not _worth_trying(mr, tiled, isa):
                 continue
-            strips = -(-lanes // (nv * (isa.lanes or 8)))
             cost = _cost(tiled, lanes, mr, nv, isa)
-            blocks = (1, 4, 0) if strips > 4 else (1, 0) if strips > 1 else (0,)
-            for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
-                # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
-                habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
-                shares = len(tiled.tiles) if split else strips
-                idle = -(-shares // threads) * threads / shares
-                params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense}
-                yield Candidate(symbol(mr, nv, isa), params, cost * habit * idle)
+            if in_place:
+                yield from _direct(mr, nv, dense, cost, lanes, len(tiled.tiles), isa, threads)
+            packed += _packed(conv, tiled, mr, nv, dense, cost, lanes, isa, threads)
+        best = sorted({c.rank for c in packed})[: 2 * PACKED_SHAPES]
+        if packing.packable(conv, source) and not (in_place and depthwise.applies(conv)):
+            yield from (c for c in packed if not in_place or c.rank in best)
+
+
+PACKED_SHAPES = 2
+
+
+def _direct(
+    mr: int, nv: int, dense: int, cost: float, lanes: int, tiles: int, isa: Isa, threads: int
+) -> Iterator[Candidate]:
+    """The run-time dimensions of one kernel that reads its input in place."""
+    strips = -(-lanes // (nv * (isa.lanes or 8)))
+    distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
+    blocks = (1, 4, 0) if strips > 4 else (1, 0) if strips > 1 else (0,)
+    for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
+        # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
+        habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
+        shares = tiles if split else strips
+        idle = -(-shares // threads) * threads / shares
+        params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": 0}
+        yield Candidate(symbol(mr, nv, isa), params, cost * habit * idle)
+
+
+def _packed(
+    conv: Conv2d, tiled: TiledWeights, mr: int, nv: int, dense: int, cost: float, lanes: int, isa: Isa, threads: int
+) -> Iterator[Candidate]:
+    """Likewise of one that reads panels. Threads that share out tiles gather the same panels each."""
+    strips = -(-lanes // (nv * (isa.lanes or 8)))
+    rows = len({(int(t.rows[0]) * conv.groups // conv.out_channels, int(k)) for t in tiled.tiles for k in t.columns})
+    gather = rows * strips * (2.0 * nv + 1)
+    for block, split in product((1, 4) if strips > 4 else (1,), (0, 1) if threads > 1 else (0,)):
+        shares = len(tiled.tiles) if split else strips
+        idle = -(-shares // threads) * threads / shares
+        params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
+        rank = (cost * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
+        yield Candidate(symbol(mr, nv, isa), params, rank)
 
 
 def _worth_trying(mr: int, tiled: TiledWeights, isa: Isa) -> bool:
@@ -223,20 +268,24 @@ def column_offsets(conv: Conv2d, source: Placed, group: int) -> npt.NDArray[np.i
 
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
-    """One ``cn_conv`` call, or one ``cn_dwconv``."""
+    """One call: of a ``cn_conv``, a ``cn_packed_conv`` or a ``cn_dwconv``."""
     conv, output = step.workload, step.output
     assert isinstance(conv, Conv2d) and output is not None
     source, layout = step.inputs[0], output.planes
-    if (source.planes.pitch, source.planes.image_rows) != (layout.pitch, layout.image_rows):
+    feed = candidate.params.get("feed", 0)
+    if not feed and (source.planes.pitch, source.planes.image_rows) != (layout.pitch, layout.image_rows):
         raise ValueError(f"{conv.key()}: input planes {source.planes.key()} do not match output {layout.key()}")
-    if source.planes.phases != conv.stride:
-        raise ValueError(f"{conv.key()}: input in phases {source.planes.phases}, needed {conv.stride}")
     if candidate.kernel.startswith("f32_dwconv_"):
         return depthwise.bind(step, candidate)
     params = candidate.params
-    mr = int(candidate.kernel.split("_")[2].split("x")[0])
+    mr, nv = (int(part.removesuffix("v")) for part in candidate.kernel.split("_")[2].split("x"))
     tiled = tiling(step, dense_tile=mr if params["dense"] else 0)
-    tables = _tables(conv, source, tiled)
+    isa = isa_named(candidate.kernel.rpartition("__")[2])
+    panel = packing.Panel.of(conv, tiled) if feed else None
+    if panel is None:
+        tables = _tables(conv, [column_offsets(conv, source, g) for g in range(conv.groups)], tiled)
+    else:
+        tables = _tables(conv, panel.offsets(conv, 1 if isa.scalable else nv * isa.lanes * layout.itemsize), tiled)
     order = np.concatenate([tile.rows for tile in tiled.tiles])
     bias = step.constants.get("bias")
     residual = None
@@ -263,10 +312,16 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "strip_block": params["strip_block"],
         "prefetch": params["prefetch"],
         "split_tiles": params["split_tiles"],
+        "packed": int(panel is not None),
         "low": float(conv.epilogue.activation.low),
         "high": float(conv.epilogue.activation.high),
     }
-    return (Call(candidate.kernel, CONV.name, fields),)
+    if panel is None:
+        return (Call(candidate.kernel, CONV.name, fields),)
+    scratch = packing.thread_bytes(panel, tables.offsets.size, params["strip_block"], nv, isa)
+    fields |= packing.fields(conv, source, layout, panel, step.constants)
+    fields |= {"thread_bytes": scratch, "offset_count": tables.offsets.size}
+    return (Call(candidate.kernel, PACKED.name, fields, scratch),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,10 +336,10 @@ TILE_DTYPE = np.dtype(
 )
 
 
-def _tables(conv: Conv2d, source: Placed, tiled: TiledWeights) -> _Tables:
-    """Offsets, weights and tile records; tiles of equal supports share one run of offsets."""
+def _tables(conv: Conv2d, full: list[npt.NDArray[np.int64]], tiled: TiledWeights) -> _Tables:
+    """Offsets, weights and tile records; tiles of equal supports share one run of offsets. ``full``: offsets of all
+    columns of every group."""
     per_group = conv.out_channels // conv.groups
-    full = [column_offsets(conv, source, g) for g in range(conv.groups)]
     runs: list[npt.NDArray[np.int64]] = []
     starts: dict[tuple[int, bytes], int] = {}
     records = np.zeros(len(tiled.tiles), TILE_DTYPE)
@@ -301,7 +356,7 @@ def _tables(conv: Conv2d, source: Placed, tiled: TiledWeights) -> _Tables:
         row += len(tile.rows)
         weight += tile.values.size
     # looking ahead runs past the last column: repeat an offset that is there, so every prefetch hits the arena
-    padding = np.full(PREFETCH_MAX, runs[0][0] if runs and len(runs[0]) else source.offsets[0])
+    padding = np.full(PREFETCH_MAX, next((run[0] for run in runs if len(run)), full[0].max()))
     offsets = np.concatenate([*runs, padding])
     if offsets.min() < 0 or offsets.max() >= 2**32:
         raise ValueError(f"{conv.key()}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
@@ -309,4 +364,5 @@ def _tables(conv: Conv2d, source: Placed, tiled: TiledWeights) -> _Tables:
     return _Tables(offsets.astype(np.uint32), weights, records)
 
 
-ROWS = (Operator("conv2d", (TILE, CONV, depthwise.DWCONV), variants, candidates, bind),)
+STRUCTS = (TILE, CONV, packing.TAP, PACKED, depthwise.DWCONV)
+ROWS = (Operator("conv2d", STRUCTS, variants, candidates, bind),)

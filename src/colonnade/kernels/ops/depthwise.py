@@ -42,7 +42,7 @@ DWCONV = Struct(
         Member("height", "u32", "rows of an image"),
         Member("width", "u32", "lanes of a row to compute"),
         Member("pitch", "u32", "lanes from one row to the next, all of them written"),
-        Member("step", "u32", "lanes between the taps of a line: the pitch of the planes, also where they count as one row"),
+        Member("step", "u32", "lanes between the taps of a line: the pitch of the planes"),
         Member("plane", "u32", "lanes of a whole plane, all of them written"),
         Member("low", "f32"),
         Member("high", "f32"),
