@@ -202,7 +202,8 @@ class Ssh:
         """Open the shared connection: its first command tells what is there, and holds it open until we are gone."""
         self._there.clear()
         self.close()
-        self._socket = str(Path(tempfile.mkdtemp(prefix="cn-")) / "s")
+        _sweep()
+        self._socket = str(Path(tempfile.mkdtemp(prefix=f"cn-{os.getpid()}-")) / "s")
         self._master = self._start(
             scripts.hello(self._token, os.environ.get("COLONNADE_BOARD_DIR", ""), BOOKED), master=True
         )
@@ -226,16 +227,7 @@ class Ssh:
     def _orphaned(self, run: str) -> bool:
         """Does a run belong to a process of this machine and user that is no more?"""
         client, _, rest = run.partition("-")
-        pid = rest.partition("-")[0]
-        if client != self._client or not pid.isdigit() or int(pid) == os.getpid():
-            return False
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return client == self._client and not _alive(rest.partition("-")[0])
 
     def _run_name(self) -> str:
         return f"{self._client}-{os.getpid()}-{secrets.token_hex(6)}"
@@ -279,6 +271,8 @@ class Ssh:
 
     def _outcome(self, reply: Reply) -> Outcome:
         verdict = [(word, rest) for word, rest in reply.marks if word in ("exit", "signal", "timeout")]
+        if not verdict and reply.said("gone"):
+            raise self._lost(reply, "the connection was lost, or the board is shutting down")
         if not verdict:
             trouble = next((rest for w, rest in reply.marks if w in ("trouble", "cannot")), "") or reply.last_error()
             if "Permission denied" in trouble:
@@ -365,6 +359,27 @@ def _digest(path: str, changed: int, size: int) -> str:
             with Path(path).open("rb") as file:
                 _digests[key] = f"{hashlib.file_digest(file, 'sha256').hexdigest()[:40]}-{size}"
         return _digests[key]
+
+
+def _alive(pid: str) -> bool:
+    """Is there a process of this number? What is no number is nobody's to judge, and counts as alive."""
+    if not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sweep() -> None:
+    """Remove the folders of sockets whose process was killed."""
+    for folder in Path(tempfile.gettempdir()).glob("cn-*-*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid() and not _alive(folder.name.split("-")[1]):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _client_id() -> str:
