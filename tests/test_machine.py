@@ -173,3 +173,10 @@ def test_copy_and_fill_come_near_to_what_was_measured(lines: list[str], publishe
             "add %1,%1,t1\\nsub %2,%2,t1\\nadd %0,%0,t1\\nbnez %2,1b"
             : "+r"(x), "+r"(y), "+r"(n) :: "t1", "memory"); MARK(2); }}"""
         assert 12288 / run("x60", body).regions[1] == pytest.approx(expected, rel=0.2)
+
+
+@needs_qemu
+def test_a_programs_alarm_waits_for_the_emulation() -> None:
+    body = """alarm(1); struct timespec t = {0, 1500000000 % 1000000000}; nanosleep(&t, 0); t.tv_sec = 1, t.tv_nsec = 0;
+    nanosleep(&t, 0); puts("alive");"""
+    assert run("x60", body, "#include <unistd.h>\n").outcome.stdout == "alive\n"
