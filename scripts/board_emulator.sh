@@ -72,12 +72,17 @@ unregister() {
     [ ! -e $misc/$entry ] || echo -1 >$misc/$entry
 }
 
+alive() { # NAME: is the process in its pid file one of ours?
+    local pid
+    pid=$(cat "$folder/run/$1.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = unshare ]
+}
+
 running() { # names of the boards that run
-    local pid name
-    for pid in "$folder"/run/*.pid; do
-        [ -e "$pid" ] || continue
-        name=$(basename "$pid" .pid)
-        if kill -0 "$(cat "$pid")" 2>/dev/null; then echo "$name"; else rm -f "$pid"; fi
+    local file name
+    for file in "$folder"/run/*.pid; do
+        [ -e "$file" ] || continue
+        name=$(basename "$file" .pid)
+        if alive "$name"; then echo "$name"; else rm -f "$file"; fi
     done
 }
 
@@ -130,7 +135,7 @@ configuration() { # ssh_config and known_hosts of all boards that run
 }
 
 start() {
-    local name=${1:-board} port=${2:-2222} cpu=${3:-$default_cpu} pid
+    local name=${1:-board} port=${2:-2222} cpu=${3:-$default_cpu}
     needs_root
     [ -e "$folder/complete" ] || build
     [[ $name =~ ^[a-z0-9-]+$ ]] || die "$name: a name of a-z, 0-9 and -"
@@ -158,7 +163,7 @@ start() {
             say "$name answers: ssh -F $folder/ssh_config $name"
             return 0
         fi
-        kill -0 "$(cat "$folder/run/$name.pid")" 2>/dev/null || break
+        alive "$name" || break
         sleep 0.5
     done
     tail -n 3 "$folder/run/$name.log" >&2
@@ -167,14 +172,8 @@ start() {
 }
 
 stop_one() {
-    local pid
-    if [ -e "$folder/run/$1.pid" ]; then
-        pid=$(cat "$folder/run/$1.pid")
-        kill "$pid" 2>/dev/null || true
-        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-        kill -9 "$pid" 2>/dev/null || true
-        rm -f "$folder/run/$1".{pid,port,cpu}
-    fi
+    if alive "$1"; then kill -9 "$(cat "$folder/run/$1.pid")"; fi # its namespaces, and all in them, go with it
+    rm -f "$folder/run/$1".{pid,port,cpu}
 }
 
 stop() {
