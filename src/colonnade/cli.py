@@ -36,6 +36,7 @@ VERBS = {
     "bench": Verb("colonnade.cli_bench", "bench", "Time a model or bundle, and other runtimes beside it."),
     "cache": Verb("colonnade.cli_tune", "cache", "List or clear what was compiled and measured."),
     "probe": Verb("colonnade.cli_tune", "probe", "Tell what a target has: ISA, caches, cores."),
+    "doctor": Verb("colonnade.cli_doctor", "doctor", "Tell what is missing on this machine, and how to get it."),
 }
 
 # What a missing module is called on the shelf: the extra that brings it.
