@@ -21,7 +21,7 @@ from emulated import INSTALLED, MISSING, RVV, Emulated, run_calls
 
 from colonnade.build.toolchain import Toolchain, host
 from colonnade.kernels import registry, render
-from colonnade.kernels.call import Arena, Call, Const, External, Scratch
+from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.isa import Isa, available, isa
 from colonnade.layout import LINE, Layout, Placed, Planes, Rows, place, read_planes, round_up, write_planes
 from colonnade.workload import Workload
@@ -143,7 +143,7 @@ def _view(address: int, size: int) -> np.ndarray:
 def expected(case: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
     """The workload's reference on ``inputs`` and the case's constants."""
     constants, workload = case.constants, case.workload
-    if workload.op in ("conv2d", "linear"):
+    if workload.op in ("conv2d", "conv_transpose2d", "linear"):
         fixed = [constants["weight"], constants.get("bias")]
     elif workload.op == "affine":
         fixed = [constants["scale"], constants["shift"]]
@@ -184,8 +184,9 @@ def run(
             if isinstance(target, Emulated):
                 run_calls(target, calls, threads, arena, user_bytes, poison, backwards)
             else:
-                for call in calls:
-                    _run_call(call, target, threads, base, user, poison, backwards)
+                with guarded(max(call.shared for call in calls), LINE, poison) as (shared, _):
+                    for call in calls:
+                        _run_call(call, target, threads, base, user, shared, poison, backwards)
             user_after = user_bytes.view(np.float32).reshape(external.shape).copy()
         result = user_after
         if case.output is not None:
@@ -212,7 +213,9 @@ def _external(case: Any, inputs: Sequence[np.ndarray], wanted: np.ndarray) -> np
     return np.ascontiguousarray(inputs[0], np.float32)
 
 
-def _run_call(call: Call, target: Isa, threads: int, base: int, user: int, poison: float, backwards: bool) -> None:
+def _run_call(
+    call: Call, target: Isa, threads: int, base: int, user: int, shared: int, poison: float, backwards: bool
+) -> None:
     """All threads of one call, one after the other."""
     struct = registry.structs()[call.struct]
     assert set(call.fields) == {m.name for m in struct.members}, f"{call.kernel}: fields do not match {call.struct}"
@@ -229,6 +232,8 @@ def _run_call(call: Call, target: Isa, threads: int, base: int, user: int, poiso
                 address = base + value.offset
             elif isinstance(value, External):
                 address = user
+            elif isinstance(value, Shared):
+                address = shared + value.offset
             elif isinstance(value, Scratch):
                 address, _ = stack.enter_context(guarded(call.scratch * threads, LINE, poison))
             elif isinstance(value, Const):

@@ -13,7 +13,7 @@ import numpy as np
 
 from colonnade.codegen.weights import Constants
 from colonnade.kernels import registry
-from colonnade.kernels.call import Arena, Call, Const, External, Field, Scratch
+from colonnade.kernels.call import Arena, Call, Const, External, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
 from colonnade.kernels.structs import Member
@@ -41,7 +41,8 @@ class Model:
     isa: Isa
     threads: int
     steps: tuple[BoundStep, ...]
-    scratch: int  # bytes a thread, shared by all calls
+    scratch: int  # bytes a thread, for one call at a time
+    shared: int  # bytes in front of them, for one step at a time
 
     @property
     def kernels(self) -> list[str]:
@@ -61,7 +62,8 @@ def bind(plan: Plan, choices: Sequence[Candidate], isa: Isa, threads: int) -> Mo
         names = tuple(_unique(base if len(calls) == 1 else f"{base}_{i}", taken) for i in range(len(calls)))
         steps.append(BoundStep(step, candidate, calls, names))
     scratch = max((call.scratch for bound in steps for call in bound.calls), default=0)
-    return Model(plan, isa, threads, tuple(steps), round_up(scratch, LINE))
+    shared = max((call.shared for bound in steps for call in bound.calls), default=0)
+    return Model(plan, isa, threads, tuple(steps), round_up(scratch, LINE), round_up(shared, LINE))
 
 
 def description(model: Model) -> dict[str, object]:
@@ -119,6 +121,7 @@ def tail(model: Model, weights_bytes: int, checksum: tuple[int, int]) -> str:
             f"    .weights_bytes = {weights_bytes},",
             f"    .weights_checksum = {{{sums}}},",
             f"    .arena_bytes = {round_up(plan.arena, PAGE)},",
+            f"    .shared_bytes = {model.shared},",
             f"    .scratch_bytes = {model.scratch},",
             "    .args_bytes = sizeof(struct args),",
             "    .fill = fill,",
@@ -176,20 +179,22 @@ def _fill(model: Model, constants: Constants) -> str:
         for call, name in zip(bound.calls, bound.names, strict=True):
             lines.append(f"    a->{name} = ({call.struct}){{")
             for member in structs[call.struct].members:
-                value = _value(call.fields[member.name], member, constants)
+                value = _value(call.fields[member.name], member, constants, model.shared)
                 lines.append(f"        .{member.name} = {value},")
             lines.append("    };")
     return "\n".join([*lines, "}", ""])
 
 
-def _value(field: Field, member: Member, constants: Constants) -> str:
+def _value(field: Field, member: Member, constants: Constants, shared: int) -> str:
     match field:
         case Arena(offset):
             return "arena" if offset == 0 and "char" in member.kind else f"cn_at(arena, {offset})"
         case Const(data):
             return f"cn_at(weights, {constants.add(data)})"
         case Scratch():
-            return "cn_at(scratch, 0)"
+            return f"cn_at(scratch, {shared})"
+        case Shared(offset):
+            return f"cn_at(scratch, {offset})"
         case External() | None:
             return "NULL"
     return _number(field, member)

@@ -34,20 +34,30 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """A pointer ``offset`` bytes into memory that all calls of one step and all threads share: what the first call
+    leaves there the next ones find."""
+
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class External:
     """A pointer to the user's input or output array ``name``, known only when the model runs."""
 
     name: str
 
 
-Field = int | float | Arena | Const | Scratch | External | None  # None: a null pointer
+Field = int | float | Arena | Const | Scratch | Shared | External | None  # None: a null pointer
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One kernel call. ``struct`` names its argument struct in ops.h; ``scratch`` is in bytes a thread."""
+    """One kernel call. ``struct`` names its argument struct in ops.h; ``scratch`` is in bytes a thread, ``shared`` in
+    bytes, a whole number of cache lines."""
 
     kernel: str
     struct: str
     fields: Mapping[str, Field]
     scratch: int = 0
+    shared: int = 0

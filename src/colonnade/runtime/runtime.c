@@ -124,7 +124,7 @@ static int map_weights(colonnade_model *model, const char *path, message to)
 /* Activations and scratch on zero pages, huge ones where the system has them. */
 static int map_block(colonnade_model *model, message to)
 {
-    const size_t scratch = (size_t)cn_program.scratch_bytes * model->threads;
+    const size_t scratch = cn_program.shared_bytes + (size_t)cn_program.scratch_bytes * model->threads;
     const size_t bytes = (cn_program.arena_bytes + scratch + PAGE - 1) / PAGE * PAGE;
     const size_t align = bytes >= HUGE_PAGE ? HUGE_PAGE : PAGE;
     char *base = mmap(NULL, bytes + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

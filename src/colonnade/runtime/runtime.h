@@ -55,7 +55,8 @@ typedef struct {
     uint64_t weights_bytes;       /* of the whole file */
     uint64_t weights_checksum[2]; /* of the constants, see runtime.c */
     uint64_t arena_bytes;         /* activations */
-    uint64_t scratch_bytes;       /* for every thread, behind the activations */
+    uint64_t shared_bytes;        /* behind the activations, for all threads of one step */
+    uint64_t scratch_bytes;       /* behind those, for every thread */
     size_t args_bytes;            /* of struct args */
     /* point every argument at its memory */
     void (*fill)(void *args, char *arena, char *scratch, const char *weights);
