@@ -402,3 +402,33 @@ def test_elsewhere_one_thread() -> None:
     assert targets.settle(targets.Local()) == (targets.Local(), 1)
     with pytest.raises(UserError, match="no cores of its own"):
         targets.settle(targets.parse("qemu"), None, "0")
+
+
+# ---- the board's own runtimes beside ours ----
+
+
+def test_bench_beside_the_boards_own_runtime(
+    board: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import json
+
+    import onnx
+    from test_build_model import small_model
+
+    from colonnade.cli import run_verb
+
+    model = small_model()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, tmp_path / "small.onnx")
+    tool(board, "python3", f'exec {shlex.quote(sys.executable)} "$@"')
+    words = ["bench", str(tmp_path / "small.onnx"), "--target", "ssh://board", "--threads", "1", "--blocks", "1"]
+    words += ["--db", str(tmp_path / "db"), "--json", str(tmp_path / "out.json"), "--vs", "onnxruntime"]
+    assert run_verb(words) == 0, capsys.readouterr().err
+    record = json.dumps(json.loads((tmp_path / "out.json").read_text()))
+    assert "onnxruntime" in record and "onnxruntime" in capsys.readouterr().out
+    tool(board, "python3", f'exec {shlex.quote(sys.executable)} -S "$@"')  # without packages, as a bare board
+    assert run_verb(words) == 2
+    assert "not installed on the board" in capsys.readouterr().err
+    (board / "bin" / "python3").unlink()
+    assert run_verb([*words[:-1], "openvino"]) == 2
+    assert "not to be had on a board" in capsys.readouterr().err

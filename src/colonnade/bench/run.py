@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from colonnade.bench import boards
 from colonnade.bench.ours import Ours, difference
 from colonnade.bench.peers import Peer, check_known
 from colonnade.bench.protocol import BLOCKS, Contender, alternate
@@ -98,13 +99,11 @@ def bench(
     """
     if target.untimed:
         raise UserError(f"{target.name}: {target.untimed}; bench a machine of its own (local or ssh://...)")
+    local = target.name == "local"
     for kind in vs:
-        check_known(kind)
+        check_known(kind) if local else boards.check_known(kind)
     toolchain = toolchain or Toolchain()
     machine = target.probe()
-    local = target.name == "local"
-    if vs and not local:
-        raise UserError(f"--vs works on the local target only, not on {target.name}")
     notes: list[str] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="colonnade-")))
@@ -131,6 +130,11 @@ def bench(
         for kind in vs:
             if progress is not None:
                 progress(0.0, f"loading {kind}")
+            if not local:
+                there = boards.BoardPeer(kind, model.resolve(), folder / "inputs.npz", threads, target, folder)
+                contenders.append(Contender(kind, there, there.version, there.options))
+                differences[kind] = difference(next(iter(answers.values())), there.outputs())
+                continue
             peer = Peer(kind, model.resolve(), folder / "inputs.npz", threads)
             stack.callback(peer.close)
             contenders.append(Contender(kind, peer, peer.version, peer.options, peer.pid))
