@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.workload import Activation, Affine, Array, Binary, Conv2d, Linear, Workload
+from colonnade.workload import Activation, Affine, Array, Binary, Conv2d, ConvTranspose2d, Linear, Workload
 
 
 @dataclass(eq=False)
@@ -112,7 +112,7 @@ def joined(values: list[Value], axis: int) -> Value:
 
 @dataclass(eq=False)
 class Draft:
-    """One step to be: see ``plan.Step``."""
+    """One step to be: see ``plan.Step``. ``panels``: a convolution that gathers its input, in whatever layout it is."""
 
     name: str
     workload: Workload
@@ -120,16 +120,17 @@ class Draft:
     output: Tensor | None
     constants: dict[str, Array] = field(default_factory=dict)
     external: str = ""
+    panels: bool = False
 
 
 def can_activate(step: Draft) -> bool:
     """Can this step end in an activation?"""
-    return isinstance(step.workload, (Conv2d, Linear, Binary, Affine))
+    return isinstance(step.workload, (Conv2d, ConvTranspose2d, Linear, Binary, Affine))
 
 
 def activation_of(workload: Workload) -> Activation:
     """The activation in which a workload ends now."""
-    if isinstance(workload, (Conv2d, Linear)):
+    if isinstance(workload, (Conv2d, ConvTranspose2d, Linear)):
         return workload.epilogue.activation
     assert isinstance(workload, (Binary, Affine))
     return workload.activation
@@ -142,7 +143,7 @@ def activate(step: Draft, after: Activation) -> None:
         min(max(before.low, after.low), after.high),
         min(max(before.high, after.low), after.high),
     )
-    if isinstance(step.workload, (Conv2d, Linear)):
+    if isinstance(step.workload, (Conv2d, ConvTranspose2d, Linear)):
         step.workload = replace(step.workload, epilogue=replace(step.workload.epilogue, activation=both))
     elif isinstance(step.workload, (Binary, Affine)):
         step.workload = replace(step.workload, activation=both)

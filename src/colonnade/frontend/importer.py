@@ -13,7 +13,7 @@ import onnx_ir as ir
 from colonnade.errors import UserError
 from colonnade.frontend.draft import Draft, Tensor, Value, activate, activation_of, can_activate, whole
 from colonnade.plan import Port
-from colonnade.workload import NONE, Activation, Affine, Array, Conv2d, Convert, Epilogue, Linear, Workload
+from colonnade.workload import NONE, Activation, Affine, Array, Conv2d, Convert, ConvTranspose2d, Epilogue, Linear, Workload
 
 Handler = Callable[["Importer", ir.Node], None]
 
@@ -238,7 +238,7 @@ class Importer:
         step = self.writer(value)
         if step is not None and can_activate(step) and activation_of(step.workload) == NONE:
             constants = step.constants
-            if isinstance(step.workload, (Conv2d, Linear)) and not step.workload.epilogue.residual:
+            if isinstance(step.workload, (Conv2d, ConvTranspose2d, Linear)) and not step.workload.epilogue.residual:
                 weight, bias = constants["weight"], constants["bias"]
                 wide = weight * scale.astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
                 constants["weight"] = wide.astype(np.float32)

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, is_depthwise, panels_for_strides
 from colonnade.layout import Layout, Planes, Rows
-from colonnade.workload import Affine, Binary, Conv2d, Convert, Reach
+from colonnade.workload import Affine, Binary, Conv2d, Convert, ConvTranspose2d, Interleave, Reach
 
+POINTWISE = (Affine, Binary)  # read and write the same lanes of their planes
 
 
 class Regions:
@@ -53,15 +55,36 @@ class Regions:
         return self._need[self.find(tensor)]
 
 
+def arrange(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
+    """The steps with all that layouts need: copies into phases and wide halos, or panels where these cost less."""
+    steps = fuse_prologues(_join_phases(steps), costs)
+    panels_for_strides(steps, costs)
+    return insert_phases(isolate(steps, costs))
+
+
+def _join_phases(steps: list[Draft]) -> list[Draft]:
+    """Transposed convolutions with a stride write phases, which a step of its own puts together."""
+    result = []
+    for step in steps:
+        result.append(step)
+        conv, output = step.workload, step.output
+        if isinstance(conv, ConvTranspose2d) and conv.stride != (1, 1):
+            assert output is not None
+            step.output = Tensor(f"{step.name}.phases", output.shape, conv.stride)
+            join = Interleave(output.shape, conv.stride)
+            result.append(Draft(f"{step.name}.join", join, [whole(step.output)], output))
+    return result
+
+
 WASTE = 1.5  # lanes with halo over lanes without, from which on two copies cost less than what the region would compute
 REGION = 4  # tensors that a convolution's region must exceed: a smaller one does not gain from being left alone
 
 
-def isolate(steps: list[Draft]) -> list[Draft]:
+def isolate(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
     """Give convolutions that need far wider halos than sizes (strong dilation) a copy of their input to read.
 
     Otherwise all that is tied to them would be computed with that pitch. Their output is copied back where it would
-    tie them to others again.
+    tie them to others again. Or they gather panels, if that costs less than the copies.
     """
     importers = {step.output: step for step in steps if step.external and step.output is not None}
     regions = tie_all(steps)
@@ -70,7 +93,7 @@ def isolate(steps: list[Draft]) -> list[Draft]:
         tensor
         for step in steps
         for value in step.inputs
-        if isinstance(step.workload, (Affine, Binary, Conv2d)) or len(value.tensors) > 1
+        if isinstance(step.workload, (*POINTWISE, Conv2d)) or len(value.tensors) > 1
         for tensor in value.tensors
     }
     back: dict[Tensor, Tensor] = {}
@@ -83,10 +106,16 @@ def isolate(steps: list[Draft]) -> list[Draft]:
             or output is None
             or conv.stride != (1, 1)
             or conv.dilation == (1, 1)  # on tiny maps any halo is wide, and all neighbours have the same
-            or conv.epilogue.residual
+            or step.panels
             or waste(conv) <= WASTE
-            or members[regions.find(output)] <= REGION
         ):
+            result.append(step)
+            continue
+        copied = [step.inputs[0].placed_shape, *([output.shape] if output in tying else [])]
+        halo_ns = copy_ns(copied, costs) + (waste(conv) - 1) * conv.macs * costs.mac
+        if not is_depthwise(conv) and gather_ns(step, costs) < halo_ns:
+            step.panels = True
+        if step.panels or conv.epilogue.residual or members[regions.find(output)] <= REGION:
             result.append(step)
             continue
         haloed = Tensor(f"{step.name}.haloed", step.inputs[0].placed_shape)
@@ -127,7 +156,7 @@ def insert_phases(steps: list[Draft]) -> list[Draft]:
     result: list[Draft] = []
     for step in steps:
         conv = step.workload
-        if isinstance(conv, Conv2d) and conv.stride != (1, 1):
+        if isinstance(conv, Conv2d) and conv.stride != (1, 1) and not step.panels:
             assert step.output is not None
             x = step.inputs[0]
             kept = {(py, px) for py in Reach.of(conv, 0).phases for px in Reach.of(conv, 1).phases}
@@ -148,11 +177,17 @@ def tie_all(steps: list[Draft]) -> Regions:
     for step in steps:
         for value in step.inputs:
             regions.tie(*value.tensors)
-        if isinstance(step.workload, (Affine, Binary)):
+        if isinstance(step.workload, POINTWISE):
             regions.tie(*_tensors(step.inputs), *_output(step))
         elif isinstance(step.workload, Conv2d):
-            direct = step.workload.stride == (1, 1) or step.inputs[0].tensors[0].phases != (1, 1)
+            conv = step.workload
+            if step.panels:  # one run of lanes a row where a pixel is read once and input and output are alike
+                direct = (conv.kernel, conv.stride) == ((1, 1), (1, 1)) and not any(conv.padding)
+            else:
+                direct = conv.stride == (1, 1) or step.inputs[0].tensors[0].phases != (1, 1)
             regions.tie(*_tensors(step.inputs if direct else step.inputs[1:]), *_output(step))
+        elif isinstance(step.workload, ConvTranspose2d):
+            regions.tie(*_tensors(step.inputs), *_output(step))
     return regions
 
 
@@ -162,26 +197,20 @@ def assign(steps: list[Draft]) -> tuple[dict[Tensor, Layout], int]:
     for tensor in (tensor for step in steps for tensor in (*_tensors(step.inputs), *_output(step))):
         if not tensor.is_rows:
             regions.need(tensor, -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0]))
-    convs = [step for step in steps if isinstance(step.workload, Conv2d)]
-    for step in convs:
-        conv = step.workload
-        assert isinstance(conv, Conv2d)
-        down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+    readers = [(step, reach) for step in steps if (reach := _reach(step)) is not None]
+    for step, (down, right, out_rows, out_columns) in readers:
         for tensor in step.inputs[0].tensors:
             columns, rows = -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0])
             # zeros before a pixel row are those behind the row before it; a read behind must not reach the next row
-            pitch = max(columns + right.before, conv.out_width + right.after)
-            regions.need(tensor, pitch, max(rows + down.before, conv.out_height + down.after))
+            pitch = max(columns + right[0], out_columns + right[1])
+            regions.need(tensor, pitch, max(rows + down[0], out_rows + down[1]))
     leads: dict[Tensor, int] = {}
     after = 0
-    for step in convs:
-        conv = step.workload
-        assert isinstance(conv, Conv2d)
-        down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+    for step, (down, right, _, _) in readers:
         for tensor in step.inputs[0].tensors:
             pitch = regions.size(tensor)[0]
-            leads[tensor] = max(leads.get(tensor, 0), down.before * pitch + right.before)
-            after = max(after, down.after * pitch + right.after)
+            leads[tensor] = max(leads.get(tensor, 0), down[0] * pitch + right[0])
+            after = max(after, down[1] * pitch + right[1])
     layouts: dict[Tensor, Layout] = {}
     for step in steps:
         for tensor in _output(step):
@@ -192,6 +221,22 @@ def assign(steps: list[Draft]) -> tuple[dict[Tensor, Layout], int]:
             pitch, rows = regions.size(tensor)
             layouts[tensor] = Planes(n, h, w, pitch, rows, leads.get(tensor, 0), tensor.phases, tensor.kept_phases)
     return layouts, after
+
+
+Reaches = tuple[tuple[int, int], tuple[int, int], int, int]
+
+
+def _reach(step: Draft) -> Reaches | None:
+    """How far a step that reads in place reads (before, behind) a pixel, in rows and in columns, and the rows and
+    columns that it writes; None for all others."""
+    conv = step.workload
+    if isinstance(conv, ConvTranspose2d):
+        rows, columns = -(-conv.out_height // conv.stride[0]), -(-conv.out_width // conv.stride[1])
+        return conv.reach(0), conv.reach(1), rows, columns
+    if not isinstance(conv, Conv2d) or step.panels:
+        return None
+    down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+    return (down.before, down.after), (right.before, right.after), conv.out_height, conv.out_width
 
 
 def _tensors(values: list[Value]) -> list[Tensor]:

@@ -13,12 +13,13 @@ from colonnade.errors import UserError
 from colonnade.frontend import layouts, memory
 from colonnade.frontend.clean import clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
+from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.importer import Importer
 from colonnade.frontend.registry import HANDLERS
 from colonnade.layout import Layout, Placed, Planes, place
 from colonnade.pattern import discover
 from colonnade.plan import Buffer, Plan, Step
-from colonnade.workload import Conv2d, Linear, Workload, matrix
+from colonnade.workload import Conv2d, ConvTranspose2d, Linear, Workload, matrix
 
 if TYPE_CHECKING:
     import onnx
@@ -33,11 +34,13 @@ def load(
     batch: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     outputs: Sequence[str] | None = None,
+    layout_costs: LayoutCosts | None = None,
 ) -> Plan:
     """Import an ONNX model (a file or a model in memory, which stays unchanged).
 
     ``batch`` replaces the first size of every input (1 where it is free and none is given), ``input_shapes`` the
     whole shape of the inputs it names; ``outputs`` cuts the graph at these values.
+    ``layout_costs`` decide between copies and panels; the defaults were measured on one machine.
 
     Raises:
         UserError: the file cannot be read, a size stays free, a name is unknown, or operators are not supported:
@@ -50,7 +53,7 @@ def load(
     graph = clean(source, batch, input_shapes, outputs).graph
     importer = Importer(graph, HANDLERS)
     importer.run()
-    steps = layouts.insert_phases(layouts.isolate(importer.steps))
+    steps = layouts.arrange(importer.steps, layout_costs or LayoutCosts())
     return place_all(name, importer, _needed(steps))
 
 
@@ -115,10 +118,10 @@ def _placed(value: Value, placed: dict[Tensor, Placed], chosen: dict[Tensor, Lay
 def _with_sparsity(draft: Draft) -> Workload:
     """The workload with the tiles that its weights show; a depthwise convolution stays dense."""
     workload = draft.workload
-    if not isinstance(workload, (Conv2d, Linear)):
+    if not isinstance(workload, (Conv2d, ConvTranspose2d, Linear)):
         return workload
     weight = draft.constants["weight"]
-    groups = workload.groups if isinstance(workload, Conv2d) else 1
+    groups = 1 if isinstance(workload, Linear) else workload.groups
     if weight.all() or (groups > 1 and groups == workload.in_channels):
         return workload
     tiled = discover(matrix(weight) if weight.ndim == 4 else weight, groups)

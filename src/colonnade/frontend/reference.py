@@ -34,15 +34,24 @@ def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> 
             write_planes(arena, step.output, step.workload.reference(given))
             continue
         values = [read_planes(arena, tensor) for tensor in step.inputs]
-        if isinstance(step.workload, Conv2d) and check_feeding:
+        if isinstance(step.workload, Conv2d) and check_feeding and _in_place(step):
             _check_feeding(arena, step, values[0])
         constants = [step.constants[role] for role in ("weight", "bias", "scale", "shift") if role in step.constants]
-        result = step.workload.reference(*values[:1], *constants, *values[1:])
+        before = {role: array for role, array in step.constants.items() if role.startswith("before_")}
+        result = step.workload.reference(*values[:1], *constants, *values[1:], **before)
         if step.output is None:
             outputs[step.external] = result.reshape(shapes[step.external]).copy()
         else:
             write_planes(arena, step.output, result.reshape(step.output.shape))
     return outputs
+
+
+def _in_place(step: Step) -> bool:
+    """Does this convolution read in place? Not where a stride meets plain planes, a prologue, or another pitch."""
+    conv, source, target = step.workload, step.inputs[0].planes, step.output
+    assert isinstance(conv, Conv2d) and target is not None
+    same = (source.pitch, source.image_rows) == (target.planes.pitch, target.planes.image_rows)
+    return conv.prologue is None and source.phases == conv.stride and (same or conv.dilation == (1, 1))
 
 
 def _check_feeding(arena: npt.NDArray[np.uint8], step: Step, x: Array) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from colonnade.frontend import ops_conv, ops_pointwise, ops_pool, ops_shape
+from colonnade.frontend import ops_conv, ops_pointwise, ops_pool, ops_shape, ops_transposed
 from colonnade.frontend.importer import Handler
 
 HANDLERS: dict[str, Handler] = {
     **ops_conv.HANDLERS,
+    **ops_transposed.HANDLERS,
     **ops_pool.HANDLERS,
     **ops_pointwise.HANDLERS,
     **ops_shape.HANDLERS,

@@ -74,9 +74,9 @@ class Operator:
 
 def rows() -> dict[str, Operator]:
     """All operators by ``Workload.op``."""
-    from colonnade.kernels.ops import conv, convert, linear, pointwise, pool
+    from colonnade.kernels.ops import conv, convert, linear, pointwise, pool, transposed
 
-    table = (*conv.ROWS, *linear.ROWS, *pool.ROWS, *pointwise.ROWS, *convert.ROWS)
+    table = (*conv.ROWS, *linear.ROWS, *pool.ROWS, *pointwise.ROWS, *convert.ROWS, *transposed.ROWS)
     return {row.op: row for row in table}
 
 

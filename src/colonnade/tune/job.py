@@ -14,7 +14,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch
 from colonnade.kernels.registry import Operands, structs
 from colonnade.layout import Placed, Planes, round_up, write_planes
-from colonnade.workload import Affine, Array, Conv2d, Convert, Linear
+from colonnade.workload import Affine, Array, Conv2d, Convert, ConvTranspose2d, Linear
 
 MAGIC = int.from_bytes(b"CNJOB1", "little")
 PAGE = 4096
@@ -90,8 +90,9 @@ class Run:
 def reference(step: Operands, inputs: Sequence[Array]) -> Array:
     """What ``step`` computes from ``inputs``, by its workload's own definition."""
     c, workload = step.constants, step.workload
-    if isinstance(workload, (Conv2d, Linear)):
-        return workload.reference(inputs[0], c["weight"], c.get("bias"), *inputs[1:])
+    if isinstance(workload, (Conv2d, ConvTranspose2d, Linear)):
+        before = {role: array for role, array in c.items() if role.startswith("before_")}
+        return workload.reference(inputs[0], c["weight"], c.get("bias"), *inputs[1:], **before)
     if isinstance(workload, Affine):
         return workload.reference(inputs[0], c["scale"], c["shift"])
     return workload.reference(*inputs)

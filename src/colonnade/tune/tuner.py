@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from colonnade.build.toolchain import Toolchain
 from colonnade.errors import UserError
@@ -22,12 +22,12 @@ from colonnade.targets.base import Machine, Target
 from colonnade.tune.database import Database, Place, Record
 from colonnade.tune.job import Problem, Run, Tunable, problem
 from colonnade.tune.measure import Harness, Measurement
-from colonnade.tune.search import FINAL, decide, next_batch, valid
+from colonnade.tune.search import DUEL, FINAL, Duel, decide, duel, next_batch, valid
 
-CHUNK = 12  # candidates a process: the deadline is looked at in between
+CHUNK = 16  # candidates a process: the deadline is looked at in between
 SCREEN = (3, 15, 8_000_000)  # least and most repetitions, ns: a first impression
 FINALS = (3, 25, 12_000_000)
-TURNS = 5  # of the finalists
+TURNS = {FINAL: 5, DUEL: 9}
 MS = 1_000_000
 
 
@@ -38,10 +38,36 @@ class Steps(Protocol):
     def steps(self) -> Sequence[Tunable]: ...
 
 
+@dataclass(frozen=True)
+class Choices:
+    """One candidate a step, in the plan's order. ``untuned``: steps with more than one candidate that took the static
+    ranking; ``duels``: by step, the measured contest of its best sparse and best dense candidate, where there was one.
+    """
+
+    candidates: tuple[Candidate, ...]
+    untuned: int
+    tunable: int
+    duels: tuple[Duel | None, ...] = ()
+
+    @property
+    def dense_instead(self) -> int:
+        """Pruned layers that run dense because that is faster here."""
+        taken = zip(self.candidates, self.duels, strict=True) if self.duels else ()
+        return sum(d is not None and c == d.dense for c, d in taken)
+
+    def __str__(self) -> str:
+        return f"{self.untuned} of {self.tunable} layers untuned"
+
+    def manifest(self) -> dict[str, Any]:
+        """What a bundle says about its tuning; ns of the duels by step, null where none was fought."""
+        fought = [None if d is None else {"sparse_ns": d.sparse_ns, "dense_ns": d.dense_ns} for d in self.duels]
+        return {"untuned": self.untuned, "tunable": self.tunable, "duels": fought}
+
+
 @dataclass
 class Summary:
     """``measured``: visits made now; ``known``: workloads that needed none; ``left``: workloads whose search the budget
-    cut short; ``outcomes``: visits by outcome; times in seconds."""
+    cut short; ``outcomes``: visits by outcome; times in seconds; ``choices`` by all that is known at the end."""
 
     workloads: int = 0
     known: int = 0
@@ -50,19 +76,7 @@ class Summary:
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """One candidate a step, in the plan's order. ``untuned``: steps with more than one candidate that took the static
-    ranking; ``times``: median ns of a step where it was measured."""
-
-    candidates: tuple[Candidate, ...]
-    untuned: int
-    tunable: int
-
-    def __str__(self) -> str:
-        return f"{self.untuned} of {self.tunable} layers untuned"
+    choices: Choices | None = None
 
 
 Progress = Callable[[float, str], None]  # share done (0 .. 1), what is being measured
@@ -73,6 +87,9 @@ def place(machine: Machine, isa: Isa, threads: int, toolchain: Toolchain) -> Pla
     return Place(machine.key(), toolchain.version, isa.name, threads)
 
 
+OPS = "colonnade.kernels.ops"  # where binding is written down
+
+
 @cache
 def source_digest(op: str, symbol: str, isa: Isa) -> str:
     """Digest of all that makes ``symbol``: its C, the primitives it includes, its structs, and how it is bound."""
@@ -81,11 +98,13 @@ def source_digest(op: str, symbol: str, isa: Isa) -> str:
     # a candidate without a kernel of its own name stands for all of its operator's
     own = [variants[symbol]] if symbol in variants else list(variants.values())
     module = inspect.getmodule(row.bind)
+    helpers = [m for m in vars(module).values() if inspect.ismodule(m) and m.__name__.startswith(OPS)] if module else []
     parts = [
         *(render.kernel(v, isa) for v in own),
         (render.SOURCES / isa.header).read_text(),
         *(s.declaration() for s in row.structs),
         inspect.getsource(module) if module is not None else "",
+        *map(inspect.getsource, helpers),
     ]
     digest = hashlib.sha256()
     for part in parts:
@@ -106,11 +125,16 @@ class Chooser:
     ) -> None:
         self.database, self.place, self.isa = database, place, isa
         self._candidates, self._source = candidates, source
+        self._listed: dict[str, tuple[list[Candidate], dict[str, str]]] = {}
 
     def listed(self, step: Tunable) -> tuple[list[Candidate], dict[str, str]]:
-        """The step's candidates in static order, and the digest of each kernel."""
-        found = self._candidates(step, self.isa, self.place.threads)
-        return found, {c.kernel: self._source(step.workload.op, c.kernel, self.isa) for c in found}
+        """The step's candidates in static order, and the digest of each kernel. Made once: ranking takes a while."""
+        key = step.key()
+        if key not in self._listed:
+            found = self._candidates(step, self.isa, self.place.threads)
+            sources = {c.kernel: self._source(step.workload.op, c.kernel, self.isa) for c in found}
+            self._listed[key] = found, sources
+        return self._listed[key]
 
     def records(self, step: Tunable, candidates: Sequence[Candidate], sources: Mapping[str, str]) -> list[Record]:
         """What is known of them and still true."""
@@ -118,8 +142,8 @@ class Chooser:
 
     def choose(self, plan: Steps) -> Choices:
         """The measured best of every step, the static ranking where nothing was measured."""
-        chosen: dict[str, tuple[Candidate, bool, bool]] = {}
-        picks, untuned, tunable = [], 0, 0
+        chosen: dict[str, tuple[Candidate, bool, bool, Duel | None]] = {}
+        picks, duels, untuned, tunable = [], [], 0, 0
         for step in plan.steps:
             key = step.key()
             if key not in chosen:
@@ -128,12 +152,14 @@ class Chooser:
                 best = decide(candidates, records)
                 failed = {r.candidate for r in records if r.measurement.outcome != "ok"}
                 open_ = len(candidates) > 1 and best is None
-                chosen[key] = (best or _static(candidates, failed), open_, len(candidates) > 1)
-            pick, is_untuned, has_choice = chosen[key]
+                pick = best or _static(candidates, failed)
+                chosen[key] = pick, open_, len(candidates) > 1, duel(candidates, records)
+            pick, is_untuned, has_choice, fought = chosen[key]
             picks.append(pick)
+            duels.append(fought)
             untuned += is_untuned
             tunable += has_choice
-        return Choices(tuple(picks), untuned, tunable)
+        return Choices(tuple(picks), untuned, tunable, tuple(duels))
 
 
 class Tuner:
@@ -202,12 +228,12 @@ class Tuner:
             if time.monotonic() >= until:
                 return False
             prepared = prepared or problem(step)
-            final = batch.stage == FINAL
-            chunk = batch.candidates if final else batch.candidates[:CHUNK]
-            least, most, budget = FINALS if final else SCREEN
+            turns = TURNS.get(batch.stage, 0)
+            chunk = batch.candidates if turns else batch.candidates[:CHUNK]
+            least, most, budget = FINALS if turns else SCREEN
             runs = [
                 Run(index, check=turn == 0, least=least, most=most, budget_ns=budget, limit_s=limit)
-                for turn in range(TURNS if final else 1)
+                for turn in range(turns or 1)
                 for index in range(len(chunk))
             ]
 
@@ -261,7 +287,9 @@ def tune(
     try:
         harness = Harness(target, isa or machine.isas[0], threads, toolchain)
         chooser = Chooser(database, place(machine, harness.isa, threads, harness.toolchain), harness.isa)
-        return Tuner(harness, chooser).tune(plan, budget_s, progress)
+        summary = Tuner(harness, chooser).tune(plan, budget_s, progress)
+        summary.choices = chooser.choose(plan)
+        return summary
     finally:
         database.close()
 

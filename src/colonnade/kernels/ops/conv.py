@@ -13,7 +13,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import depthwise, packing
+from colonnade.kernels.ops import depthwise, packing, winograd
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed
@@ -68,9 +68,10 @@ PREFETCH_MAX = 16  # the offset table is padded by this many entries, so looking
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every (MR, NV) worth compiling for ``isa``."""
-    for mr, nv in _shapes(isa):
+    for mr, nv in shapes(isa):
         yield Variant(symbol(mr, nv, isa), "spconv.c.in", {"MR": mr, "NV": nv, "row_counts": row_counts(mr)})
     yield from depthwise.variants(isa)
+    yield from winograd.variants(isa)
 
 
 def row_counts(mr: int) -> list[int]:
@@ -83,7 +84,7 @@ def symbol(mr: int, nv: int, isa: Isa) -> str:
     return f"f32_spconv_{mr}x{nv}v__{isa.name}"
 
 
-def _shapes(isa: Isa) -> list[tuple[int, int]]:
+def shapes(isa: Isa) -> list[tuple[int, int]]:
     """(MR, NV) by how many accumulators the registers hold; on a scalable ISA NV is LMUL."""
     if isa.scalable:
         shapes = [
@@ -122,30 +123,32 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     conv = step.workload
     assert isinstance(conv, Conv2d) and step.output is not None
     source, layout = step.inputs[0].planes, step.output.planes
-    in_place = packing.direct(conv, source, layout)
-    if in_place and depthwise.applies(conv):
+    readable = packing.direct(conv, source, layout)
+    if readable and depthwise.applies(conv):
         yield from depthwise.candidates(step, isa, threads)
+    if readable and winograd.applies(step):
+        yield from winograd.candidates(step, isa, shapes(isa))
     lanes = layout.lanes
     pruned = not tiling(step, dense_tile=0).is_dense
     for dense in (0, 1) if pruned else (1,):
         packed: list[Candidate] = []
-        for mr, nv in _shapes(isa):
+        for mr, nv in shapes(isa):
             tiled = tiling(step, dense_tile=mr if dense else 0)
-            if not _worth_trying(mr, tiled, isa):
+            if not worth_trying(mr, tiled, isa):
                 continue
-            cost = _cost(tiled, lanes, mr, nv, isa)
-            if in_place:
-                yield from _direct(mr, nv, dense, cost, lanes, len(tiled.tiles), isa, threads)
-            packed += _packed(conv, tiled, mr, nv, dense, cost, lanes, isa, threads)
+            work = cost(tiled, lanes, mr, nv, isa)
+            if readable:
+                yield from in_place(mr, nv, dense, work, lanes, len(tiled.tiles), isa, threads)
+            packed += _packed(conv, tiled, mr, nv, dense, work, lanes, isa, threads)
         best = sorted({c.rank for c in packed})[: 2 * PACKED_SHAPES]
-        if packing.packable(conv, source) and not (in_place and depthwise.applies(conv)):
-            yield from (c for c in packed if not in_place or c.rank in best)
+        if packing.packable(conv, source) and not (readable and depthwise.applies(conv)):
+            yield from (c for c in packed if not readable or c.rank in best)
 
 
 PACKED_SHAPES = 2
 
 
-def _direct(
+def in_place(
     mr: int, nv: int, dense: int, cost: float, lanes: int, tiles: int, isa: Isa, threads: int
 ) -> Iterator[Candidate]:
     """The run-time dimensions of one kernel that reads its input in place."""
@@ -176,13 +179,13 @@ def _packed(
         yield Candidate(symbol(mr, nv, isa), params, rank)
 
 
-def _worth_trying(mr: int, tiled: TiledWeights, isa: Isa) -> bool:
+def worth_trying(mr: int, tiled: TiledWeights, isa: Isa) -> bool:
     """Is ``mr`` not taller than the tiles, or the smallest kernel that is?"""
     tallest = max(len(tile.rows) for tile in tiled.tiles)
-    return mr <= tallest or mr == min((m for m, _ in _shapes(isa) if m >= tallest), default=mr)
+    return mr <= tallest or mr == min((m for m, _ in shapes(isa) if m >= tallest), default=mr)
 
 
-def _cost(tiled: TiledWeights, lanes: int, mr: int, nv: int, isa: Isa) -> float:
+def cost(tiled: TiledWeights, lanes: int, mr: int, nv: int, isa: Isa) -> float:
     """Static ranking. Fixed vectors: instructions issued, loads and broadcasts at half the price of a multiply-add."""
     if isa.scalable:
         return _cost_in_order(tiled, lanes, mr, nv)
@@ -277,15 +280,19 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         raise ValueError(f"{conv.key()}: input planes {source.planes.key()} do not match output {layout.key()}")
     if candidate.kernel.startswith("f32_dwconv_"):
         return depthwise.bind(step, candidate)
+    if "winograd" in candidate.params:
+        return winograd.bind(step, candidate)
     params = candidate.params
     mr, nv = (int(part.removesuffix("v")) for part in candidate.kernel.split("_")[2].split("x"))
     tiled = tiling(step, dense_tile=mr if params["dense"] else 0)
     isa = isa_named(candidate.kernel.rpartition("__")[2])
     panel = packing.Panel.of(conv, tiled) if feed else None
+    per_group = conv.out_channels // conv.groups
     if panel is None:
-        tables = _tables(conv, [column_offsets(conv, source, g) for g in range(conv.groups)], tiled)
+        filled = tables(conv.key(), [column_offsets(conv, source, g) for g in range(conv.groups)], tiled, per_group)
     else:
-        tables = _tables(conv, panel.offsets(conv, 1 if isa.scalable else nv * isa.lanes * layout.itemsize), tiled)
+        scale = 1 if isa.scalable else nv * isa.lanes * layout.itemsize
+        filled = tables(conv.key(), panel.offsets(conv, scale), tiled, per_group)
     order = np.concatenate([tile.rows for tile in tiled.tiles])
     bias = step.constants.get("bias")
     residual = None
@@ -296,12 +303,12 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         residual = Const(addend.offsets[order].astype(np.uint32))
     fields: dict[str, Field] = {
         "arena": Arena(),
-        "offsets": Const(tables.offsets),
-        "weights": Const(tables.weights),
+        "offsets": Const(filled.offsets),
+        "weights": Const(filled.weights),
         "bias": Const(np.zeros(len(order), np.float32) if bias is None else bias[order].astype(np.float32)),
         "rows": Const(output.offsets[order].astype(np.uint32)),
         "residual": residual,
-        "tiles": Const(tables.tiles),
+        "tiles": Const(filled.tiles),
         "mask": Const(layout.mask()),
         "lead": Arena(output.lead_offset),
         "lead_bytes": output.lead_bytes,
@@ -318,14 +325,14 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     }
     if panel is None:
         return (Call(candidate.kernel, CONV.name, fields),)
-    scratch = packing.thread_bytes(panel, tables.offsets.size, params["strip_block"], nv, isa)
+    scratch = packing.thread_bytes(panel, filled.offsets.size, params["strip_block"], nv, isa)
     fields |= packing.fields(conv, source, layout, panel, step.constants)
-    fields |= {"thread_bytes": scratch, "offset_count": tables.offsets.size}
+    fields |= {"thread_bytes": scratch, "offset_count": filled.offsets.size}
     return (Call(candidate.kernel, PACKED.name, fields, scratch),)
 
 
 @dataclass(frozen=True, eq=False)
-class _Tables:
+class Tables:
     offsets: npt.NDArray[np.uint32]
     weights: npt.NDArray[np.float32]
     tiles: npt.NDArray[np.void]
@@ -336,10 +343,9 @@ TILE_DTYPE = np.dtype(
 )
 
 
-def _tables(conv: Conv2d, full: list[npt.NDArray[np.int64]], tiled: TiledWeights) -> _Tables:
+def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per_group: int) -> Tables:
     """Offsets, weights and tile records; tiles of equal supports share one run of offsets. ``full``: offsets of all
     columns of every group."""
-    per_group = conv.out_channels // conv.groups
     runs: list[npt.NDArray[np.int64]] = []
     starts: dict[tuple[int, bytes], int] = {}
     records = np.zeros(len(tiled.tiles), TILE_DTYPE)
@@ -359,10 +365,10 @@ def _tables(conv: Conv2d, full: list[npt.NDArray[np.int64]], tiled: TiledWeights
     padding = np.full(PREFETCH_MAX, next((run[0] for run in runs if len(run)), full[0].max()))
     offsets = np.concatenate([*runs, padding])
     if offsets.min() < 0 or offsets.max() >= 2**32:
-        raise ValueError(f"{conv.key()}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
+        raise ValueError(f"{key}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
     weights = np.concatenate([tile.values.reshape(-1) for tile in tiled.tiles]).astype(np.float32)
-    return _Tables(offsets.astype(np.uint32), weights, records)
+    return Tables(offsets.astype(np.uint32), weights, records)
 
 
-STRUCTS = (TILE, CONV, packing.TAP, PACKED, depthwise.DWCONV)
+STRUCTS = (TILE, CONV, packing.TAP, PACKED, depthwise.DWCONV, *winograd.STRUCTS)
 ROWS = (Operator("conv2d", STRUCTS, variants, candidates, bind),)

@@ -1,0 +1,129 @@
+"""Which convolutions read panels instead of planes: choices over the whole model, by the bytes that they save.
+
+A convolution that cannot read its input as it stands needs a step that writes it once more: in phases for a stride,
+with wide halos for a strong dilation, scaled and clipped for a BatchNorm and ReLU in front of it. Or it gathers
+panels, which moves more bytes (a pixel once a tap) but in a cache, and needs no step. Costs are nanoseconds a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+
+from colonnade.frontend.draft import Draft, Tensor, Value
+from colonnade.workload import Affine, Conv2d, Reach
+
+
+@dataclass(frozen=True)
+class LayoutCosts:
+    """What moving a byte costs, in ns: only their ratios count. ``bench/feeding.py`` measures them on a machine.
+
+    copy:   a step that copies planes to another layout, per byte read or written.
+    scale:  a step that scales, shifts and clips, likewise.
+    gather: a panel, per byte written, from pixels that stand side by side ...
+    pick:   ... or that are every second or third one of a row.
+    mac:    a multiply-add on a kept weight, where a wide halo makes a convolution compute lanes that are no pixels.
+    """
+
+    copy: float = 0.025
+    scale: float = 0.011
+    gather: float = 0.024
+    pick: float = 0.055
+    mac: float = 0.018
+
+
+def fuse_prologues(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
+    """Scale, shift and clip in the panels of the convolutions that read them, where that is cheaper than a step."""
+    result = []
+    for step in steps:
+        readers = _readers(steps, step.output) if isinstance(step.workload, Affine) else []
+        if readers and all(_takes_prologue(reader, step) for reader in readers):
+            assert isinstance(step.workload, Affine)
+            if sum(gather_ns(reader, costs) for reader in readers) < 2 * _bytes(step.workload.shape) * costs.scale:
+                for reader in readers:
+                    assert isinstance(reader.workload, Conv2d)
+                    reader.workload = replace(reader.workload, prologue=step.workload.activation)
+                    scale, shift = step.constants["scale"], step.constants["shift"]
+                    reader.constants = {**reader.constants, "before_scale": scale, "before_shift": shift}
+                    reader.inputs[0] = step.inputs[0]
+                    reader.panels = True
+                continue
+        result.append(step)
+    return result
+
+
+def _takes_prologue(reader: Draft, step: Draft) -> bool:
+    conv = reader.workload
+    return (
+        isinstance(conv, Conv2d)
+        and isinstance(step.workload, Affine)
+        and step.workload.activation.function is None
+        and not step.inputs[0].is_rows
+        and conv.prologue is None
+        and not is_depthwise(conv)
+        and reader.inputs[0].tensor is step.output
+        and all(step.output not in value.tensors for value in reader.inputs[1:])
+    )
+
+
+def panels_for_strides(steps: list[Draft], costs: LayoutCosts) -> None:
+    """Mark the strided convolutions that gather from plain planes rather than have them copied into phases.
+
+    Convolutions with one input and stride share the copy, so they decide together. The model's input costs nothing: it
+    is imported into phases.
+    """
+    imported = {step.output for step in steps if step.external}
+    groups: dict[object, list[Draft]] = {}
+    for step in steps:
+        conv = step.workload
+        if isinstance(conv, Conv2d) and conv.stride != (1, 1) and not step.panels:
+            groups.setdefault((step.inputs[0].identity(), conv.stride), []).append(step)
+    for members in groups.values():
+        x = members[0].inputs[0]
+        if any(is_depthwise(m.workload) for m in members) or x.tensor in imported:
+            continue
+        if sum(gather_ns(member, costs) for member in members) < _phases_bytes(x, members) * costs.copy:
+            for member in members:
+                member.panels = True
+
+
+def _phases_bytes(x: Value, members: Iterable[Draft]) -> float:
+    """Read and written by a copy into the phases that ``members`` need."""
+    kept: set[tuple[int, int]] = set()
+    stride = (1, 1)
+    for member in members:
+        assert isinstance(member.workload, Conv2d)
+        down, right, stride = Reach.of(member.workload, 0), Reach.of(member.workload, 1), member.workload.stride
+        kept |= {(py, px) for py in down.phases for px in right.phases}
+    written = _bytes(x.placed_shape) * len(kept) / prod(stride)
+    # a row is read as a whole, whichever of its pixels are wanted
+    return written + _bytes(x.placed_shape) * len({py for py, _ in kept}) / stride[0]
+
+
+def gather_ns(step: Draft, costs: LayoutCosts) -> float:
+    """What the panels of a convolution cost, all strips together."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d)
+    rows = step.constants["weight"].reshape(conv.groups, -1, *step.constants["weight"].shape[1:])
+    kept = int((rows != 0).any(axis=1).sum())
+    pixels = conv.batch * conv.out_height * conv.out_width
+    return 4.0 * kept * pixels * (costs.gather if conv.stride[1] == 1 else costs.pick)
+
+
+def copy_ns(tensors: Iterable[tuple[int, ...]], costs: LayoutCosts) -> float:
+    """What copies of tensors of these shapes cost."""
+    return sum(2 * _bytes(shape) * costs.copy for shape in tensors)
+
+
+def is_depthwise(workload: object) -> bool:
+    """Depthwise convolutions have kernels that read planes in place only."""
+    return isinstance(workload, Conv2d) and 1 < workload.groups == workload.in_channels
+
+
+def _readers(steps: list[Draft], tensor: Tensor | None) -> list[Draft]:
+    return [step for step in steps if any(tensor in value.tensors for value in step.inputs)]
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    return 4 * prod(shape)

@@ -1,0 +1,189 @@
+"""Layouts over a whole Plan: copies or panels, prologues, transposed convolutions; run by the kernels themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_harness import LINE, _run_call, guarded, machine_has
+from models import Builder, onnxruntime_outputs
+
+from colonnade import frontend
+from colonnade.frontend.feeding import LayoutCosts
+from colonnade.kernels.isa import ISAS
+from colonnade.kernels.registry import bind, candidates
+from colonnade.plan import Plan
+from colonnade.workload import RELU, Affine, Conv2d, Convert, ConvTranspose2d, Interleave
+
+COPIES = LayoutCosts(gather=1e6, pick=1e6)  # panels never pay
+PANELS = LayoutCosts(gather=0, pick=0)  # they always do
+MACHINE = [pytest.param(row, id=row.name) for row in ISAS if machine_has(row.name)]
+
+
+def computed(plan: Plan, inputs: Mapping[str, np.ndarray], isa: Any, threads: int = 2) -> dict[str, np.ndarray]:
+    """The model's outputs by its kernels, in an arena that starts full of NaN between two guard pages."""
+    outputs = {}
+    with guarded(plan.arena, LINE) as (base, _):
+        for step in plan.steps:
+            calls = bind(step, candidates(step, isa, threads)[0])
+            given = np.ascontiguousarray(inputs.get(step.external, np.zeros(1)), np.float32)
+            if step.external and step.output is None:
+                (port,) = [p for p in plan.outputs if p.name == step.external]
+                given = np.full(port.shape, np.nan, np.float32)
+            with guarded(max(call.shared for call in calls), LINE) as (shared, _):
+                for call in calls:
+                    _run_call(call, isa, threads, base, given.ctypes.data, shared, np.nan, False)
+            if step.external and step.output is None:
+                outputs[step.external] = given
+    return outputs
+
+
+def check(model: onnx.ModelProto, isa: Any = ISAS[-1], **options: Any) -> Plan:
+    plan = frontend.load(model, **options)
+    rng = np.random.default_rng(0)
+    inputs = {port.name: rng.standard_normal(port.shape).astype(np.float32) for port in plan.inputs}
+    ours, theirs = computed(plan, inputs, isa), onnxruntime_outputs(model, inputs)
+    for name, wanted in theirs.items():
+        largest = max(float(np.abs(wanted).max()), 1e-30)
+        np.testing.assert_allclose(ours[name], wanted, rtol=0, atol=2e-5 * largest, err_msg=name)
+    return plan
+
+
+def workloads(plan: Plan, kind: type) -> list[Any]:
+    return [step.workload for step in plan.steps if isinstance(step.workload, kind)]
+
+
+def copies(plan: Plan) -> int:
+    return sum(c.kind == "planes" for c in workloads(plan, Convert))
+
+
+def residual_block() -> onnx.ModelProto:
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (2, 3, 11, 10)), 3, 9, 3, pads=(1, 1, 1, 1)))
+    main = b.op("Relu", b.conv(x, 9, 8, 3, strides=(2, 2), pads=(1, 1, 1, 1)))
+    main = b.conv(main, 8, 8, 3, pads=(1, 1, 1, 1))
+    return b.build(b.op("Relu", b.op("Add", main, b.conv(x, 9, 8, 1, strides=(2, 2)))))
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("costs, expected", [(COPIES, 1), (PANELS, 0)], ids=["copies", "panels"])
+def test_strides_by_phases_or_by_panels(isa, costs, expected):
+    assert copies(check(residual_block(), isa, layout_costs=costs)) == expected
+
+
+def dense_block() -> onnx.ModelProto:
+    """Every layer normalises all that came before in its own way."""
+    b = Builder()
+    x, channels = b.conv(b.input("x", (1, 3, 9, 9)), 3, 8, 3, pads=(1, 1, 1, 1)), 8
+    for _ in range(3):
+        y = b.op("Relu", b.batch_norm(x, channels))
+        y = b.op("Relu", b.conv(y, channels, 6, 1))
+        y = b.conv(y, 6, 4, 3, pads=(1, 1, 1, 1))
+        x, channels = b.op("Concat", x, y, axis=1), channels + 4
+    y = b.op("Relu", b.batch_norm(x, channels))
+    return b.build(b.conv(y, channels, 5, 3, pads=(1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+def test_a_batch_norm_and_relu_in_front_become_a_prologue(isa):
+    plan = check(dense_block(), isa, layout_costs=PANELS)
+    assert not workloads(plan, Affine)
+    assert sum(c.prologue == RELU for c in workloads(plan, Conv2d)) == 4
+    plan = check(dense_block(), isa, layout_costs=COPIES)
+    assert len(workloads(plan, Affine)) == 4
+    assert not any(c.prologue for c in workloads(plan, Conv2d))
+
+
+def test_what_others_read_too_stays_a_step():
+    b = Builder()
+    x = b.conv(b.input("x", (1, 3, 9, 9)), 3, 8, 3, pads=(1, 1, 1, 1))
+    y = b.op("Relu", b.batch_norm(b.op("Concat", x, x, axis=1), 16))
+    model = b.build(b.conv(y, 16, 4, 1), b.op("MaxPool", y, kernel_shape=(2, 2)))
+    assert len(workloads(check(model, layout_costs=PANELS), Affine)) == 1
+
+
+@pytest.mark.parametrize("costs, expected", [(COPIES, 2), (PANELS, 0)], ids=["copies", "panels"])
+def test_strong_dilation_by_copies_or_by_panels(costs, expected):
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (1, 3, 12, 12)), 3, 4, 3, pads=(1, 1, 1, 1)))
+    wide = b.conv(x, 4, 4, 3, dilations=(9, 9), pads=(9, 9, 9, 9))
+    y = b.conv(b.op("Concat", x, wide, axis=1), 8, 4, 3, pads=(1, 1, 1, 1))
+    plan = check(b.build(b.op("Relu", b.op("Add", x, b.conv(y, 4, 4)))), layout_costs=costs)
+    assert copies(plan) == expected
+    if not expected:
+        assert {s.output.planes.pitch for s in plan.steps if s.output is not None} == {13}
+
+
+def test_depthwise_reads_in_place_whatever_it_costs():
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (1, 3, 12, 12)), 3, 8, 3, pads=(1, 1, 1, 1)))
+    model = b.build(b.conv(x, 8, 8, 3, groups=8, strides=(2, 2), pads=(1, 1, 1, 1)))
+    assert copies(check(model, layout_costs=PANELS)) == 1
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+def test_up_and_down_again(isa):
+    """A small U-Net: the upsampled map stands beside the one from before."""
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (2, 3, 12, 14)), 3, 8, 3, pads=(1, 1, 1, 1)))
+    y = b.op("Relu", b.conv(b.op("MaxPool", x, kernel_shape=(2, 2), strides=(2, 2)), 8, 10, 3, pads=(1, 1, 1, 1)))
+    up = b.op("ConvTranspose", y, b.random(10, 8, 2, 2), b.random(8), strides=(2, 2))
+    up = b.op("Relu", b.batch_norm(up, 8))
+    plan = check(b.build(b.conv(b.op("Concat", x, up, axis=1), 16, 4, 3, pads=(1, 1, 1, 1))), isa)
+    (workload,) = workloads(plan, ConvTranspose2d)
+    assert workload.epilogue.activation == RELU and len(workloads(plan, Interleave)) == 1
+    assert not workloads(plan, Affine)
+
+
+@given(
+    kernel=st.integers(1, 5), stride=st.integers(1, 3), dilation=st.integers(1, 2), groups=st.sampled_from([1, 2]),
+    pads=st.integers(0, 2), extra=st.integers(0, 2), size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_transposed_convolutions_of_onnx(kernel, stride, dilation, groups, pads, extra, size):
+    attributes: dict[str, Any] = {"output_padding": (min(extra, stride - 1),) * 2}
+    sizes = [(n - 1) * stride + (kernel - 1) * dilation + 1 + attributes["output_padding"][0] - 2 * pads for n in size]
+    if min(sizes) < 1 or max(sizes) < 2:
+        return
+    b = Builder()
+    x = b.op("Relu", b.input("x", (1, 4, *size)))
+    y = b.op(
+        "ConvTranspose", x, b.random(4, 3, kernel, kernel), b.random(3 * groups), strides=(stride,) * 2, group=groups,
+        dilations=(dilation,) * 2, pads=(pads,) * 4, **attributes,
+    )  # fmt: skip
+    check(b.build(b.op("Relu", y)))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_LOWER"}, {"auto_pad": "VALID"}, {"output_shape": (10, 13)}],
+    ids=str,
+)
+def test_transposed_padding_by_name(attributes):
+    b = Builder()
+    x = b.op("Relu", b.input("x", (1, 3, 5, 6)))
+    y = b.op("ConvTranspose", x, b.random(3, 4, 3, 4), strides=(2, 2), **attributes)
+    check(b.build(b.op("Relu", y)))
+
+
+def test_groups_of_four_rows_have_tiles_of_four():
+    """ResNeXt: tiles never cross a group, pruned or not, and what is pruned is found in every group."""
+    from colonnade.kernels.ops.conv import tiling
+
+    b = Builder()
+    weight = np.zeros((64, 4, 3, 3), np.float32)
+    for group in range(16):
+        for k in b.rng.permutation(36)[:9]:
+            weight[4 * group : 4 * group + 4, k % 4, k // 12, k // 4 % 3] = b.rng.standard_normal(4)
+    y = b.op("Conv", b.input("x", (1, 64, 9, 9)), b.constant(weight, "w.weight"), group=16, pads=(1, 1, 1, 1))
+    plan = check(b.build(y))
+    (step,) = [s for s in plan.steps if isinstance(s.workload, Conv2d)]
+    assert step.workload.tile == 4 and step.workload.columns == int((weight != 0).sum())
+    for dense in (0, 8):
+        for tile in tiling(step, dense).tiles:
+            assert len(tile.rows) == 4 and len({int(row) // 4 for row in tile.rows}) == 1
