@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from colonnade.workload.base import PLAIN, Array, Epilogue, key_of
+from colonnade.workload.base import Array, Epilogue, key_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ConvTranspose2d:
     output_padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    epilogue: Epilogue = PLAIN
+    epilogue: Epilogue = field(default_factory=Epilogue)
     dtype: str = "f32"
     tile: int = 0
     columns: int = -1
