@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from colonnade.frontend.draft import Draft, Tensor, Value
-from colonnade.workload import Affine, Conv2d, Reach
+from colonnade.workload import Activation, Affine, Conv2d, Reach
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,18 @@ def _takes_prologue(reader: Draft, step: Draft) -> bool:
     return (
         isinstance(conv, Conv2d)
         and isinstance(step.workload, Affine)
-        and step.workload.activation.function is None
+        and is_clip(step.workload.activation)
         and not step.inputs[0].is_rows
         and conv.prologue is None
         and not is_depthwise(conv)
         and reader.inputs[0].tensor is step.output
         and all(step.output not in value.tensors for value in reader.inputs[1:])
     )
+
+
+def is_clip(activation: Activation) -> bool:
+    """Limits alone, which is what panels know."""
+    return activation == Activation(activation.low, activation.high)
 
 
 def panels_for_strides(steps: list[Draft], costs: LayoutCosts) -> None:
