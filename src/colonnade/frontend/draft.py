@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.workload import Activation, Affine, Array, Binary, Conv2d, ConvTranspose2d, Linear, Workload
+from colonnade.workload import Activation, Array, Workload, activation_of
 
 
 @dataclass(eq=False)
@@ -38,7 +38,8 @@ class Tensor:
 @dataclass(frozen=True, eq=False)
 class Value:
     """``shape`` is the ONNX shape. Planes: (N, \\*dims, H, W), and ``channels`` is an int64 array [\\*dims, 2] of
-    (index into ``tensors``, channel). Rows: (N, ...) with one axis longer than 1, ``tensors`` has one entry.
+    (index into ``tensors``, channel). Rows: a dense array in row-major order, all of the one entry of ``tensors``,
+    whatever the shape: a view costs nothing.
     ``sole``: the chain of ONNX values from the step that wrote it has no other reader."""
 
     shape: tuple[int, ...]
@@ -59,7 +60,19 @@ class Value:
     @property
     def placed_shape(self) -> tuple[int, ...]:
         """(N, C, H, W) or (N, C)."""
-        return (self.shape[0], self.width) if self.is_rows else (self.shape[0], self.width, *self.shape[-2:])
+        if self.is_rows:
+            return (self.shape[0] if self.shape else 1, self.width)
+        return (self.shape[0], self.width, *self.shape[-2:])
+
+    def seen(self, shape: tuple[int, ...]) -> Value:
+        """A dense array with another shape of as many elements."""
+        assert self.is_rows and prod(shape) == prod(self.shape), (self.shape, shape)
+        return replace(self, shape=shape)
+
+    def matrix(self, axes: int = 1) -> Value:
+        """A dense array as a matrix whose rows are its last ``axes`` axes."""
+        split = max(len(self.shape) - axes, 0)
+        return self.seen((prod(self.shape[:split]), prod(self.shape[split:])))
 
     @property
     def planes(self) -> npt.NDArray[np.int64]:
@@ -70,9 +83,11 @@ class Value:
     @property
     def tensor(self) -> Tensor | None:
         """The tensor that this value is all of, channel by channel in order; None when there is no such."""
+        if self.is_rows:
+            return self.tensors[0]
         if len(self.tensors) != 1 or self.tensors[0].channels != self.width:
             return None
-        if self.channels is not None and not np.array_equal(self.planes[:, 1], np.arange(self.width)):
+        if not np.array_equal(self.planes[:, 1], np.arange(self.width)):
             return None
         return self.tensors[0]
 
@@ -84,10 +99,10 @@ class Value:
 def whole(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Value:
     """All of a tensor, seen with the ONNX ``shape`` (its own when None)."""
     if tensor.is_rows:
-        return Value(shape or tensor.shape, (tensor,))
+        return Value(tensor.shape if shape is None else shape, (tensor,))
     channels = np.zeros((tensor.channels, 2), np.int64)
     channels[:, 1] = np.arange(tensor.channels)
-    shape = shape or tensor.shape
+    shape = tensor.shape if shape is None else shape
     return Value(shape, (tensor,), channels.reshape(*shape[1:-2], 2))
 
 
@@ -124,26 +139,21 @@ class Draft:
 
 
 def can_activate(step: Draft) -> bool:
-    """Can this step end in an activation?"""
-    return isinstance(step.workload, (Conv2d, ConvTranspose2d, Linear, Binary, Affine))
-
-
-def activation_of(workload: Workload) -> Activation:
-    """The activation in which a workload ends now."""
-    if isinstance(workload, (Conv2d, ConvTranspose2d, Linear)):
-        return workload.epilogue.activation
-    assert isinstance(workload, (Binary, Affine))
-    return workload.activation
+    """Can this step end in an activation, or in one more?"""
+    holder = getattr(step.workload, "epilogue", step.workload)
+    return hasattr(holder, "activation") and activation_of(step.workload).function is None
 
 
 def activate(step: Draft, after: Activation) -> None:
-    """Append an activation to a step; two in a row are one again."""
-    before = activation_of(step.workload)
+    """Append an activation to a step that can take one; limits behind limits are limits again."""
+    before, workload = activation_of(step.workload), step.workload
     both = Activation(
         min(max(before.low, after.low), after.high),
         min(max(before.high, after.low), after.high),
+        after.function,
     )
-    if isinstance(step.workload, (Conv2d, ConvTranspose2d, Linear)):
-        step.workload = replace(step.workload, epilogue=replace(step.workload.epilogue, activation=both))
-    elif isinstance(step.workload, (Binary, Affine)):
-        step.workload = replace(step.workload, activation=both)
+    epilogue = getattr(workload, "epilogue", None)
+    if epilogue is not None:
+        step.workload = replace(workload, epilogue=replace(epilogue, activation=both))  # type: ignore[type-var]
+    else:
+        step.workload = replace(workload, activation=both)  # type: ignore[type-var]

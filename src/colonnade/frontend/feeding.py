@@ -22,14 +22,16 @@ class LayoutCosts:
     copy:   a step that copies planes to another layout, per byte read or written.
     scale:  a step that scales, shifts and clips, likewise.
     gather: a panel, per byte written, from pixels that stand side by side ...
-    pick:   ... or that are every second or third one of a row.
+    pick:   ... or that are every second or third one of a row ...
+    scaled: ... or that are scaled, shifted and clipped on the way.
     mac:    a multiply-add on a kept weight, where a wide halo makes a convolution compute lanes that are no pixels.
     """
 
-    copy: float = 0.025
-    scale: float = 0.011
+    copy: float = 0.02
+    scale: float = 0.0105
     gather: float = 0.024
-    pick: float = 0.055
+    pick: float = 0.065
+    scaled: float = 0.05
     mac: float = 0.018
 
 
@@ -40,7 +42,7 @@ def fuse_prologues(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
         readers = _readers(steps, step.output) if isinstance(step.workload, Affine) else []
         if readers and all(_takes_prologue(reader, step) for reader in readers):
             assert isinstance(step.workload, Affine)
-            if sum(gather_ns(reader, costs) for reader in readers) < 2 * _bytes(step.workload.shape) * costs.scale:
+            if sum(gather_ns(reader, costs, scaled=True) for reader in readers) < 2 * _bytes(step.workload.shape) * costs.scale:
                 for reader in readers:
                     assert isinstance(reader.workload, Conv2d)
                     reader.workload = replace(reader.workload, prologue=step.workload.activation)
@@ -106,14 +108,15 @@ def _phases_bytes(x: Value, members: Iterable[Draft]) -> float:
     return written + _bytes(x.placed_shape) * len({py for py, _ in kept}) / stride[0]
 
 
-def gather_ns(step: Draft, costs: LayoutCosts) -> float:
+def gather_ns(step: Draft, costs: LayoutCosts, scaled: bool = False) -> float:
     """What the panels of a convolution cost, all strips together."""
     conv = step.workload
     assert isinstance(conv, Conv2d)
     rows = step.constants["weight"].reshape(conv.groups, -1, *step.constants["weight"].shape[1:])
     kept = int((rows != 0).any(axis=1).sum())
     pixels = conv.batch * conv.out_height * conv.out_width
-    return 4.0 * kept * pixels * (costs.gather if conv.stride[1] == 1 else costs.pick)
+    ns = max(costs.gather if conv.stride[1] == 1 else costs.pick, costs.scaled if scaled else 0.0)
+    return 4.0 * kept * pixels * ns
 
 
 def copy_ns(tensors: Iterable[tuple[int, ...]], costs: LayoutCosts) -> float:

@@ -16,9 +16,9 @@ from dataclasses import replace
 from colonnade.frontend.draft import Draft, Tensor, Value, whole
 from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, is_depthwise, panels_for_strides
 from colonnade.layout import Layout, Planes, Rows
-from colonnade.workload import Affine, Binary, Conv2d, Convert, ConvTranspose2d, Interleave, Reach
+from colonnade.workload import Affine, Binary, Conv2d, Convert, ConvTranspose2d, Interleave, Lrn, Reach, Unary
 
-POINTWISE = (Affine, Binary)  # read and write the same lanes of their planes
+POINTWISE = (Affine, Binary, Unary, Lrn)  # read and write the same lanes of their planes
 
 
 class Regions:

@@ -16,7 +16,7 @@ from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.importer import Importer
 from colonnade.frontend.registry import HANDLERS
-from colonnade.layout import Layout, Placed, Planes, place
+from colonnade.layout import Layout, Placed, Planes, Rows, place
 from colonnade.pattern import discover
 from colonnade.plan import Buffer, Plan, Step
 from colonnade.workload import Conv2d, ConvTranspose2d, Linear, Workload, matrix
@@ -105,7 +105,7 @@ def _placed(value: Value, placed: dict[Tensor, Placed], chosen: dict[Tensor, Lay
     """Where the planes of a value stand; they are all alike, being tied."""
     tensor = value.tensors[0]
     if value.is_rows:
-        return Placed(tensor.name, value.placed_shape, chosen[tensor], placed[tensor].offsets)
+        return Placed(tensor.name, value.placed_shape, Rows(*value.placed_shape), placed[tensor].offsets)
     if value.tensor is tensor:
         return placed[tensor]
     # leads may differ between the parts; a reader needs none of them

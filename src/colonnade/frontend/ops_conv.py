@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
+from colonnade.frontend.draft import Value
 from colonnade.frontend.importer import Handler, Importer, Unsupported, layer_name
 from colonnade.workload import Array, Conv2d
 
@@ -19,6 +22,7 @@ def padding(
         return 0, 0, 0, 0
     if mode == "NOTSET":
         pads = importer.ints(node, "pads") or [0, 0, 0, 0]
+        pads = [0, pads[0], 0, pads[1]] if len(pads) == 2 else pads
         if min(pads) < 0:
             raise Unsupported(f"negative padding {pads} is not supported; slice before it")
         top, left, bottom, right = pads
@@ -36,8 +40,9 @@ def padding(
 
 
 def pair(importer: Importer, node: ir.Node, attribute: str) -> tuple[int, int]:
-    """An attribute of two integers, 1 by default."""
+    """An attribute of two integers, 1 by default; of one where there is only one axis."""
     values = importer.ints(node, attribute) or [1, 1]
+    values = [1, *values] if len(values) == 1 else values
     if len(values) != 2:
         raise Unsupported(
             f"{attribute} {values}: only two-dimensional operators are supported; reshape to [N, C, H, W]"
@@ -45,13 +50,67 @@ def pair(importer: Importer, node: ir.Node, attribute: str) -> tuple[int, int]:
     return values[0], values[1]
 
 
+LARGEST = 1 << 26  # weights of a convolution of three axes, written out for two
+
+
+def along(importer: Importer, node: ir.Node, x: Value, then: Callable[[Value], None]) -> None:
+    """Do with [N, C, 1, W] what the node does with [N, C, W]."""
+    n, c, w = x.shape
+    then(importer.dense(x).seen((n, c, 1, w)))
+    done = importer.dense(importer.result(node), node.outputs[0].name or "")
+    importer.set(node, done.seen((*done.shape[:2], done.shape[3])))
+
+
 def conv(importer: Importer, node: ir.Node) -> None:
     """Conv → Conv2d; on a single pixel, or with a kernel as large as the map, → Linear."""
     weight = importer.numbers(node, 1, "weight")
+    x = importer.value(node, 0)
+    if weight.ndim == 3 and len(x.shape) == 3:
+        along(importer, node, x, lambda flat: _conv(importer, node, flat, weight[:, :, None]))
+    elif weight.ndim == 5 and len(x.shape) == 5:
+        _conv_3d(importer, node, x, weight)
+    else:
+        _conv(importer, node, x, weight)
+
+
+def _conv_3d(importer: Importer, node: ir.Node, x: Value, weight: Array) -> None:
+    """Three axes of pixels: the depth becomes channels, and what a depth does not see zeros that cost nothing."""
+    n, c, depth, h, w = x.shape
+    outs, ins, kd = weight.shape[:3]
+    groups = node.attributes.get_int("group", 1)
+    strides, dilations = (importer.ints(node, name) or [1, 1, 1] for name in ("strides", "dilations"))
+    pads = importer.ints(node, "pads") or [0] * 6
+    if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or min(pads) < 0:
+        raise Unsupported("automatic or negative padding of three axes is not supported; give pads")
+    deep = (depth + pads[0] + pads[3] - (kd - 1) * dilations[0] - 1) // strides[0] + 1
+    if deep < 1 or outs * deep * c * depth * weight[0, 0, 0].size > LARGEST:
+        raise Unsupported(f"a convolution of {depth} by {h} by {w} pixels is too large to be done plane by plane")
+    wide = np.zeros((outs, deep, c, depth, *weight.shape[3:]), np.float32)
+    for o in range(deep):
+        for t in range(kd):
+            d = o * strides[0] + t * dilations[0] - pads[0]
+            for g in range(groups if 0 <= d < depth else 0):
+                mine = slice(g * (outs // groups), (g + 1) * (outs // groups))
+                wide[mine, o, g * ins : (g + 1) * ins, d] = weight[mine, :, t]
+    flat_weight = wide.reshape(outs * deep, c * depth, *weight.shape[3:])
+    bias = importer.numbers(node, 2, "bias") if importer.has(node, 2) else np.zeros(outs, np.float32)
+    flat = importer.in_planes(importer.dense(x).seen((n, c * depth, h, w)))
+    conv = Conv2d(
+        n, c * depth, outs * deep, h, w, (weight.shape[3], weight.shape[4]), (strides[1], strides[2]),
+        (pads[1], pads[2], pads[4], pads[5]), (dilations[1], dilations[2]),
+    )  # fmt: skip
+    out = (n, outs * deep, conv.out_height, conv.out_width)
+    if min(out) < 1:
+        raise Unsupported(f"its kernel does not fit into the padded {h}x{w} input; use larger inputs")
+    constants = {"weight": flat_weight, "bias": np.repeat(bias, deep)}
+    done = importer.emit(node, conv, [flat], out, constants=constants, name=layer_name(node))
+    importer.set(node, importer.dense(done).seen((n, outs, deep, *out[2:])))
+
+
+def _conv(importer: Importer, node: ir.Node, x: Value, weight: Array) -> None:
     bias = importer.numbers(node, 2, "bias") if importer.has(node, 2) else None
     if weight.ndim != 4:
         raise Unsupported(f"weight {list(weight.shape)}: only two-dimensional convolutions; reshape to [N, C, H, W]")
-    x = importer.value(node, 0)
     if len(x.shape) != 4:
         raise Unsupported(f"expected an input [N, C, H, W], got shape {list(x.shape)}")
     n, channels, h, w = x.shape
@@ -67,12 +126,7 @@ def conv(importer: Importer, node: ir.Node) -> None:
     out = (n, weight.shape[0], workload.out_height, workload.out_width)
     if min(out) < 1:
         raise Unsupported(f"kernel {kernel} does not fit into the padded {h}x{w} input; use larger inputs")
-    if x.is_rows and out[2:] != (1, 1):
-        pixels = importer.pixels_of_input(x)
-        if pixels is None:
-            raise Unsupported("a convolution that pads one computed pixel to several is not supported; pad less")
-        x = pixels
-    if x.is_rows:
+    if x.is_rows and (h, w) == (1, 1) and out[2:] == (1, 1):
         flat = expand_groups(_tap_at_origin(weight, pads, dilation), groups)
         importer.linear(node, x, flat, bias, out, layer_name(node))
     elif kernel == (h, w) and groups == 1 and not any(pads) and dilation == (1, 1):
@@ -81,7 +135,7 @@ def conv(importer: Importer, node: ir.Node) -> None:
     else:
         bias = np.zeros(weight.shape[0], np.float32) if bias is None else bias
         constants = {"weight": np.ascontiguousarray(weight), "bias": np.ascontiguousarray(bias)}
-        importer.emit(node, workload, [x], out, constants=constants, name=layer_name(node))
+        importer.emit(node, workload, [importer.in_planes(x)], out, constants=constants, name=layer_name(node))
 
 
 def _tap_at_origin(weight: Array, pads: tuple[int, ...], dilation: tuple[int, int]) -> Array:
@@ -104,32 +158,4 @@ def expand_groups(weight: Array, groups: int) -> Array:
     return dense.reshape(outs, groups * ins)
 
 
-def gemm(importer: Importer, node: ir.Node) -> None:
-    """Gemm with constant B and C → Linear."""
-    x = importer.value(node, 0)
-    weight = importer.numbers(node, 1, "weight (B)")
-    if node.attributes.get_int("transA", 0) or not x.is_rows or len(x.shape) != 2:
-        raise Unsupported(f"expected rows [N, K] for A without transA, got shape {list(x.shape)}; flatten before it")
-    alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
-    weight = weight if node.attributes.get_int("transB", 0) else weight.T
-    outs = weight.shape[0]
-    bias = None
-    if importer.has(node, 2):
-        c = importer.numbers(node, 2, "bias (C)")
-        if c.ndim > 2 or (c.ndim == 2 and c.shape[0] != 1):
-            raise Unsupported(f"bias (C) of shape {list(c.shape)} varies over the batch; use one of shape [{outs}]")
-        bias = np.broadcast_to(c.reshape(-1) * np.float32(beta), outs).copy()
-    weight = np.asarray(weight * np.float32(alpha), np.float32)
-    importer.linear(node, x, weight, bias, (x.shape[0], outs), layer_name(node))
-
-
-def matmul(importer: Importer, node: ir.Node) -> None:
-    """MatMul of rows with a constant matrix → Linear."""
-    x = importer.value(node, 0)
-    weight = importer.numbers(node, 1, "right operand")
-    if not x.is_rows or weight.ndim != 2 or x.shape[-1] != weight.shape[0] or x.width != weight.shape[0]:
-        raise Unsupported(f"only rows [N, K] times a constant [K, M]; got {list(x.shape)} and {list(weight.shape)}")
-    importer.linear(node, x, weight.T, None, (*x.shape[:-1], weight.shape[1]), layer_name(node))
-
-
-HANDLERS: dict[str, Handler] = {"Conv": conv, "Gemm": gemm, "MatMul": matmul}
+HANDLERS: dict[str, Handler] = {"Conv": conv}

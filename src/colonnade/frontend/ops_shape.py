@@ -8,43 +8,31 @@ import numpy as np
 import onnx_ir as ir
 
 from colonnade.frontend.draft import Draft, Tensor, Value, joined, whole
-from colonnade.frontend.importer import Handler, Importer, Unsupported, is_vector
-from colonnade.workload import Conv2d, Convert, Zeros
+from colonnade.frontend.importer import Handler, Importer, Unsupported, counting, exact
+from colonnade.workload import FILL, Convert, Elementwise, Join, Lookup, Zeros
+
+Table = np.typing.NDArray[np.int64]
 
 
 def identity(importer: Importer, node: ir.Node) -> None:
     """Identity, Dropout in inference mode."""
+    training = importer.constant(node, 2)
+    if node.op_type == "Dropout" and importer.has(node, 2) and (training is None or bool(np.asarray(training).any())):
+        raise Unsupported("it is in training mode; export the model with .eval()")
+    if importer.more_outputs(node):
+        raise Unsupported("its mask is not supported as an output; remove its reader")
     importer.set(node, importer.value(node, 0))
 
 
-def cast(importer: Importer, node: ir.Node) -> None:
-    """Cast to float32 of what is float32."""
-    target = ir.DataType(node.attributes["to"].as_int())
-    if target != ir.DataType.FLOAT:
-        raise Unsupported(f"a cast to {target} is not supported; only float32 is")
-    identity(importer, node)
-
-
 def view(importer: Importer, node: ir.Node, x: Value, shape: tuple[int, ...]) -> None:
-    """``x`` seen with another ONNX shape of as many elements."""
+    """``x`` seen with another ONNX shape of as many elements: planes regrouped, or a dense array."""
     if prod(shape) != prod(x.shape):
         raise Unsupported(f"cannot see {list(x.shape)} as {list(shape)}; export the model with fixed shapes")
-    if shape[:1] == x.shape[:1]:
-        if x.is_rows and is_vector(shape):
-            importer.set(node, Value(shape, x.tensors, sole=x.sole))
-            return
-        if x.channels is not None and len(shape) >= 4 and shape[-2:] == x.shape[-2:]:
-            channels = x.channels.reshape(*shape[1:-2], 2)
-            importer.set(node, Value(shape, x.tensors, channels, x.sole))
-            return
-        if x.channels is not None and is_vector(shape):
-            rows = importer.to_rows(node, x)
-            importer.set(node, Value(shape, rows.tensors))
-            return
-    raise Unsupported(
-        f"from {list(x.shape)} to {list(shape)}: only regrouping channels, dropping axes of length 1 and flattening to "
-        "[N, C*H*W]; cut the model before it with outputs=/--outputs"
-    )
+    if x.channels is not None and shape[:1] == x.shape[:1] and len(shape) >= 4 and shape[-2:] == x.shape[-2:]:
+        channels = x.channels.reshape(*shape[1:-2], 2)
+        importer.set(node, Value(shape, x.tensors, channels, x.sole))
+        return
+    importer.set(node, importer.dense(x, node.outputs[0].name or "").seen(shape))
 
 
 def reshape(importer: Importer, node: ir.Node) -> None:
@@ -88,68 +76,107 @@ def unsqueeze(importer: Importer, node: ir.Node) -> None:
 
 
 def transpose(importer: Importer, node: ir.Node) -> None:
-    """Transpose of channel axes (channel shuffle), or of axes of length 1."""
+    """Transpose: channel axes of planes (channel shuffle) are another list; axes of length 1 a view; else a move."""
     x = importer.value(node, 0)
     rank = len(x.shape)
     order = importer.ints(node, "perm") or list(reversed(range(rank)))
     shape = tuple(x.shape[i] for i in order)
-    if x.is_rows and shape[0] == x.shape[0] and (order[0] == 0 or x.shape[0] == 1):
-        importer.set(node, Value(shape, x.tensors, sole=x.sole))
-    elif x.channels is not None and order[0] == 0 and order[-2:] == [rank - 2, rank - 1]:
+    longer = [i for i in order if x.shape[i] > 1]
+    if x.channels is not None and order[0] == 0 and order[-2:] == [rank - 2, rank - 1]:
         axes = [i - 1 for i in order[1:-2]]
         importer.set(node, Value(shape, x.tensors, x.channels.transpose(*axes, len(axes)), x.sole))
+    elif longer == sorted(longer):
+        view(importer, node, x, shape)
     else:
-        raise Unsupported(
-            f"perm {order} of {list(x.shape)} moves pixels; only channel axes may change places; export in NCHW order"
-        )
+        tables = counting(x.shape)
+        importer.take(node, x, [tables[i] for i in order])
 
 
 def concat(importer: Importer, node: ir.Node) -> None:
-    """Concat over channels: a longer list of planes."""
-    values = [importer.value(node, index) for index in range(len(node.inputs))]
-    rank = len(values[0].shape)
+    """Concat: over channels a longer list of planes, else a join of dense arrays."""
+    rank = len(importer.shape(node, 0))
     axis = node.attributes["axis"].as_int() % rank
-    if len(values) == 1:
+    computed = [importer.constant(node, i) is None for i in range(len(node.inputs))]
+    values = [importer.value(node, i) for i, c in enumerate(computed) if c]
+    if len(node.inputs) == 1:
         importer.set(node, values[0])
         return
-    if any(v.is_rows for v in values) or not 0 < axis < rank - 2:
-        raise Unsupported(f"only over the channels of [N, C, H, W]; got axis {axis} of {list(values[0].shape)}")
-    shapes = [v.shape[:axis] + v.shape[axis + 1 :] for v in values]
-    if any(shape != shapes[0] for shape in shapes):
-        raise Unsupported(f"shapes {', '.join(str(list(v.shape)) for v in values)} do not fit together")
-    importer.set(node, joined(values, axis))
+    spatial = rank == 4 and any(not v.is_rows for v in values)
+    if all(computed) and 0 < axis < rank - 2 and (spatial or not any(v.is_rows for v in values)):
+        values = [importer.in_planes(v) for v in values]
+        shapes = [v.shape[:axis] + v.shape[axis + 1 :] for v in values]
+        if any(shape != shapes[0] for shape in shapes):
+            raise Unsupported(f"shapes {', '.join(str(list(v.shape)) for v in values)} do not fit together")
+        importer.set(node, joined(values, axis))
+        return
+    parts = [importer.array(node, i) for i in range(len(node.inputs))]
+    shapes = [part.shape for part in parts]
+    total = sum(shape[axis] for shape in shapes)
+    shape = (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
+    if any(s[:axis] + s[axis + 1 :] != shapes[0][:axis] + shapes[0][axis + 1 :] for s in shapes):
+        raise Unsupported(f"shapes {', '.join(str(list(s)) for s in shapes)} do not fit together")
+    importer.dense_step(node, Join(tuple(shapes), axis), parts, shape)
 
 
 def split(importer: Importer, node: ir.Node) -> None:
-    """Split over channels: parts of the list of planes."""
+    """Split: over channels parts of the list of planes, else moves."""
     x = importer.value(node, 0)
     axis = node.attributes.get_int("axis", 0) % len(x.shape)
-    if x.channels is None or not 0 < axis < len(x.shape) - 2:
-        raise Unsupported(f"only over the channels of [N, C, H, W]; got axis {axis} of {list(x.shape)}")
     sizes = importer.ints(node, "split", 1)
     if sizes is None:
         size = -(-x.shape[axis] // len(node.outputs))
         sizes = [min(size, x.shape[axis] - size * i) for i in range(len(node.outputs))]
     if sum(sizes) != x.shape[axis]:
-        raise Unsupported(f"parts of {sizes} channels are not the {x.shape[axis]} that there are")
+        raise Unsupported(f"parts of {sizes} are not the {x.shape[axis]} that there are")
     start = 0
     for index, size in enumerate(sizes):
-        importer.set(node, _take(x, axis, np.arange(start, start + size)), index)
+        if size:
+            _pick(importer, node, x, axis, np.arange(start, start + size), index)
+        elif node.outputs[index].uses() or node.outputs[index].is_graph_output():
+            raise Unsupported(f"its part {index} is empty; remove it from the model")
         start += size
 
 
 def gather(importer: Importer, node: ir.Node) -> None:
-    """Gather of channels with constant indices: another list of planes."""
-    x = importer.value(node, 0)
-    axis = node.attributes.get_int("axis", 0) % len(x.shape)
+    """Gather: constant indices pick (channels: another list of planes), computed ones look up."""
+    axis = node.attributes.get_int("axis", 0)
     indices = importer.constant(node, 1)
-    if x.channels is None or indices is None or indices.ndim != 1 or not 0 < axis < len(x.shape) - 2:
-        raise Unsupported(f"only channels of [N, C, H, W] by a constant list; got axis {axis} of {list(x.shape)}")
+    if indices is None:
+        _lookup(importer, node, axis)
+        return
+    x = importer.value(node, 0)
+    axis %= len(x.shape)
     size = x.shape[axis]
     picked = np.asarray(indices, np.int64)
     if not ((picked >= -size) & (picked < size)).all():
-        raise Unsupported(f"indices beyond the {size} channels")
-    importer.set(node, _take(x, axis, picked % size))
+        raise Unsupported(f"indices beyond the {size} entries of axis {axis}")
+    shape = (*x.shape[:axis], *picked.shape, *x.shape[axis + 1 :])
+    _pick(importer, node, x, axis, (picked % size).reshape(-1), 0, None if picked.ndim == 1 else shape)
+
+
+def _lookup(importer: Importer, node: ir.Node, axis: int) -> None:
+    index, table = importer.array(node, 1), importer.constant(node, 0)
+    data = None if table is not None else importer.array(node, 0)
+    shape = tuple(table.shape) if table is not None else data.shape if data is not None else ()
+    axis %= len(shape)
+    outer, inner = prod(shape[:axis]), prod(shape[axis + 1 :])
+    work = Lookup(outer, shape[axis], inner, prod(index.shape), table is not None)
+    constants = {} if table is None else {"table": exact(table)}
+    inputs = [index] if data is None else [index, data]
+    importer.dense_step(node, work, inputs, (*shape[:axis], *index.shape, *shape[axis + 1 :]), constants)
+
+
+def _pick(
+    importer: Importer, node: ir.Node, x: Value, axis: int, indices: Table, index: int = 0,
+    shape: tuple[int, ...] | None = None,
+) -> None:  # fmt: skip
+    """Entries ``indices`` of ``axis``: the node's output ``index``."""
+    if shape is None and x.channels is not None and 0 < axis < len(x.shape) - 2:
+        importer.set(node, _take(x, axis, indices), index)
+        return
+    tables = counting(x.shape)
+    tables[axis] = tables[axis][indices]
+    importer.take(node, x, tables, 0.0, index, shape)
 
 
 def _take(x: Value, axis: int, indices: np.typing.NDArray[np.int64]) -> Value:
@@ -163,7 +190,7 @@ def _take(x: Value, axis: int, indices: np.typing.NDArray[np.int64]) -> Value:
 
 
 def slice_(importer: Importer, node: ir.Node) -> None:
-    """Slice of channels, or every s-th row and column."""
+    """Slice: of channels another list, of every s-th row and column a copy, else a move."""
     x = importer.value(node, 0)
     rank = len(x.shape)
     starts, ends = importer.ints(node, "starts", 1), importer.ints(node, "ends", 2)
@@ -171,7 +198,7 @@ def slice_(importer: Importer, node: ir.Node) -> None:
         raise Unsupported("its starts and ends must be constant; export the model with fixed shapes")
     axes = importer.ints(node, "axes", 3) or list(range(len(starts)))
     steps = importer.ints(node, "steps", 4) or [1] * len(starts)
-    stride = [1, 1]
+    stride, moved = [1, 1], dict[int, Table]()
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis %= rank
         size = x.shape[axis]
@@ -179,16 +206,21 @@ def slice_(importer: Importer, node: ir.Node) -> None:
         picked = range(*slice(start, None if step < 0 and end < -size else end, step).indices(size))
         if picked == range(size):
             continue
+        if not picked:
+            raise Unsupported(f"elements {start}:{end}:{step} of axis {axis} of {list(x.shape)} are none; remove it")
         if x.channels is not None and 0 < axis < rank - 2:
             x = _take(x, axis, np.array(picked, np.int64))
         elif x.channels is not None and rank == 4 and axis >= 2 and step > 0 and picked == range(0, size, step):
             stride[axis - 2] = step
         else:
-            raise Unsupported(
-                f"elements {start}:{end}:{step} of axis {axis} of {list(x.shape)}: only channels, or every s-th row or "
-                "column from the first on; cut the model before it with outputs=/--outputs"
-            )
-    if stride == [1, 1]:
+            moved[axis] = np.array(picked, np.int64)
+    if moved:
+        for axis in (0, 1):
+            if stride[axis] != 1:
+                moved[axis + 2] = np.arange(0, x.shape[axis + 2], stride[axis])
+        tables = counting(x.shape)
+        importer.take(node, x, [table[moved[i]] if i in moved else table for i, table in enumerate(tables)])
+    elif stride == [1, 1]:
         importer.set(node, x)
     else:
         _every(importer, node, x, (stride[0], stride[1]))
@@ -207,35 +239,108 @@ def _every(importer: Importer, node: ir.Node, x: Value, stride: tuple[int, int])
 
 
 def pad(importer: Importer, node: ir.Node) -> None:
-    """Pad with zeros: channels by planes of zeros; pixels by a 1x1 convolution of every channel with 1."""
-    x = importer.planes(node, 0)
-    if (mode := node.attributes.get_string("mode", "constant")) != "constant":
-        raise Unsupported(f"mode {mode} is not supported; only constant zeros are")
+    """Pad: channels by planes of zeros, else a move with repeated, mirrored or filled in entries."""
+    mode = node.attributes.get_string("mode", "constant")
+    if mode not in ("constant", "reflect", "edge", "wrap"):
+        raise Unsupported(f"mode {mode} is not known")
+    x = importer.value(node, 0)
+    rank = len(x.shape)
     constant = importer.constant(node, 2)
+    if importer.has(node, 2) and constant is None:
+        raise Unsupported("its value must be constant; export the model in inference mode")
     number = node.attributes.get_float("value", 0.0) if constant is None else float(constant.reshape(-1)[0])
-    given = importer.ints(node, "pads", 1)
-    if given is None or number != 0.0:
-        raise Unsupported(f"only a constant number of zeros; got {number}")
-    axes = importer.ints(node, "axes", 3) or list(range(4))
-    pads = [0] * 8
-    for index, axis in enumerate(axes):
-        pads[axis % 4], pads[axis % 4 + 4] = given[index], given[index + len(axes)]
-    if min(pads) < 0 or pads[0] or pads[4]:
-        raise Unsupported(f"pads {pads}: only channels, rows and columns can be added; none removed, no images")
-    n, c, h, w = x.shape
-    if any((*pads[2:4], *pads[6:8])):
-        workload = Conv2d(n, c, c, h, w, (1, 1), padding=(pads[2], pads[3], pads[6], pads[7]), groups=c)
-        constants = {"weight": np.ones((c, 1, 1, 1), np.float32), "bias": np.zeros(c, np.float32)}
-        out = (n, c, workload.out_height, workload.out_width)
-        x = importer.emit(node, workload, [x], out, constants=constants)
-    if pads[1] or pads[5]:
-        zeros = _zeros(importer, node, (n, 1, *x.shape[2:]))
+    given = importer.ints(node, "pads", 1) or importer.ints(node, "paddings")
+    if given is None:
+        raise Unsupported("its pads must be constant; export the model with fixed shapes")
+    axes = [a % rank for a in importer.ints(node, "axes", 3) or range(rank)]
+    pads = {axis: (given[i], given[i + len(axes)]) for i, axis in enumerate(axes)}
+    pads = {axis: both for axis, both in pads.items() if any(both)}
+    if rank == 4 and not x.is_rows and set(pads) == {1} and min(pads[1]) >= 0 and mode == "constant" and number == 0:
+        n, _, h, w = x.shape
+        zeros = _zeros(importer, node, (n, 1, h, w))
         assert zeros.channels is not None
-        sides = [Value((), zeros.tensors, np.repeat(zeros.channels, count, axis=0)) for count in (pads[1], pads[5])]
-        x = joined(
-            [Value(x.shape, zeros.tensors, sides[0].channels), x, Value(x.shape, zeros.tensors, sides[1].channels)], 1
-        )
-    importer.set(node, x)
+        first, last = (Value(x.shape, zeros.tensors, np.repeat(zeros.channels, count, axis=0)) for count in pads[1])
+        importer.set(node, joined([first, x, last], 1))
+        return
+    tables = counting(x.shape)
+    for axis, (before, after) in pads.items():
+        size = x.shape[axis]
+        where = np.arange(-before, size + after)
+        if mode == "reflect":
+            period = max(2 * size - 2, 1)
+            where = np.abs((where + size - 1) % period - (size - 1)) if size > 1 else where * 0
+        elif mode == "edge":
+            where = np.clip(where, 0, size - 1)
+        elif mode == "wrap":
+            where = where % size
+        inside = (where >= 0) & (where < size)
+        tables[axis] = np.where(inside, tables[axis][np.where(inside, where, 0)], FILL)
+    importer.take(node, x, tables, number)
+
+
+def expand(importer: Importer, node: ir.Node) -> None:
+    """Expand: entries of axes of length 1 repeated."""
+    target = importer.ints(node, "shape", 1)
+    if target is None:
+        raise Unsupported("its shape must be constant; export the model with fixed shapes")
+    x = importer.array(node, 0)
+    shape = np.broadcast_shapes(x.shape, tuple(target))
+    if shape == x.shape:
+        importer.set(node, x)
+        return
+    x = x.seen((1,) * (len(shape) - len(x.shape)) + x.shape)
+    sizes = zip(counting(x.shape), x.shape, shape, strict=True)
+    importer.take(node, x, [t if d > 1 else np.zeros(full, np.int64) for t, d, full in sizes])
+
+
+def tile(importer: Importer, node: ir.Node) -> None:
+    """Tile: every axis repeated."""
+    x = importer.array(node, 0)
+    repeats = importer.ints(node, "repeats", 1)
+    if repeats is None:
+        raise Unsupported("its repeats must be constant; export the model with fixed shapes")
+    importer.take(node, x, [np.tile(table, count) for table, count in zip(counting(x.shape), repeats, strict=True)])
+
+
+def _regroup(
+    importer: Importer, node: ir.Node, split: tuple[int, ...], order: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    """[N, C, H, W] seen as ``split``, its axes in ``order``, seen as ``shape``."""
+    x = importer.dense(importer.value(node, 0), node.outputs[0].name or "").seen(split)
+    tables = counting(split)
+    importer.take(node, x, [tables[i] for i in order], shape=shape)
+
+
+def depth_to_space(importer: Importer, node: ir.Node) -> None:
+    """DepthToSpace, either mode."""
+    n, c, h, w = importer.shape(node, 0)
+    b = node.attributes["blocksize"].as_int()
+    shape = (n, c // (b * b), h * b, w * b)
+    if node.attributes.get_string("mode", "DCR") == "DCR":
+        _regroup(importer, node, (n, b, b, c // (b * b), h, w), (0, 3, 4, 1, 5, 2), shape)
+    else:
+        _regroup(importer, node, (n, c // (b * b), b, b, h, w), (0, 1, 4, 2, 5, 3), shape)
+
+
+def space_to_depth(importer: Importer, node: ir.Node) -> None:
+    """SpaceToDepth."""
+    n, c, h, w = importer.shape(node, 0)
+    b = node.attributes["blocksize"].as_int()
+    order = (0, 3, 5, 1, 2, 4) if node.attributes.get_string("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    _regroup(importer, node, (n, c, h // b, b, w // b, b), order, (n, c * b * b, h // b, w // b))
+
+
+def trilu(importer: Importer, node: ir.Node) -> None:
+    """Trilu: zeros above or below a diagonal."""
+    x, k = importer.array(node, 0), importer.constant(node, 1)
+    if importer.has(node, 1) and k is None:
+        raise Unsupported("its diagonal must be constant")
+    first = 0 if k is None else int(k.reshape(-1)[0])
+    keep = (np.triu if node.attributes.get_int("upper", 1) else np.tril)(np.ones(x.shape[-2:], np.float32), first)
+    name = node.outputs[0].name or ""
+    operands = [importer.brought(name, keep), x, importer.brought(name, np.zeros(1, np.float32))]
+    work = Elementwise("where", tuple(value.shape for value in operands))
+    importer.dense_step(node, work, operands, work.shape)
 
 
 def _zeros(importer: Importer, node: ir.Node, shape: tuple[int, ...]) -> Value:
@@ -248,7 +353,6 @@ def _zeros(importer: Importer, node: ir.Node, shape: tuple[int, ...]) -> Value:
 HANDLERS: dict[str, Handler] = {
     "Identity": identity,
     "Dropout": identity,
-    "Cast": cast,
     "Reshape": reshape,
     "Flatten": flatten,
     "Squeeze": squeeze,
@@ -259,4 +363,9 @@ HANDLERS: dict[str, Handler] = {
     "Slice": slice_,
     "Gather": gather,
     "Pad": pad,
+    "Expand": expand,
+    "Tile": tile,
+    "Trilu": trilu,
+    "DepthToSpace": depth_to_space,
+    "SpaceToDepth": space_to_depth,
 }

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from colonnade.layout import Placed, Planes, read_planes, write_planes
 from colonnade.plan import Plan, Step
-from colonnade.workload import Array, Conv2d, im2col
+from colonnade.workload import Array, Cast, Conv2d, Reach, evaluate, im2col
 
 
 def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> dict[str, Array]:
@@ -30,15 +30,14 @@ def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> 
     for step in plan.steps:
         if step.external and not step.inputs:
             assert step.output is not None
-            given = np.asarray(inputs[step.external], np.float32).reshape(step.output.shape)
-            write_planes(arena, step.output, step.workload.reference(given))
+            given = np.asarray(inputs[step.external])
+            shaped = given if isinstance(step.workload, Cast) else given.astype(np.float32).reshape(step.output.shape)
+            write_planes(arena, step.output, step.workload.reference(shaped))
             continue
         values = [read_planes(arena, tensor) for tensor in step.inputs]
         if isinstance(step.workload, Conv2d) and check_feeding and _in_place(step):
             _check_feeding(arena, step, values[0])
-        constants = [step.constants[role] for role in ("weight", "bias", "scale", "shift") if role in step.constants]
-        before = {role: array for role, array in step.constants.items() if role.startswith("before_")}
-        result = step.workload.reference(*values[:1], *constants, *values[1:], **before)
+        result = evaluate(step.workload, values, step.constants)
         if step.output is None:
             outputs[step.external] = result.reshape(shapes[step.external]).copy()
         else:
@@ -51,6 +50,8 @@ def _in_place(step: Step) -> bool:
     conv, source, target = step.workload, step.inputs[0].planes, step.output
     assert isinstance(conv, Conv2d) and target is not None
     same = (source.pitch, source.image_rows) == (target.planes.pitch, target.planes.image_rows)
+    down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+    same &= source.pitch >= source.columns + right.before and source.image_rows >= source.rows + down.before
     return conv.prologue is None and source.phases == conv.stride and (same or conv.dilation == (1, 1))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from colonnade.frontend import ops_conv, ops_pointwise, ops_pool, ops_shape, ops_transposed
+from colonnade.frontend import ops_conv, ops_dense, ops_pointwise, ops_pool, ops_resize, ops_shape, ops_transposed
 from colonnade.frontend.importer import Handler
 
 HANDLERS: dict[str, Handler] = {
@@ -11,4 +11,6 @@ HANDLERS: dict[str, Handler] = {
     **ops_pool.HANDLERS,
     **ops_pointwise.HANDLERS,
     **ops_shape.HANDLERS,
+    **ops_dense.HANDLERS,
+    **ops_resize.HANDLERS,
 }

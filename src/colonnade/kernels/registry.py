@@ -17,7 +17,7 @@ from colonnade.kernels.call import Call
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.structs import Struct
 from colonnade.layout import Placed
-from colonnade.workload import Workload
+from colonnade.workload import Workload, activation_of
 
 
 class Operands(Protocol):
@@ -74,9 +74,10 @@ class Operator:
 
 def rows() -> dict[str, Operator]:
     """All operators by ``Workload.op``."""
-    from colonnade.kernels.ops import conv, convert, linear, pointwise, pool, transposed
+    from colonnade.kernels.ops import conv, convert, dense, linear, pointwise, pool, resample, transposed, unary
 
-    table = (*conv.ROWS, *linear.ROWS, *pool.ROWS, *pointwise.ROWS, *convert.ROWS, *transposed.ROWS)
+    table = (*conv.ROWS, *linear.ROWS, *pool.ROWS, *pointwise.ROWS, *convert.ROWS, *unary.ROWS, *transposed.ROWS)
+    table += (*dense.ROWS, *resample.ROWS)
     return {row.op: row for row in table}
 
 
@@ -104,4 +105,11 @@ def candidates(operands: Operands, isa: Isa, threads: int) -> list[Candidate]:
 
 def bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """The kernel calls that compute ``operands`` by ``candidate``, in order, a barrier between them."""
-    return operator(operands.workload.op).bind(operands, candidate)
+    calls = operator(operands.workload.op).bind(operands, candidate)
+    function = activation_of(operands.workload).function
+    if function is None:
+        return calls
+    from colonnade.kernels.ops import unary
+
+    assert operands.output is not None
+    return (*calls, unary.call(operands.output, operands.output, function, candidate.kernel.rpartition("__")[2]))

@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Arena, Call, Const, External, Scratch
+from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.registry import Operands, structs
 from colonnade.layout import Placed, Planes, round_up, write_planes
-from colonnade.workload import Affine, Array, Conv2d, Convert, ConvTranspose2d, Linear
+from colonnade.workload import Array, Convert, evaluate
 
 MAGIC = int.from_bytes(b"CNJOB1", "little")
 PAGE = 4096
@@ -89,13 +89,7 @@ class Run:
 
 def reference(step: Operands, inputs: Sequence[Array]) -> Array:
     """What ``step`` computes from ``inputs``, by its workload's own definition."""
-    c, workload = step.constants, step.workload
-    if isinstance(workload, (Conv2d, ConvTranspose2d, Linear)):
-        before = {role: array for role, array in c.items() if role.startswith("before_")}
-        return workload.reference(inputs[0], c["weight"], c.get("bias"), *inputs[1:], **before)
-    if isinstance(workload, Affine):
-        return workload.reference(inputs[0], c["scale"], c["shift"])
-    return workload.reference(*inputs)
+    return evaluate(step.workload, inputs, step.constants)
 
 
 def problem(step: Tunable) -> Problem:
@@ -155,7 +149,9 @@ def encode(
                     case Const():
                         relocation_rows.append((offsets[name], 1, blobs.array(value.data)))
                     case Scratch():
-                        relocation_rows.append((offsets[name], 2, 0))
+                        relocation_rows.append((offsets[name], 2, call.shared))
+                    case Shared():
+                        relocation_rows.append((offsets[name], 2, value.offset))
                     case External():
                         relocation_rows.append((offsets[name], 3, external[value.name]))
                     case None:
@@ -165,7 +161,7 @@ def encode(
             image = shape.pack(scalars)
             symbol = blobs.add(call.kernel.encode() + b"\0")
             count = len(relocation_rows) - first
-            call_rows.append((symbol, blobs.add(image), len(image), first, count, call.scratch))
+            call_rows.append((symbol, blobs.add(image), len(image), first, count, call.scratch, call.shared))
     segment_rows = [(s.space, s.offset, blobs.add(s.data), len(s.data)) for s in problem.segments]
     expect_rows = [(e.space, e.offset, blobs.add(e.data), len(e.data), e.tolerance) for e in problem.expected]
     run_rows = [(r.candidate, int(r.check), r.least, r.most, r.budget_ns, r.limit_s) for r in runs]

@@ -1,14 +1,33 @@
 """Operator calls and their numpy definitions: one file an operator family."""
 
-from colonnade.workload.base import NONE, RELU, RELU6, Activation, Array, Epilogue, Workload
+from colonnade.workload.base import NONE, RELU, RELU6, Activation, Array, Epilogue, Workload, activation_of, evaluate
 from colonnade.workload.conv import Conv2d, Reach, im2col, matrix, unmatrix
 from colonnade.workload.convert import Convert, Zeros
+from colonnade.workload.dense import (
+    FILL,
+    Cast,
+    Constant,
+    Elementwise,
+    Join,
+    Lookup,
+    MatMul,
+    Normalise,
+    Reduce,
+    Take,
+    digest,
+    spread,
+)
+from colonnade.workload.function import FUNCTIONS, Function
 from colonnade.workload.linear import Linear
-from colonnade.workload.pointwise import Affine, Binary, Softmax
+from colonnade.workload.pointwise import Affine, Binary, Softmax, Unary
 from colonnade.workload.pool import GlobalPool, Pool2d
+from colonnade.workload.resample import Lrn, Resample
 from colonnade.workload.transposed import ConvTranspose2d, Interleave
 
 __all__ = [
-    "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Conv2d", "ConvTranspose2d", "Convert", "Epilogue",
-    "GlobalPool", "Interleave", "Linear", "Pool2d", "Reach", "Softmax", "Workload", "Zeros", "im2col", "matrix", "unmatrix",
+    "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "Constant",
+    "Conv2d", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue", "Function", "GlobalPool", "Interleave",
+    "Join", "Linear", "Lookup", "Lrn", "MatMul", "Normalise", "Pool2d", "Reach", "Reduce", "Resample", "Softmax",
+    "Take", "Unary", "Workload", "Zeros", "activation_of", "digest", "evaluate", "im2col", "matrix", "spread",
+    "unmatrix",
 ]  # fmt: skip

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from colonnade.workload.function import Function
+
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Activation:
-    """``clip(x, low, high)``: none, ReLU and ReLU6 are limits alone, so they cost one or two instructions a vector."""
+    """``function(clip(x, low, high))``: none, ReLU and ReLU6 are limits alone, one or two instructions a vector.
+
+    A function is computed in place right after the step's own calls (see ``kernels.registry.bind``).
+    """
 
     low: float = -np.inf
     high: float = np.inf
+    function: Function | None = None
 
     def __call__(self, x: Array) -> Array:
-        return np.clip(x, np.float32(self.low), np.float32(self.high))
+        x = np.clip(x, np.float32(self.low), np.float32(self.high))
+        return x if self.function is None else self.function(x)
 
     def __str__(self) -> str:
+        if self.function is not None:
+            limits = Activation(self.low, self.high)
+            return str(self.function) if limits == NONE else f"{limits}+{self.function}"
         return {(-np.inf, np.inf): "none", (0.0, np.inf): "relu", (0.0, 6.0): "relu6"}.get(
             (self.low, self.high), f"clip({self.low:g},{self.high:g})"
         )
@@ -43,6 +54,9 @@ class Epilogue:
         return ("add+" if self.residual else "") + str(self.activation)
 
 
+PLAIN = Epilogue()
+
+
 @runtime_checkable
 class Workload(Protocol):
     """One operator call: shapes, strides, dtype and epilogue, but no data. Frozen dataclasses implement it."""
@@ -61,9 +75,29 @@ class Workload(Protocol):
         """Text that is equal exactly for equal workloads, stable over versions: part of every tuning record."""
         ...
 
-    def reference(self, *inputs: Any) -> Array:
+    def reference(self, *inputs: Any, **constants: Any) -> Array:
         """The operator's definition in numpy: what every kernel is tested against."""
         ...
+
+
+# constants that ``reference`` takes behind the first input, in this order; all others it takes by name
+POSITIONAL = ("weight", "bias", "scale", "shift")
+
+
+def evaluate(workload: Workload, inputs: Sequence[Array], constants: Mapping[str, Any]) -> Array:
+    """``workload.reference`` of a step's inputs (data first) and its constants by role."""
+    roles = ("weight", "bias") if "weight" in constants else POSITIONAL
+    fixed = [constants.get(role) for role in roles if role in constants or "weight" in constants]
+    named = {role: array for role, array in constants.items() if role not in POSITIONAL}
+    return workload.reference(*inputs[:1], *fixed, *inputs[1:], **named)
+
+
+def activation_of(workload: Workload) -> Activation:
+    """The activation in which a workload ends; ``NONE`` for one that cannot end in any."""
+    holder = getattr(workload, "epilogue", workload)
+    found = getattr(holder, "activation", NONE)
+    assert isinstance(found, Activation)
+    return found
 
 
 def key_of(workload: Any) -> str:

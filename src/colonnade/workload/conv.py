@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from colonnade.workload.base import Activation, Array, Epilogue, key_of
+from colonnade.workload.base import PLAIN, Activation, Array, Epilogue, key_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Conv2d:
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = PLAIN
     dtype: str = "f32"
     tile: int = 0
     columns: int = -1

@@ -14,7 +14,8 @@ from colonnade.workload.base import Array, key_of
 class Convert:
     """``import``: the user's dense array → planes or rows. ``export``: planes or rows → the user's dense array.
     ``planes``: planes → planes of another pitch or of phases (``kept_phases`` may drop some; step
-    ``stride`` picks pixels ``[::sy, ::sx]``). ``flatten``: planes → rows in (channel, row, column) order."""
+    ``stride`` picks pixels ``[::sy, ::sx]``). ``flatten``: planes → rows in (channel, row, column) order,
+    and ``unflatten`` rows → planes likewise."""
 
     kind: str
     shape: tuple[int, ...]
@@ -41,6 +42,8 @@ class Convert:
             x = x[:, :, :: self.stride[0], :: self.stride[1]]
         if self.kind == "flatten":
             x = x.reshape(x.shape[0], -1)
+        if self.kind == "unflatten":
+            x = x.reshape(self.shape)
         return np.ascontiguousarray(x, np.float32)
 
 

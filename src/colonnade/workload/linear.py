@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from colonnade.workload.base import Array, Epilogue, key_of
+from colonnade.workload.base import PLAIN, Array, Epilogue, key_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Linear:
     batch: int
     in_channels: int
     out_channels: int
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = PLAIN
     dtype: str = "f32"
     tile: int = 0
     columns: int = -1
@@ -46,7 +46,9 @@ class Linear:
         """Stable text, see ``Workload.key``."""
         return key_of(self)
 
-    def reference(self, x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None, *_: Any) -> Array:
+    def reference(
+        self, x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None, *_: Any
+    ) -> Array:
         """[N, OC], summed in float64."""
         y = x.astype(np.float64) @ weight.astype(np.float64).T
         if bias is not None:

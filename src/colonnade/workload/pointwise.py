@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from colonnade.workload.base import NONE, Activation, Array, key_of
+from colonnade.workload.function import Function
 
-BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+BINARY: dict[str, Callable[[Array, Array], Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "max": np.maximum,
+    "min": np.minimum,
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,33 @@ class Affine:
         """Shape of x."""
         axes = (slice(None),) + (None,) * (len(self.shape) - 2)
         return self.activation((x * scale[axes] + shift[axes]).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Unary:
+    """``function(x)`` of every element of [N, C, H, W] or [N, C]."""
+
+    function: Function
+    shape: tuple[int, ...]
+    dtype: str = "f32"
+
+    @property
+    def op(self) -> str:
+        """``unary``"""
+        return "unary"
+
+    @property
+    def macs(self) -> int:
+        """0"""
+        return 0
+
+    def key(self) -> str:
+        """Stable text, see ``Workload.key``."""
+        return key_of(self)
+
+    def reference(self, x: Array, *_: Any) -> Array:
+        """Shape of x."""
+        return self.function(x)
 
 
 @dataclass(frozen=True)

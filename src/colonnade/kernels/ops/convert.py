@@ -61,7 +61,8 @@ def _convert_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[
 def _convert_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     workload = operands.workload
     assert isinstance(workload, Convert)
-    bound = {"import": _import, "export": _export, "planes": _planes, "flatten": _flatten}[workload.kind](operands)
+    kinds = {"import": _import, "export": _export, "planes": _planes, "flatten": _flatten, "unflatten": _unflatten}
+    bound = kinds[workload.kind](operands)
     return (Call(candidate.kernel, COPY.name, bound),)
 
 
@@ -100,6 +101,15 @@ def _flatten(operands: Operands) -> dict[str, Field]:
     (x,), y = operands.inputs, operands.output
     assert y is not None
     return _to_dense(x, Arena(), int(y.offsets[0]))
+
+
+def _unflatten(operands: Operands) -> dict[str, Field]:
+    """Rows in (channel, row, column) order to planes."""
+    (x,), y = operands.inputs, operands.output
+    assert y is not None and isinstance(x.layout, Rows)
+    channels, height, width = y.shape[1:]
+    starts = int(x.offsets[0]) // x.layout.itemsize + np.arange(channels, dtype=np.int64) * height * width
+    return _to_planes(Arena(), starts, y, channels * height * width, width, (1, 1))
 
 
 def _whole(x: Placed) -> Planes:

@@ -87,7 +87,7 @@ SOFTMAX = Struct(
         Member("width", "u32"),
     ),
 )
-KINDS = ("add", "sub", "mul", "div")
+KINDS = ("add", "sub", "mul", "div", "max", "min")
 
 
 def _planes(output: Placed) -> dict[str, Field]:

@@ -1,0 +1,194 @@
+"""Resizing of pixels, and normalisation over neighbouring channels."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from colonnade.frontend.importer import Handler, Importer, Unsupported, counting
+from colonnade.workload import Array, Lrn, Resample, digest
+
+Table = npt.NDArray[np.int64]
+Wide = npt.NDArray[np.float64]
+
+
+class Axis(NamedTuple):
+    """How one axis is resized: ``scale`` is output over input; ``roi`` where crop and resize begins and ends."""
+
+    size: int
+    out: int
+    scale: float
+    roi: tuple[float, float] = (0.0, 1.0)
+
+
+def positions(axis: Axis, mode: str) -> Wide:
+    """float64 [out]: where in the input every output element looks (ONNX's coordinate transformation modes)."""
+    i = np.arange(axis.out, dtype=np.float64)
+    if mode == "align_corners":
+        last = axis.scale * axis.size - 1  # not rounded where the scale leaves a fraction of a pixel
+        return i * (axis.size - 1) / last if axis.out > 1 else i * 0
+    if mode == "asymmetric":
+        return i / axis.scale
+    if mode == "pytorch_half_pixel":
+        return (i + 0.5) / axis.scale - 0.5 if axis.out > 1 else i * 0
+    if mode == "half_pixel":
+        return (i + 0.5) / axis.scale - 0.5
+    if mode == "tf_half_pixel_for_nn":
+        return (i + 0.5) / axis.scale
+    if mode == "half_pixel_symmetric":
+        whole = axis.scale * axis.size
+        offset = axis.size / 2 * (1 - axis.out / whole)
+        return offset + (i + 0.5) / axis.scale - 0.5
+    if mode == "tf_crop_and_resize":
+        start, end = axis.roi
+        if axis.out == 1:
+            return np.full(1, 0.5 * (start + end) * (axis.size - 1))
+        return start * (axis.size - 1) + i * (end - start) * (axis.size - 1) / (axis.out - 1)
+    raise Unsupported(f"coordinate_transformation_mode {mode} is not known")
+
+
+def nearest(at: Wide, size: int, mode: str) -> Table:
+    """int64 [out]: the element nearest to every position."""
+    rounded = {
+        "round_prefer_floor": lambda: np.ceil(at - 0.5),
+        "round_prefer_ceil": lambda: np.floor(at + 0.5),
+        "floor": lambda: np.floor(at),
+        "ceil": lambda: np.ceil(at),
+    }.get(mode)
+    if rounded is None:
+        raise Unsupported(f"nearest_mode {mode} is not known")
+    return np.asarray(np.clip(rounded(), 0, size - 1), np.int64)
+
+
+def taps(axis: Axis, at: Wide, mode: str, cubic: float, exclude: bool, antialias: bool) -> tuple[Table, Array]:
+    """(int64 [out, taps], float32 likewise): which elements every output is blended from, and with what weights."""
+    reach = 2 if mode == "cubic" else 1
+    stretch = max(1.0, 1 / axis.scale) if antialias else 1.0
+    radius = int(np.ceil(reach * stretch))
+    first = np.floor(at).astype(np.int64) - radius + 1
+    index = first[:, None] + np.arange(2 * radius)
+    distance = np.abs(at[:, None] - index) / stretch
+    if mode == "linear":
+        weight = np.maximum(0, 1 - distance)
+    else:
+        a, d = cubic, distance
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+        weight = np.where(d <= 1, near, np.where(d < 2, far, 0))
+    if exclude:
+        weight = np.where((index >= 0) & (index < axis.size), weight, 0)
+    if exclude or antialias:
+        weight = weight / weight.sum(1, keepdims=True)
+    index = np.clip(index, 0, axis.size - 1)
+    used = (weight != 0).any(0)
+    return np.ascontiguousarray(index[:, used]), np.ascontiguousarray(weight[:, used], np.float32)
+
+
+def resize(importer: Importer, node: ir.Node) -> None:
+    """Resize, Upsample: nearest is a move of any axes; linear and cubic blend rows and columns of [N, C, H, W]."""
+    x = importer.value(node, 0)
+    rank = len(x.shape)
+    old = node.op_type == "Upsample" or importer.graph.opset_imports.get("", 18) < 11
+    mode = node.attributes.get_string("mode", "nearest")
+    transform = node.attributes.get_string("coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
+    rounding = node.attributes.get_string("nearest_mode", "floor" if old else "round_prefer_floor")
+    axes = [a % rank for a in importer.ints(node, "axes") or range(rank)]
+    resized = _axes(importer, node, x.shape, axes, old)
+    out = tuple(a.out for a in resized)
+    if prod(out) == 0:
+        raise Unsupported(f"its result {list(out)} is empty")
+    same = [a.out == a.size and (a.scale == 1.0 and transform != "tf_crop_and_resize") for a in resized]
+    if all(same):
+        importer.set(node, x)
+        return
+    if transform == "tf_crop_and_resize":
+        ats = [positions(a, transform) for a in resized]
+        if any((at < 0).any() or (at > a.size - 1).any() for at, a in zip(ats, resized, strict=True)):
+            raise Unsupported("tf_crop_and_resize beyond the input is not supported; pad before it")
+    if mode == "nearest":
+        tables = counting(x.shape)
+        for i, axis in enumerate(resized):
+            if not same[i]:
+                tables[i] = tables[i][nearest(positions(axis, transform), axis.size, rounding)]
+        importer.take(node, x, tables)
+        return
+    mode = mode.removeprefix("bi") if mode in ("bilinear", "bicubic") else mode
+    if mode not in ("linear", "cubic"):
+        raise Unsupported(f"mode {mode} is not known")
+    moved = [i for i in range(rank) if not same[i]]
+    if rank < 2 or moved[0] < rank - 2:
+        raise Unsupported(f"{mode} over axes {moved} of {list(x.shape)}: only over the last two")
+    cubic, exclude = (
+        node.attributes.get_float("cubic_coeff_a", -0.75),
+        bool(node.attributes.get_int("exclude_outside", 0)),
+    )
+    antialias = bool(node.attributes.get_int("antialias", 0))
+    both = []
+    for i in (rank - 2, rank - 1):
+        axis = resized[i]
+        one = np.arange(axis.size).reshape(-1, 1), np.ones((axis.size, 1), np.float32)
+        both.append(one if same[i] else taps(axis, positions(axis, transform), mode, cubic, exclude, antialias))
+    (row, row_weight), (column, column_weight) = both
+    if rank != 4:
+        x = importer.dense(x)
+        x = x.seen((1, prod(x.shape[:-2]), *x.shape[-2:]))
+    n, c, h, w = x.shape
+    size = (out[-2], out[-1])
+    maps = digest([row, column]) + digest([t.view(np.int32).astype(np.int64) for t in (row_weight, column_weight)])
+    work = Resample(n, c, (h, w), size, (row.shape[1], column.shape[1]), maps)
+    constants = {"row": row, "row_weight": row_weight, "column": column, "column_weight": column_weight}
+    done = importer.emit(node, work, [importer.in_planes(x)], (n, c, *size), None, constants)  # type: ignore[arg-type]
+    if rank != 4:
+        importer.set(node, importer.dense(done).seen(out))
+
+
+def _axes(importer: Importer, node: ir.Node, shape: tuple[int, ...], axes: list[int], old: bool) -> list[Axis]:
+    """Every axis of the input with its new size."""
+    where = 1 if old else 2
+    scales = node.attributes.get_floats("scales", None) if "scales" in node.attributes else None
+    given = importer.constant(node, where)
+    if scales is None and given is not None and given.size:
+        scales = [float(s) for s in np.asarray(given, np.float32).reshape(-1)]
+    if scales is None and importer.has(node, where) and given is None:
+        raise Unsupported("its scales must be constant; export the model with fixed shapes")
+    sizes = importer.ints(node, "sizes", 3) if not old else None
+    roi = importer.constant(node, 1) if not old else None
+    result = [Axis(d, d, 1.0) for d in shape]
+    if sizes:
+        policy = node.attributes.get_string("keep_aspect_ratio_policy", "stretch")
+        if policy != "stretch":
+            pick = min if policy == "not_larger" else max
+            factor = pick(size / shape[a] for size, a in zip(sizes, axes, strict=True))
+            sizes = [int(np.floor(factor * shape[a] + 0.5)) for a in axes]
+            ratios = [factor for _ in axes]
+        else:
+            ratios = [size / shape[a] for size, a in zip(sizes, axes, strict=True)]
+        for size, ratio, a in zip(sizes, ratios, axes, strict=True):
+            result[a] = Axis(shape[a], size, ratio)
+    elif scales:
+        for scale, a in zip(scales, axes, strict=True):
+            result[a] = Axis(shape[a], int(np.floor(shape[a] * scale)), scale)
+    else:
+        raise Unsupported("it has neither scales nor sizes; export the model with fixed shapes")
+    if roi is not None and roi.size:
+        flat = np.asarray(roi, np.float64).reshape(-1)
+        for i, a in enumerate(axes):
+            result[a] = result[a]._replace(roi=(float(flat[i]), float(flat[i + len(axes)])))
+    return result
+
+
+def lrn(importer: Importer, node: ir.Node) -> None:
+    """LRN over the channels of planes."""
+    x = importer.planes(node, 0)
+    get = node.attributes.get_float
+    n, c, h, w = x.shape
+    size = node.attributes["size"].as_int()
+    work = Lrn((n, c, h, w), size, get("alpha", 1e-4), get("beta", 0.75), get("bias", 1.0))
+    importer.emit(node, work, [x], (n, c, h, w))
+
+
+HANDLERS: dict[str, Handler] = {"Resize": resize, "Upsample": resize, "LRN": lrn}

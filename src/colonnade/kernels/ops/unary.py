@@ -1,0 +1,118 @@
+"""Functions of one element, on planes (halos stay zero) or dense arrays: one body, a row a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from colonnade.kernels.call import Arena, Call, Field
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, masks, same_places, u32
+from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
+from colonnade.kernels.structs import Member, Struct
+from colonnade.layout import Placed, Rows
+from colonnade.workload import Function, Unary
+
+UNARY = Struct(
+    "cn_unary",
+    "y = f(x; a, b) on planes, or on one dense array of `plane` elements when mask is null.",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("in", "const uint32_t *", "offset of every plane of x"),
+        Member("out", "const uint32_t *"),
+        Member("mask", "const uint8_t *", "a bit a lane: is it a pixel? [phases][mask_bytes]"),
+        *LEAD_MEMBERS,
+        Member("mask_bytes", "u32", "from one phase's mask to the next one's"),
+        Member("phases", "u32", "plane p is of phase p % phases"),
+        Member("planes", "u32"),
+        Member("plane", "u32", "lanes of a whole plane, all of them written"),
+        Member("a", "f32"),
+        Member("b", "f32"),
+    ),
+)
+
+# vector expressions of x, a, b and vl; @ stands for the register group
+VECTOR = {
+    "abs": "cn_abs@(x, vl)",
+    "celu": "vec@_fma(cn_rise@(x, vl), a, cn_fall@(vec@_div(x, vec@_splat(a, vl), vl), vl), vl)",
+    "elu": "vec@_fma(cn_rise@(x, vl), a, cn_fall@(x, vl), vl)",
+    "erf": "cn_erf@(x, vl)",
+    "exp": "cn_exp@(x, vl)",
+    "gelu": "vec@_mul(vec@_mul(vec@_splat(0.5f, vl), x, vl), vec@_add(vec@_splat(1.0f, vl), "
+    "cn_erf@(vec@_mul(vec@_splat(0.707106781f, vl), x, vl), vl), vl), vl)",
+    "gelu_tanh": "vec@_mul(vec@_mul(vec@_splat(0.5f, vl), x, vl), vec@_add(vec@_splat(1.0f, vl), "
+    "cn_tanh@(vec@_mul(x, vec@_fma(vec@_splat(0.797884561f, vl), 0.0356774081f, vec@_mul(x, x, vl), vl), vl), vl), "
+    "vl), vl)",
+    "hard_sigmoid": "cn_ramp@(x, a, b, vl)",
+    "hard_swish": "vec@_mul(x, cn_ramp@(x, 1.0f / 6, 0.5f, vl), vl)",
+    "leaky_relu": "vec@_fma(cn_rise@(x, vl), a, vec@_min(vec@_splat(0.0f, vl), x, vl), vl)",
+    "neg": "vec@_sub(vec@_splat(0.0f, vl), x, vl)",
+    "reciprocal": "vec@_div(vec@_splat(1.0f, vl), x, vl)",
+    "selu": "vec@_mul(vec@_splat(b, vl), vec@_fma(cn_rise@(x, vl), a, cn_fall@(x, vl), vl), vl)",
+    "sigmoid": "cn_sigmoid@(x, vl)",
+    "silu": "vec@_mul(x, cn_sigmoid@(x, vl), vl)",
+    "softsign": "vec@_div(x, vec@_add(vec@_splat(1.0f, vl), cn_abs@(x, vl), vl), vl)",
+    "square": "vec@_mul(x, x, vl)",
+    "tanh": "cn_tanh@(x, vl)",
+}
+# C expressions of x, a and b, one element at a time
+SCALAR = {
+    **{name: f"__builtin_{name}f(x)" for name in (
+        "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "floor", "log", "sin", "sinh", "sqrt",
+        "tan", "trunc",
+    )},
+    "half": "(float)(_Float16)x",
+    "round": "__builtin_rintf(x)",
+    "pow": "__builtin_powf(x, a)",
+    # tanh(log(1 + e)) = (e^2 + 2e) / (e^2 + 2e + 2); beyond 20 that is 1
+    "mish": "x > 20.0f ? x : x * (1.0f - 2.0f / (__builtin_expf(x) * (__builtin_expf(x) + 2.0f) + 2.0f))",
+    "softplus": "(x > 0.0f ? x : 0.0f) + __builtin_log1pf(__builtin_expf(x > 0.0f ? -x : x))",
+    "sign": "x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x",
+    "shrink": "x < -a ? x + b : x > a ? x - b : 0.0f * x",
+    "thresholded_relu": "x <= a ? 0.0f : x",
+    "logical_not": "x == 0.0f ? 1.0f : 0.0f",
+    "is_inf": "(x == __builtin_inff() && a != 0.0f) || (x == -__builtin_inff() && b != 0.0f) ? 1.0f : 0.0f",
+    "is_nan": "x != x ? 1.0f : 0.0f",
+}  # fmt: skip
+
+
+def symbol(function: Function, isa: str) -> str:
+    """``f32_silu_1v__avx512``"""
+    return f"f32_{function.name}_1v__{isa}"
+
+
+def call(x: Placed, y: Placed, function: Function, isa: str) -> Call:
+    """``y = function(x)``; in place where both are one."""
+    if isinstance(y.layout, Rows):
+        fields: dict[str, Field] = {
+            "mask": None, "lead": None, "lead_bytes": 0, "mask_bytes": 0, "phases": 1, "planes": 1,
+            "plane": y.layout.batch * y.layout.width,
+        }  # fmt: skip
+    else:
+        assert same_places(x, y), f"{x.name} and {y.name} must share one geometry"
+        mask, mask_bytes, phases = masks(y.planes)
+        fields = {
+            "mask": mask, **lead(y), "mask_bytes": mask_bytes, "phases": phases, "planes": len(y.offsets),
+            "plane": y.planes.plane,
+        }  # fmt: skip
+    fields |= {"arena": Arena(), "in": u32(x.offsets), "out": u32(y.offsets), "a": function.a, "b": function.b}
+    return Call(symbol(function, isa), UNARY.name, fields)
+
+
+def _variants(isa: Isa) -> Iterator[Variant]:
+    for name in sorted({*VECTOR, *SCALAR}):
+        params = {"NV": 1, "NAME": name, "VECTOR": VECTOR.get(name, ""), "SCALAR": SCALAR.get(name, "")}
+        yield Variant(symbol(Function(name), isa.name), "unary.c.in", params)
+
+
+def _candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+    assert isinstance(operands.workload, Unary)
+    yield Candidate(symbol(operands.workload.function, isa.name))
+
+
+def _bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    workload, (x,), y = operands.workload, operands.inputs, operands.output
+    assert isinstance(workload, Unary) and y is not None
+    return (call(x, y, workload.function, candidate.kernel.rpartition("__")[2]),)
+
+
+ROWS: tuple[Operator, ...] = (Operator("unary", (UNARY,), _variants, _candidates, _bind),)
