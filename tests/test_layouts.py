@@ -20,8 +20,8 @@ from colonnade.kernels.registry import bind, candidates
 from colonnade.plan import Plan
 from colonnade.workload import RELU, Affine, Conv2d, Convert, ConvTranspose2d, Interleave
 
-COPIES = LayoutCosts(gather=1e6, pick=1e6)  # panels never pay
-PANELS = LayoutCosts(gather=0, pick=0)  # they always do
+COPIES = LayoutCosts(gather=1e6, pick=1e6, scaled=1e6)  # panels never pay
+PANELS = LayoutCosts(gather=0, pick=0, scaled=0)  # they always do
 MACHINE = [pytest.param(row, id=row.name) for row in ISAS if machine_has(row.name)]
 
 

@@ -173,6 +173,9 @@ def _aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+CONVERSIONS = ("convert", "interleave")  # steps that only move what others computed
+
+
 def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str, Any]:
     described = lowered.description(model)
     steps = []
@@ -202,6 +205,11 @@ def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str
         "inputs": described["inputs"],
         "outputs": described["outputs"],
         "arena_bytes": model.plan.arena,
+        "conversions": [
+            {"name": step["name"], "bytes": step["activation_bytes"]}
+            for step, bound in zip(steps, model.steps, strict=True)
+            if bound.step.workload.op in CONVERSIONS
+        ],
         "steps": steps,
     }
 

@@ -42,7 +42,8 @@ def fuse_prologues(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
         readers = _readers(steps, step.output) if isinstance(step.workload, Affine) else []
         if readers and all(_takes_prologue(reader, step) for reader in readers):
             assert isinstance(step.workload, Affine)
-            if sum(gather_ns(reader, costs, scaled=True) for reader in readers) < 2 * _bytes(step.workload.shape) * costs.scale:
+            moved = 2 * _bytes(step.workload.shape)
+            if sum(gather_ns(reader, costs, scaled=True) for reader in readers) < moved * costs.scale:
                 for reader in readers:
                     assert isinstance(reader.workload, Conv2d)
                     reader.workload = replace(reader.workload, prologue=step.workload.activation)
