@@ -66,14 +66,18 @@ def sample(name: str = "add", size: int = 9) -> Step:
 def library(sleep_ms: int = 0) -> dict[str, str]:
     """The add kernel, the bad ones, and `slow_0` … `slow_9`, right ones that sleep first."""
     files = render.library(PORTABLE, [registry.variants(PORTABLE)[GOOD]])
-    bodies = BAD | {f"slow_{i}": f"if (!t) usleep({(sleep_ms + i) * 1000}); {BODY}" for i in range(10)}
+    # each says in the file $TRACE that it ran
+    trace = 'if (!t && getenv("TRACE")) {{ FILE *f = fopen(getenv("TRACE"), "a"); fputs("{0}\\n", f); fclose(f); }}'
+    bodies = BAD | {
+        f"slow_{i}": f"{trace.format(f'slow_{i}')} if (!t) usleep({(sleep_ms + i) * 1000}); {BODY}" for i in range(10)
+    }
     code = "".join(
         f"static void {n}(const void *a, unsigned t, unsigned n) {{ {body} }}\n" for n, body in bodies.items()
     )
     source = files["kernels_portable.c"]
     source = source.replace("typedef struct { const char *symbol", f"{code}typedef struct {{ const char *symbol")
     source = source.replace("    {0, 0},", "".join(f'    {{"{n}", {n}}},\n' for n in bodies) + "    {0, 0},")
-    return {**files, "kernels_portable.c": f"#include <unistd.h>\n{source}"}
+    return {**files, "kernels_portable.c": f"#include <stdio.h>\n#include <stdlib.h>\n#include <unistd.h>\n{source}"}
 
 
 def bind(step: registry.Operands, candidate: Candidate) -> tuple[registry.Call, ...]:
@@ -85,7 +89,7 @@ def tuner(path: Path, kernels: list[str], threads: int = 1, sleep_ms: int = 0, c
     harness = Harness(Local(), PORTABLE, threads, Toolchain(), library=library(sleep_ms))
     spot = where(harness.machine, PORTABLE, threads, harness.toolchain)
     spot = replace(spot, compiler=compiler or spot.compiler)
-    listed = [Candidate(name, rank=rank) for rank, name in enumerate(kernels)]
+    listed = [Candidate(name, rank=10 + rank) for rank, name in enumerate(kernels)]
     chooser = Chooser(Database(path), spot, PORTABLE, lambda *_: listed, lambda op, symbol, isa: f"digest of {symbol}")
     return Tuner(harness, chooser, bind, limit_s=1)
 
@@ -168,13 +172,19 @@ def test_a_spent_budget_says_what_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_being_stopped_keeps_all_but_the_candidate_in_flight(tmp_path: Path, how: signal.Signals) -> None:
-    path = tmp_path / "t.db"
-    process = start(path, 60)
+    path, trace = tmp_path / "t.db", tmp_path / "trace"
+    process = start(path, 60, trace)
     wait_for(path, 2, process)
     process.send_signal(how)
     process.communicate(timeout=20)
     kept = rows(path)
     assert process.returncode != 0 and len(kept) >= 2 and {outcome for _, outcome, _ in kept} == {"ok"}
+    # the measuring program of a killed tuner ends at the next word that it has for it
+    time.sleep(1.5 if how == signal.SIGKILL else 0)
+    ran = trace.read_text().split()
+    time.sleep(0.3)
+    assert trace.read_text().split() == ran, "something still measures for nobody"
+    assert len(set(ran) - {kernel for kernel, _, _ in kept}) <= 1
     subject = tuner(path, [f"slow_{i}" for i in range(10)], sleep_ms=0)
     subject.tune(Model((sample(),)), 60)
     first_stage = rows(path)[: len({kernel for kernel, _, _ in rows(path)})]
@@ -266,19 +276,89 @@ def test_search_opens_the_best_groups_and_remeasures_the_leaders() -> None:
     assert search.decide(everything, known) == a, "the last stage overrules the first impression"
 
 
-def test_the_dense_self_is_a_finalist() -> None:
-    sparse, dense = Candidate("k", {"dense": 0}), Candidate("k", {"dense": 1})
-    known = [
-        Record(sparse.key(), "s", 0, Measurement("ok", "", (100,))),
-        Record(dense.key(), "s", 0, Measurement("ok", "", (140,))),
+def test_static_rank_and_slow_families_save_visits() -> None:
+    def heads(name: str, ranks: list[float], **params: int) -> list[Candidate]:
+        return [Candidate(f"{name}{i}", {"dense": 0, **params}, rank) for i, rank in enumerate(ranks)]
+
+    direct = heads("d", [10, 11, 12, 13, 14, 26])
+    packed = heads("p", [100, 101, 102, 103, 104], feed=1)
+    other = heads("w", [1000], winograd=4)
+    everything = [*direct, *packed, *other]
+    first = search.next_batch(everything, [])
+    # a few of each family, however bad the ranking thinks of it, and none far behind its own family's best
+    assert first == search.Batch(0, (*direct[:4], *packed[:4], *other))
+    known = [Record(c.key(), "s", 0, Measurement("ok", "", (100,))) for c in direct[:4]]
+    known += [Record(c.key(), "s", 0, Measurement("ok", "", (400,))) for c in (*packed[:4], *other)]
+    second = search.next_batch(everything, known)
+    assert second == search.Batch(0, (direct[4],)), "packed was slow: the rest of that family is left out"
+
+
+SPARSE, DENSE = Candidate("k", {"dense": 0}), Candidate("k", {"dense": 1})
+
+
+def visits(stage: int, sparse: tuple[int, ...], dense: tuple[int, ...]) -> list[Record]:
+    return [
+        Record(SPARSE.key(), "s", stage, Measurement("ok", "", sparse)),
+        Record(DENSE.key(), "s", stage, Measurement("ok", "", dense)),
     ]
-    batch = search.next_batch([sparse, dense], known)
-    assert batch is not None and batch.stage == search.FINAL and len(batch.candidates) == 2
 
 
-def start(path: Path, sleep_ms: int) -> subprocess.Popen[str]:
+def test_sparse_and_dense_meet_in_a_duel() -> None:
+    known = visits(0, (100,), (300,))
+    batch = search.next_batch([SPARSE, DENSE], known)
+    assert batch == search.Batch(search.DUEL, (SPARSE, DENSE)), "however slow the dense self looked"
+    assert search.next_batch([SPARSE, DENSE], known + visits(search.DUEL, (100,), (300,))) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "sparse", "dense", "winner"),
+    [
+        (0, (102, 102, 102), (100, 100, 100), SPARSE),  # within the margin
+        (0, (104, 104, 104), (100, 100, 100), DENSE),  # beyond it
+        (0, (90, 104, 130), (80, 100, 120), SPARSE),  # beyond it, but not beyond the spread
+        (0, (200, 200, 200), (100, 100, 100), DENSE),
+        (1, (100, 100, 100), (101, 101, 101), SPARSE),  # dense had only been lucky
+        (1, (101, 101, 101), (100, 100, 100), DENSE),
+    ],
+)
+def test_a_pruned_layer_is_never_slower_than_its_dense_self(
+    before: int, sparse: tuple[int, ...], dense: tuple[int, ...], winner: Candidate
+) -> None:
+    first = [(100,), (101,)] if not before else [(101,), (100,)]
+    known = [*visits(0, *first), *visits(search.FINAL, *first), *visits(search.DUEL, sparse, dense)]
+    assert search.decide([SPARSE, DENSE], known) == winner
+    fought = search.duel([SPARSE, DENSE], known)
+    assert fought is not None and (fought.sparse_ns, fought.dense_ns) == (sparse[1], dense[1])
+
+
+def test_a_duellist_that_fails_makes_way_for_the_next() -> None:
+    other = Candidate("j", {"dense": 1})
+    known = [*visits(0, (100,), (110,)), Record(other.key(), "s", 0, Measurement("ok", "", (120,)))]
+    known += [*visits(search.FINAL, (100,), (110,)), Record(DENSE.key(), "s", search.DUEL, Measurement("crash"))]
+    batch = search.next_batch([SPARSE, DENSE, other], known)
+    assert batch == search.Batch(search.DUEL, (SPARSE, other))
+
+
+def test_the_tuner_fights_the_duel_and_the_choice_tells(tmp_path: Path) -> None:
+    subject = tuner(tmp_path / "t.db", [])
+    listed = [Candidate("slow_9", {"dense": 0}, 0), Candidate(GOOD, {"dense": 1}, 1)]
+    subject.chooser._candidates = lambda *_: listed
+    subject.tune(Model((sample(),)), 60)
+    choices = subject.chooser.choose(Model((sample(), sample("again"))))
+    assert [c.kernel for c in choices.candidates] == [GOOD, GOOD] and choices.dense_instead == 2
+    (fought, _) = choices.duels
+    assert fought is not None and fought.dense_wins and fought.sparse_ns > 9e6 > fought.dense_ns
+    assert choices.manifest()["duels"][0] == {"sparse_ns": fought.sparse_ns, "dense_ns": fought.dense_ns}
+    with sqlite3.connect(tmp_path / "t.db") as connection:
+        query = "select kernel, count(*) from measurement where stage = 3 group by kernel"
+        turns = dict(connection.execute(query))
+    assert turns[GOOD] == turns["slow_9"] > 1, "measured in turns"
+
+
+def start(path: Path, sleep_ms: int, trace: Path | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, str(path), str(sleep_ms)]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ))
+    environment = dict(os.environ, **({"TRACE": str(trace)} if trace else {}))
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
 def wait_for(path: Path, count: int, process: subprocess.Popen[str]) -> None:

@@ -60,8 +60,8 @@ def build(
         notice: hears a line before rare work that takes long.
 
     Raises:
-        UserError: the model, an option or the place is at fault.
-        TargetError: the target cannot be reached or lacks ``isa``.
+        UserError: the model, an option or the place is at fault, or the target lacks ``isa``.
+        TargetError: the target cannot be reached.
     """
     from colonnade import targets
     from colonnade import tune as tuning
@@ -89,11 +89,12 @@ def build(
     chosen = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=notice)
     records = Path(db) if db is not None else None
+    choices = None
     if tune:
-        tuning.tune(plan, machine_of, chosen, count, budget, records, progress, toolchain)
-    choices = tuning.choose(plan, chosen, machine, count, records, toolchain)
+        choices = tuning.tune(plan, machine_of, chosen, count, budget, records, progress, toolchain).choices
+    choices = choices or tuning.choose(plan, chosen, machine, count, records, toolchain)
     extra["target"] = machine_of.name
-    extra["tuning"] = {"untuned": choices.untuned, "tunable": choices.tunable}
+    extra["tuning"] = choices.manifest()
     return write_bundle(
         plan,
         choices.candidates,

@@ -51,7 +51,6 @@ def tune(
     from colonnade import targets
     from colonnade.build.toolchain import Toolchain
     from colonnade.frontend.load import load
-    from colonnade.tune import choose
     from colonnade.tune import tune as measure
 
     console = Console(stderr=True)
@@ -63,7 +62,8 @@ def tune(
     toolchain = Toolchain(cc, notice=console.print)
     with bar(console, "tuning") as progress:
         summary = measure(plan, machine_of, chosen_isa, count, limit, db, progress, toolchain)
-    choices = choose(plan, chosen_isa, machine, count, db, toolchain)
+    choices = summary.choices
+    assert choices is not None
     for line in summary.failures:
         console.print(f"never chosen: {line}", markup=False, highlight=False)
     if summary.measured:
@@ -74,6 +74,8 @@ def tune(
         )
     else:
         typer.echo(f"{summary.known} of {summary.workloads} workloads were known, nothing was measured; {choices}")
+    if choices.dense_instead:
+        typer.echo(f"{choices.dense_instead} pruned layers run dense: measured in turns, that is faster here")
     if summary.left:
         typer.echo(f"{summary.left} workloads are not searched to the end: run again, or give a larger --budget")
 

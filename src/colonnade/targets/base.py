@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from colonnade.errors import TargetError
+from colonnade.errors import UserError
 from colonnade.kernels.isa import Isa, available
 
 
@@ -65,14 +65,14 @@ class Machine:
         return f"{self.arch}|{self.cpu}|vlenb={self.vlenb}|cores={self.cores}|{caches}{chosen}"
 
     def pick_isa(self, name: str | None = None) -> Isa:
-        """The ISA called ``name``, which the machine must have, or its best one. Raises ``TargetError``."""
+        """The ISA called ``name``, which the machine must have, or its best one. Raises ``UserError``."""
         if name is None:
             return self.isas[0]
         for row in self.isas:
             if row.name == name:
                 return row
         known = ", ".join(row.name for row in self.isas)
-        raise TargetError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}")
+        raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}")
 
 
 @dataclass(frozen=True)

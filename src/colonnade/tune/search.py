@@ -157,7 +157,8 @@ def duel(candidates: Sequence[Candidate], records: Sequence[Record]) -> Duel | N
         reps = [n for r in records if r.stage == DUEL and r.candidate == key for n in r.measurement.reps]
         low, _, high = quantiles(reps, n=4, method="inclusive") if len(reps) > 1 else (reps[0],) * 3
         widths.append(high - low)
-    return Duel(*pair, *(found[c.key()] for c in pair), sum(widths) / 2)
+    sparse, dense = pair
+    return Duel(sparse, dense, found[sparse.key()], found[dense.key()], sum(widths) / 2)
 
 
 def decide(candidates: Sequence[Candidate], records: Sequence[Record]) -> Candidate | None:

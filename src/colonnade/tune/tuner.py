@@ -277,7 +277,7 @@ def tune(
 ) -> Summary:
     """Measure ``plan`` on ``target`` for at most ``budget_s`` seconds (compiling not counted) into the database.
 
-    Raises ``TargetError`` when the target fails or lacks ``isa``, ``UserError`` for an unusable database or a target
+    Raises ``TargetError`` when the target fails, ``UserError`` for an ISA it lacks, an unusable database or a target
     whose times mean nothing. A candidate that fails raises nothing: it is recorded and never chosen.
     """
     if target.untimed:

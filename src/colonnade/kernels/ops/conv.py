@@ -169,7 +169,10 @@ def _packed(
 ) -> Iterator[Candidate]:
     """Likewise of one that reads panels. Threads that share out tiles gather the same panels each."""
     strips = -(-lanes // (nv * (isa.lanes or 8)))
-    rows = len({(int(t.rows[0]) * conv.groups // conv.out_channels, int(k)) for t in tiled.tiles for k in t.columns})
+    needed = np.zeros((conv.groups, tiled.shape[1]), bool)
+    for tile in tiled.tiles:
+        needed[int(tile.rows[0]) * conv.groups // conv.out_channels, tile.columns] = True
+    rows = int(needed.sum())
     gather = rows * strips * (2.0 * nv + 1)
     for block, split in product((1, 4) if strips > 4 else (1,), (0, 1) if threads > 1 else (0,)):
         shares = len(tiled.tiles) if split else strips
