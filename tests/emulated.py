@@ -15,7 +15,7 @@ import numpy as np
 
 from colonnade.build.toolchain import Toolchain
 from colonnade.kernels import registry, render
-from colonnade.kernels.call import Arena, Call, Const, External, Scratch
+from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.isa import Isa, isa
 from colonnade.layout import LINE
 from colonnade.targets import Qemu
@@ -135,6 +135,7 @@ def run_calls(
     request = _Request()
     base = request.buffer(arena.size, LINE, bits, arena.tobytes())
     external = request.buffer(user.size, 4, bits, user.tobytes())
+    shared = request.buffer(max(call.shared for call in calls), LINE, bits, None)
     unchanged: dict[int, tuple[bytes, str]] = {}
     for call in calls:
         shape = registry.structs()[call.struct]
@@ -152,6 +153,8 @@ def run_calls(
             elif isinstance(value, Scratch):
                 place = request.buffer(call.scratch * threads, LINE, bits, None)
                 request.relocations.append((args, at, place, 0))
+            elif isinstance(value, Shared):
+                request.relocations.append((args, at, shared, value.offset))
             elif isinstance(value, Const):
                 data = np.ascontiguousarray(value.data).tobytes()
                 place = request.buffer(len(data), LINE, bits, data)

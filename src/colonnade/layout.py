@@ -51,7 +51,7 @@ class Planes:
 
     def __post_init__(self) -> None:
         if self.pitch < self.columns or self.image_rows < self.rows:
-            raise ValueError(f"plane of {self.rows}x{self.columns} does not fit pitch {self.pitch}, {self.image_rows} rows")
+            raise ValueError(f"{self.rows} x {self.columns} pixels do not fit {self.image_rows} rows of {self.pitch}")
 
     @property
     def rows(self) -> int:
@@ -174,7 +174,7 @@ def place(name: str, shape: tuple[int, ...], layout: Layout, offset: int) -> Pla
 
 
 def write_planes(arena: npt.NDArray[np.uint8], tensor: Placed, values: npt.NDArray[np.float32]) -> None:
-    """Put ``values`` [N, C, H, W] (or [N, C] for rows) into ``arena``, halos and lead as zeros: the reference of every writer."""
+    """Put ``values`` [N, C, H, W] (or [N, C] for rows) into ``arena``, zeros in halos and lead: what every writer does."""
     layout = tensor.layout
     if isinstance(layout, Rows):
         _lanes(arena, int(tensor.offsets[0]), layout.batch * layout.width)[:] = values.reshape(-1)

@@ -51,7 +51,7 @@ struct external { uint64_t bytes; };
 struct segment { uint64_t space, offset, file, bytes; };
 struct expect { uint64_t space, offset, file, bytes; double tolerance; }; /* sorted by space, offset */
 struct candidate { uint64_t first_call, calls; };
-struct call { uint64_t symbol, image, image_bytes, first_relocation, relocations, scratch; };
+struct call { uint64_t symbol, image, image_bytes, first_relocation, relocations, scratch, shared; };
 struct relocation { uint64_t at, kind, value; };
 struct run { uint64_t candidate, check, least, most, budget_ns, limit_s; };
 enum { TO_ARENA, TO_CONST, TO_SCRATCH, TO_EXTERNAL };
@@ -219,7 +219,8 @@ static void allocate(void)
     for (uint64_t i = 0; i < job->segments; i++)
         memcpy(spaces[segments[i].space].pristine + segments[i].offset, file + segments[i].file, segments[i].bytes);
     for (uint64_t i = 0; i < job->calls; i++)
-        if (calls[i].scratch * job->threads > scratch_bytes) scratch_bytes = calls[i].scratch * job->threads;
+        if (calls[i].shared + calls[i].scratch * job->threads > scratch_bytes)
+            scratch_bytes = calls[i].shared + calls[i].scratch * job->threads;
     scratch = guarded(scratch_bytes);
     flushed = memory(job->threads * sizeof *flushed);
     for (uint64_t i = 0; i < job->threads; i++) memset(flushed[i] = memory(job->flush), 1, job->flush);
@@ -230,7 +231,7 @@ static char *address(const struct relocation *r)
     switch (r->kind) {
     case TO_ARENA: return spaces[0].at + (int64_t)r->value;
     case TO_CONST: return (char *)(uintptr_t)(file + r->value);
-    case TO_SCRATCH: return scratch;
+    case TO_SCRATCH: return scratch + r->value;
     case TO_EXTERNAL: return spaces[r->value + 1].at;
     }
     return die(3, "bad relocation");
