@@ -83,7 +83,7 @@ def operands(conv: ConvTranspose2d, pattern: ColumnPattern | None, seed: int, ex
 def test_the_definition_is_that_of_torch(conv, seed):
     case, x = operands(conv, None, seed, 0)
     weight, bias = case.constants["weight"], case.constants["bias"]
-    top, left, bottom, right = conv.padding
+    top, left = conv.padding[:2]
     per_group = conv.out_channels // conv.groups
     theirs = weight.reshape(conv.groups, per_group, -1, *conv.kernel).swapaxes(1, 2)
     theirs = np.ascontiguousarray(theirs.reshape(conv.in_channels, per_group, *conv.kernel))
