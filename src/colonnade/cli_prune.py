@@ -48,6 +48,16 @@ def prune(
     group_rows: Annotated[
         bool, typer.Option("--group-rows/--no-group-rows", help="Put similar rows into one tile.")
     ] = True,
+    method: Annotated[
+        str, typer.Option(metavar="magnitude|obs", help="obs fits what is kept to calibration inputs; no labels.")
+    ] = "magnitude",
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="DIR|FILE.npz", help="Photos or arrays of inputs for --method obs.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Calibration inputs to use at most.", min=1)] = 512,
+    preprocess: Annotated[
+        str, typer.Option(metavar="imagenet|FILE.json", help="How calibration photos become inputs.")
+    ] = "imagenet",
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
 ) -> None:
     """Prune an ONNX model column-wise, N of every M inside tiles of rows; the result is plain ONNX."""
@@ -56,8 +66,18 @@ def prune(
     from rich.console import Console
     from rich.progress import Progress
 
+    from colonnade.errors import UserError
     from colonnade.sparsify.onnx_file import prune_file
 
+    inputs = None
+    if method == "obs":
+        if calibration is None:
+            raise UserError("--method obs needs --calibration: a folder of photos or an .npz of inputs, a few hundred")
+        from colonnade.evaluate import calibration_inputs
+
+        inputs = calibration_inputs(calibration, preprocess=preprocess, limit=images)
+    elif calibration is not None:
+        raise UserError("--calibration belongs to --method obs: magnitudes need no inputs")
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("pruning", total=None)
         report = prune_file(
@@ -68,19 +88,21 @@ def prune(
             group_rows=group_rows,
             exclude=exclude or (),
             force=force,
+            method=method,
+            calibration=inputs,
             progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
         )
-    _print(report)
+    _print(report, method)
 
 
-def _print(report: PruneReport) -> None:
+def _print(report: PruneReport, method: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{report.source.name} → {report.destination.name}, {report.pattern}")
     table.add_column("layer", overflow="fold")
     table.add_column("weights", no_wrap=True)
-    for heading in ("kept columns", "retained score"):
+    for heading in ("kept columns", "retained score" if method == "magnitude" else "retained output"):
         table.add_column(heading, justify="right")
     for layer in report.layers:
         shape = "×".join(map(str, layer.shape))

@@ -145,6 +145,7 @@ def sparsify_(
     group_rows: bool = True,
     exclude: Iterable[str] = (),
     method: str = "magnitude",
+    calibration: Any = None,
 ) -> list[LayerPruning]:
     """Prune ``model`` column-wise, in place, and hold the zeros there by masks.
 
@@ -157,14 +158,19 @@ def sparsify_(
     score:          "l1" or "l2": how the importance of a column is measured from its weights in a tile.
     group_rows:     put rows with similar columns into one tile, instead of consecutive ones.
     exclude:        globs or regular expressions of layers that stay dense.
-    method:         "magnitude".
+    method:         "magnitude", or "obs": columns by second order, kept weights and biases (or BatchNorm's means)
+                    fitted to the dense layers' outputs on calibration inputs, layer after layer. Layers that run more
+                    than once go by magnitude.
+    calibration:    for "obs": a tensor of a few hundred inputs, or batches of them ((inputs, targets) will do).
 
     Returns what happened, layer by layer in running order. Raises UserError for unknown options, weights that are not
     finite, layers that share one weight, and models without anything to prune; the model is then as it was.
     Pruning a model a second time starts from the weights that are left.
     """
-    if method != "magnitude":
-        raise UserError(f"method is {method!r}: expected 'magnitude'")
+    if method not in ("magnitude", "obs"):
+        raise UserError(f"method is {method!r}: expected 'magnitude' or 'obs'")
+    if (method == "obs") != (calibration is not None):
+        raise UserError("method 'obs' needs calibration=, and no other method takes it")
     if score not in SCORES:
         raise UserError(f"score is {score!r}: expected one of {', '.join(SCORES)}")
     order = _order(model, example_inputs)
@@ -195,10 +201,24 @@ def sparsify_(
         planned.append((LayerPruning(name, tuple(weight.shape), wanted, 1 - float(mask.float().mean())), mask))
     if all(mask is None for _, mask in planned):
         raise UserError(f"nothing was pruned: every layer stays dense ({_summary(planned)}); name layers to prune them")
+    if method == "obs":
+        planned = _fit(model, planned, calibration, group_rows)
     for layer, chosen_mask in planned:
         if chosen_mask is not None:
-            _mask(model.get_submodule(layer.name), chosen_mask)
+            set_mask(model.get_submodule(layer.name), chosen_mask)
     return [layer for layer, _ in planned]
+
+
+def _fit(
+    model: nn.Module, planned: list[tuple[LayerPruning, Tensor | None]], calibration: Any, group_rows: bool
+) -> list[tuple[LayerPruning, Tensor | None]]:
+    """The plan with layers that could be fitted already masked, and their masks taken out of it."""
+    from colonnade.sparsify.sequential import Options
+    from colonnade.sparsify.torch_obs import second_order_
+
+    patterns = {layer.name: layer.pattern for layer, mask in planned if mask is not None and layer.pattern is not None}
+    fitted = second_order_(model, patterns, calibration, Options(similar_rows=group_rows))
+    return [(layer, None if layer.name in fitted else mask) for layer, mask in planned]
 
 
 def _summary(planned: Iterable[tuple[LayerPruning, Tensor | None]]) -> str:
@@ -209,14 +229,19 @@ def _zeros(weight: Tensor) -> float:
     return float((weight == 0).float().mean())
 
 
-def _mask(module: nn.Module, mask: Tensor) -> None:
-    """Give ``module.weight`` this mask (bool, the weight's shape), in the place of one it may have."""
+def set_mask(module: nn.Module, mask: Tensor, weight: Tensor | None = None) -> None:
+    """Give ``module.weight`` this mask (bool, the weight's shape), in the place of one it may have, and new values."""
     if parametrize.is_parametrized(module, "weight"):
         for part in cast(Iterable[nn.Module], cast(nn.ModuleDict, module.parametrizations)["weight"]):
             if isinstance(part, ColumnMask):
+                # The old weight is read before the new mask is there.
+                values = (cast(Tensor, module.weight) if weight is None else weight).detach()
                 part.mask = mask
-                module.weight = cast(Tensor, module.weight).detach()
+                module.weight = values
                 return
+    if weight is not None:
+        with torch.no_grad():
+            cast(Tensor, module.weight).copy_(weight)
     parametrize.register_parametrization(module, "weight", ColumnMask(mask))
 
 
@@ -230,7 +255,7 @@ def mask_zeros_(model: nn.Module, *, least: float = 0.05) -> list[str]:
         if isinstance(module, Prunable) and not parametrize.is_parametrized(module, "weight"):
             weight = module.weight
             if _zeros(weight) >= least:
-                _mask(module, weight.detach() != 0)
+                set_mask(module, weight.detach() != 0)
                 named.append(name)
     return named
 

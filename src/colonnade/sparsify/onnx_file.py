@@ -1,8 +1,8 @@
 """Prune an ONNX file: zeros go into the weights, the graph stays as it is, and any runtime gives the same result."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,14 @@ import numpy.typing as npt
 from colonnade.errors import UserError
 from colonnade.onnx_io import check_writable, load_onnx, save_onnx
 from colonnade.pattern import ColumnPattern
+from colonnade.sparsify.calibrate_onnx import OnnxChain, Target, unfit
 from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
+from colonnade.sparsify.sequential import Options, prune_chain
 
 if TYPE_CHECKING:
     import onnx
 
+METHODS = ("magnitude", "obs")
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 POOLS = ("GlobalAveragePool", "GlobalMaxPool", "AveragePool", "ReduceMean")
 # A convolution on so few channels is a stem wherever it stands; the first one on an input is one up to the second
@@ -31,7 +34,8 @@ class LayerReport:
 
     shape:    of the weight in the file.        reason: why it stays dense; None if it was pruned.
     columns:  K, and `kept` of them in every tile.
-    tiles:    number of tiles.                  retained: share of the score that is kept, 1 for a dense layer.
+    tiles:    number of tiles.                  retained: share of the score that is kept, 1 for a dense layer; with
+              method "obs" the share of the wanted outputs' variance that is reproduced.
     """
 
     name: str
@@ -94,11 +98,22 @@ def prune_file(
     exclude: Sequence[str] = (),
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    method: str = "magnitude",
+    calibration: Mapping[str, npt.NDArray[Any]] | None = None,
+    options: Options | None = None,
+    patterns: Mapping[str, ColumnPattern | None] | None = None,
 ) -> PruneReport:
     """Prune the convolutions and matrix products of an ONNX file and write the result to `destination`.
 
     Dense stay: the stem, depthwise convolutions, the classifier, and layers whose node or weight name matches one of
     the `exclude` patterns (re.search). progress(done, total, layer) is called before every layer.
+
+    method:      "magnitude", or "obs": columns by second order, the kept weights and the biases fitted to give the
+                 dense layers' outputs on `calibration`, layer after layer on already pruned inputs (second_order.py).
+                 Needs float32 weights and onnxruntime. Layers whose statistics cannot be gathered go by magnitude.
+    calibration: samples of the model's inputs by name, axis 0 the samples; a few hundred. Labels are not needed.
+    options:     settings of "obs".
+    patterns:    the pattern of single layers by name, in the place of `pattern`; None leaves one dense.
 
     Raises UserError for a bad file, a pattern in `exclude` that is invalid or matches nothing, a weight that is not
     finite, and an output that exists without `force` or cannot be written; nothing is written then.
@@ -106,6 +121,10 @@ def prune_file(
     source, destination = Path(source), Path(destination)
     if score not in SCORES:
         raise UserError(f"score is {score!r}: expected one of {', '.join(SCORES)}")
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}: expected one of {', '.join(METHODS)}")
+    if (method == "obs") != (calibration is not None):
+        raise UserError("method 'obs' needs calibration inputs, and no other method takes them")
     check_writable(destination, force=force)
     model = load_onnx(source)
     layers, weights = _read(model.graph)
@@ -115,14 +134,22 @@ def prune_file(
     _exclude(layers, exclude)
     for weight in weights:
         _settle(weight)
+    chosen = _patterns(layers, pattern, patterns or {})
 
     reports: dict[int, tuple[int, int, int, float]] = {}
     todo = [layer for layer in layers if layer.reason is None]
-    for done, layer in enumerate(todo):
+    fitted = _fitted(source, model.graph, todo) if calibration is not None else []
+    rest = [layer for layer in todo if layer not in fitted]
+    # First, so that what the others lose is not taken for the dense model's outputs.
+    if calibration is not None and fitted:
+        settings = replace(options or Options(), similar_rows=group_rows)
+        heard = (lambda done, _, name: progress(done, len(todo), name)) if progress else None
+        reports |= _fit(model, fitted, calibration, chosen, settings, heard)
+    for done, layer in enumerate(rest):
         if progress:
-            progress(done, len(todo), layer.name)
+            progress(len(fitted) + done, len(todo), layer.name)
         assert layer.weight is not None
-        reports[id(layer)] = _prune(source, layer, layer.weight, pattern, score, group_rows)
+        reports[id(layer)] = _prune(source, layer, layer.weight, chosen[layer.name], score, group_rows)
     save_onnx(model, destination, force=force)
     return PruneReport(source, destination, pattern, tuple(_report(layer, reports.get(id(layer))) for layer in layers))
 
@@ -135,6 +162,67 @@ def _report(layer: _Layer, pruned: tuple[int, int, int, float] | None) -> LayerR
     rows = shape[-1] if layer.transposed and shape else shape[0] if shape else 1
     columns = int(np.prod(shape)) // max(rows, 1) if shape else 0
     return LayerReport(layer.name, layer.op, name, shape, layer.reason, columns, columns, 0, 1.0)
+
+
+def _patterns(
+    layers: Sequence[_Layer], pattern: ColumnPattern, own: Mapping[str, ColumnPattern | None]
+) -> dict[str, ColumnPattern]:
+    """The pattern of every layer that is pruned; layers with the pattern None are marked dense."""
+    known = {layer.name for layer in layers}
+    for name in own:
+        if name not in known:
+            raise UserError(f"there is no layer {name!r}; {_names(list(layers))}")
+    chosen = {}
+    for layer in layers:
+        if layer.reason is None:
+            wanted = own.get(layer.name, pattern)
+            if wanted is None:
+                layer.reason = "dense by plan"
+            else:
+                chosen[layer.name] = wanted
+    return chosen
+
+
+def _fitted(source: Path, graph: "onnx.GraphProto", todo: Sequence[_Layer]) -> list[_Layer]:
+    """The layers whose statistics can be gathered."""
+    import onnx
+
+    found = []
+    for layer in todo:
+        assert layer.weight is not None
+        if unfit(graph.node[layer.position], graph) or len(layer.weight.layers) > 1:
+            continue
+        if layer.weight.tensor.data_type != onnx.TensorProto.FLOAT:
+            raise UserError(f"{source}: weights of {layer.name} are not float32: method 'obs' works on float32 models")
+        if not np.isfinite(onnx.numpy_helper.to_array(layer.weight.tensor)).all():
+            raise UserError(
+                f"{source}: tensor {layer.weight.name!r} holds NaN or infinite weights: train or export it again"
+            )
+        found.append(layer)
+    return found
+
+
+def _fit(
+    model: "onnx.ModelProto",
+    layers: Sequence[_Layer],
+    calibration: Mapping[str, npt.NDArray[Any]],
+    patterns: Mapping[str, ColumnPattern],
+    options: Options,
+    progress: Callable[[int, int, str], None] | None,
+) -> dict[int, tuple[int, int, int, float]]:
+    """Prune layers by second order, in place; K, kept columns, tiles and explained variance of each."""
+    targets = [
+        Target(layer.name, model.graph.node[layer.position], layer.weight.tensor, layer.transposed, layer.groups)
+        for layer in layers
+        if layer.weight is not None
+    ]
+    chain = OnnxChain(model, targets, calibration)
+    by_name = {layer.name: layer for layer in layers}
+    reports = {}
+    for result in prune_chain(chain, patterns, options, progress):
+        pattern, columns = patterns[result.layer.name], result.layer.columns
+        reports[id(by_name[result.layer.name])] = (columns, pattern.kept(columns), result.tiles, result.explained)
+    return reports
 
 
 def _prune(

@@ -1,0 +1,182 @@
+"""The few array operations of which numpy and torch have different spellings, so that one solver runs on both.
+
+The second-order solver is written against an `Arrays`: numpy for ONNX files (no torch needed), torch for modules,
+there on the device of the weights. Whatever both spell alike (`@`, slices, `sum`) is used directly.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = Any  # numpy.ndarray or torch.Tensor
+
+
+class Arrays(Protocol):
+    """What the solver asks of a library of arrays. Floats are single precision unless `double` is called."""
+
+    def load(self, values: npt.NDArray[Any]) -> Array: ...
+    def host(self, values: Array) -> npt.NDArray[Any]: ...
+    def index(self, values: npt.NDArray[np.int64]) -> Array: ...
+    def compact(self, values: Array, least: int, largest: float) -> Array: ...
+    def zeros(self, *shape: int) -> Array: ...
+    def eye(self, size: int) -> Array: ...
+    def single(self, values: Array) -> Array: ...
+    def double(self, values: Array) -> Array: ...
+    def gram(self, values: Array) -> Array: ...
+    def join(self, parts: list[Array], axis: int) -> Array: ...
+    def pad(self, maps: Array, top: int, left: int, bottom: int, right: int) -> Array: ...
+    def factor(self, matrix: Array) -> Array: ...
+    def forward(self, lower: Array, right: Array) -> Array: ...
+    def backward(self, lower: Array, right: Array) -> Array: ...
+
+
+class NotPositive(ArithmeticError):
+    """A matrix without a Cholesky factor."""
+
+
+class NumpyArrays:
+    """numpy, with SciPy's LAPACK."""
+
+    def load(self, values: npt.NDArray[Any]) -> Array:
+        return np.asarray(values)
+
+    def host(self, values: Array) -> npt.NDArray[Any]:
+        return np.asarray(values)
+
+    def index(self, values: npt.NDArray[np.int64]) -> Array:
+        return values
+
+    def compact(self, values: Array, least: int, largest: float) -> Array:
+        """Half precision for floats of at least `least` bytes, none of them above `largest`."""
+        if values.dtype != np.float32 or values.nbytes < least or not np.abs(values).max(initial=0) < largest:
+            return values
+        return values.astype(np.float16)
+
+    def zeros(self, *shape: int) -> Array:
+        return np.zeros(shape, np.float32)
+
+    def eye(self, size: int) -> Array:
+        return np.eye(size, dtype=np.float32)
+
+    def single(self, values: Array) -> Array:
+        return np.asarray(values, np.float32)
+
+    def double(self, values: Array) -> Array:
+        return np.asarray(values, np.float64)
+
+    def gram(self, values: Array) -> Array:
+        """values.T @ values."""
+        return values.T @ values  # BLAS computes half of it
+
+    def join(self, parts: list[Array], axis: int) -> Array:
+        return np.concatenate(parts, axis=axis)
+
+    def pad(self, maps: Array, top: int, left: int, bottom: int, right: int) -> Array:
+        return np.pad(maps, ((0, 0), (0, 0), (top, bottom), (left, right)))
+
+    def factor(self, matrix: Array) -> Array:
+        """Lower Cholesky factor."""
+        import scipy.linalg
+
+        try:
+            return scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
+        except scipy.linalg.LinAlgError as error:
+            raise NotPositive(str(error)) from None
+
+    def forward(self, lower: Array, right: Array) -> Array:
+        """X of lower @ X = right."""
+        import scipy.linalg
+
+        return scipy.linalg.solve_triangular(lower, right, lower=True, check_finite=False)
+
+    def backward(self, lower: Array, right: Array) -> Array:
+        """X of lower.T @ X = right."""
+        import scipy.linalg
+
+        return scipy.linalg.solve_triangular(lower, right, lower=True, trans=1, check_finite=False)
+
+
+class TorchArrays:
+    """torch, on one device."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+
+    def load(self, values: npt.NDArray[Any]) -> Array:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+    def host(self, values: Array) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = values.detach().cpu().numpy()
+        return array
+
+    def index(self, values: npt.NDArray[np.int64]) -> Array:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self.device)
+
+    def compact(self, values: Array, least: int, largest: float) -> Array:
+        """Half precision for floats of at least `least` bytes, none of them above `largest`."""
+        import torch
+
+        small = values.numel() * values.element_size() < least
+        if values.dtype != torch.float32 or small or not float(values.abs().max()) < largest:
+            return values
+        return values.half()
+
+    def zeros(self, *shape: int) -> Array:
+        import torch
+
+        return torch.zeros(shape, device=self.device)
+
+    def eye(self, size: int) -> Array:
+        import torch
+
+        return torch.eye(size, device=self.device)
+
+    def single(self, values: Array) -> Array:
+        return values.float()
+
+    def double(self, values: Array) -> Array:
+        return values.double()
+
+    def gram(self, values: Array) -> Array:
+        """values.T @ values."""
+        if values.device.type == "cpu":
+            return self.load(NumpyArrays().gram(values.numpy()))
+        return values.T @ values
+
+    def join(self, parts: list[Array], axis: int) -> Array:
+        import torch
+
+        return torch.cat(parts, dim=axis)
+
+    def pad(self, maps: Array, top: int, left: int, bottom: int, right: int) -> Array:
+        import torch.nn.functional as functional
+
+        return functional.pad(maps, (left, right, top, bottom))
+
+    def factor(self, matrix: Array) -> Array:
+        """Lower Cholesky factor."""
+        import torch
+
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info):
+            raise NotPositive(f"order {int(info)}")
+        return lower
+
+    def forward(self, lower: Array, right: Array) -> Array:
+        """X of lower @ X = right."""
+        import torch
+
+        return torch.linalg.solve_triangular(lower, right, upper=False)
+
+    def backward(self, lower: Array, right: Array) -> Array:
+        """X of lower.T @ X = right."""
+        import torch
+
+        return torch.linalg.solve_triangular(lower.mT, right, upper=True)

@@ -1,0 +1,253 @@
+"""Block-wise reconstruction: the blocks of a pruned torch model are trained, one after the other, to give the dense
+model's outputs on calibration inputs. No labels; masks stay as they are.
+
+A block lies between two places where a single value carries everything (after every residual block, say). Each one is
+trained on the inputs it gets from the blocks already reconstructed, towards what the dense model has there. The last
+step is optional: the whole model at once towards the dense model's answers (knowledge distillation).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from colonnade.errors import UserError
+from colonnade.sparsify.torch_obs import Runner, Weighted, batches, trace
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """epochs over the calibration inputs for every block; lr: Adam's highest rate, relative to the root mean square of
+    each weight's layer; distil_epochs: of the last step for the whole model, with its own rate."""
+
+    epochs: int = 8
+    lr: float = 0.03
+    batch: int = 32
+    distil_epochs: int = 0
+    distil_lr: float = 0.01
+    temperature: float = 2.0
+    flip: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """before, after: mean squared error of the block's output, relative to the dense output's variance."""
+
+    name: str
+    before: float
+    after: float
+
+
+def reconstruct_(
+    model: nn.Module,
+    dense: nn.Module,
+    calibration: Any,
+    schedule: Schedule | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> list[BlockResult]:
+    """Train the kept weights of ``model`` in place, block by block, towards ``dense`` (the same architecture).
+
+    calibration: a tensor of inputs, or batches as `sparsify_` takes them; labels are not looked at.
+    progress:    hears (share done, block).
+
+    Norms stay in evaluation mode: their statistics do not move, their gain and bias do. Weights without a mask
+    (`sparsify_` puts one on what it prunes) keep no zeros.
+    """
+    schedule = schedule or Schedule()
+    inputs = torch.cat([batch[0] for batch in batches(calibration)])
+    if not len(inputs):
+        raise UserError("calibration holds no input")
+    device = next(model.parameters()).device
+    runner, reference = Runner(model, trace(model)), Runner(dense, trace(dense))
+    if [node.name for node in runner.nodes] != [node.name for node in reference.nodes]:
+        raise UserError("the dense and the pruned model do not have the same architecture")
+    cuts = _cuts(runner)
+    was_training, dense_training = model.training, dense.training
+    model.eval()
+    dense.eval()
+    generator = torch.Generator().manual_seed(schedule.seed)
+    results: list[BlockResult] = []
+    try:
+        if schedule.flip:
+            inputs = torch.cat([inputs, inputs.flip(-1)])
+        x = [part.to(device) for part in torch.split(inputs, schedule.batch)]
+        target = x
+        for number, (first, stop) in enumerate(itertools.pairwise(cuts)):
+            source = runner.placeholders[0].name if number == 0 else runner.live(first)[0].name
+            end = runner.nodes[stop - 1].name if stop == len(runner.nodes) else runner.live(stop)[0].name
+            name = _title(runner, first, stop)
+            if progress:
+                progress(number / (len(cuts) - 1), name)
+
+            part = functools.partial(_run, runner, (first, stop), (source, end))
+            with torch.no_grad():
+                target = [_held(_run(reference, (first, stop), (source, end), value)) for value in target]
+            learned = _parameters(runner, first, stop)
+            if learned and schedule.epochs:
+                before, after = _train(part, learned, x, target, schedule, generator)
+                results.append(BlockResult(name, before, after))
+            with torch.no_grad():
+                x = [_held(part(value)) for value in x]
+        if schedule.distil_epochs:
+            _distil(model, inputs, target, schedule, generator, device)
+    finally:
+        model.train(was_training)
+        dense.train(dense_training)
+    return results
+
+
+def _run(runner: Runner, span: tuple[int, int], names: tuple[str, str], value: Tensor) -> Tensor:
+    first, stop = span
+    if stop == len(runner.nodes):  # nothing is used after the last node: take its value as the caller's
+        runner.last_use[runner.nodes[-1]] = stop
+    return cast(Tensor, runner.run(first, stop, {names[0]: value})[names[1]])
+
+
+def _cuts(runner: Runner) -> list[int]:
+    """Where blocks begin and end: positions at which one value is alive, each block with weights and, unless the graph
+    is a plain chain there, with the whole of what runs in parallel."""
+    count = len(runner.nodes)
+    single = [at for at in range(1, count) if len(runner.live(at)) == 1 and _plain(runner, at)]
+    cuts = [0]
+    for at in single:
+        if _weighted(runner, cuts[-1], at) and not _goes_on(runner, at):
+            cuts.append(at)
+    while len(cuts) > 1 and not _weighted(runner, cuts[-1], count):
+        cuts.pop()
+    return [*cuts, count]
+
+
+def _plain(runner: Runner, at: int) -> bool:
+    """Whether the live value is a tensor that is made before the cut, not the bare input."""
+    return runner.live(at)[0].op != "placeholder"
+
+
+def _goes_on(runner: Runner, at: int) -> bool:
+    """Whether the next operator belongs to the block before: a norm or an activation."""
+    node = runner.nodes[at]
+    if node.op == "call_module":
+        return not isinstance(runner.model.get_submodule(str(node.target)), (*Weighted, nn.Identity))
+    if node.op == "call_function":
+        return len(node.all_input_nodes) == 1
+    return node.op == "call_method" and len(node.all_input_nodes) == 1
+
+
+def _weighted(runner: Runner, first: int, stop: int) -> bool:
+    return any(
+        node.op == "call_module" and isinstance(runner.model.get_submodule(str(node.target)), Weighted)
+        for node in runner.nodes[first:stop]
+    )
+
+
+def _title(runner: Runner, first: int, stop: int) -> str:
+    names = [str(node.target) for node in runner.nodes[first:stop] if node.op == "call_module"]
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}" if names else "block"
+
+
+def _parameters(runner: Runner, first: int, stop: int) -> list[nn.Parameter]:
+    found: dict[int, nn.Parameter] = {}
+    for node in runner.nodes[first:stop]:
+        if node.op == "call_module":
+            for parameter in runner.model.get_submodule(str(node.target)).parameters():
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _held(value: Tensor) -> Tensor:
+    """Half precision for what is only kept."""
+    return value.half() if value.dtype == torch.float32 and float(value.abs().max()) < 60_000 else value
+
+
+def _groups(parameters: Sequence[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """Adam moves every weight by about its rate a step: rates in proportion to the weights' size."""
+    return [{"params": [p], "lr": lr * _size(p)} for p in parameters if p.requires_grad]
+
+
+def _size(parameter: Tensor) -> float:
+    kept = parameter.detach()[parameter.detach() != 0]
+    return max(float(kept.square().mean().sqrt()), 1e-4) if kept.numel() else 1e-4
+
+
+def _train(
+    run: Callable[[Tensor], Tensor],
+    parameters: Sequence[nn.Parameter],
+    x: Sequence[Tensor],
+    target: Sequence[Tensor],
+    schedule: Schedule,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """Fit run(x) to target; the best weights seen at an epoch's end stay. Relative errors before and after."""
+    mean = torch.stack([t.float().mean((0, *range(2, t.ndim))) for t in target]).mean(0)
+    shape = (1, -1, *([1] * (target[0].ndim - 2)))
+    variance = float(torch.stack([(t.float() - mean.view(shape)).square().mean() for t in target]).mean()) or 1.0
+
+    def error() -> float:
+        with torch.no_grad():
+            total = sum(float(functional.mse_loss(run(a), b.float())) for a, b in zip(x, target, strict=True))
+        return total / len(x) / variance
+
+    before = error()
+    saved = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.Adam(_groups(parameters, schedule.lr), betas=(0.9, 0.99))
+    steps = schedule.epochs * len(x)
+    rates = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, pct_start=0.1,
+        cycle_momentum=False, div_factor=10, final_div_factor=100,
+    )  # fmt: skip
+    for _ in range(schedule.epochs):
+        for at in torch.randperm(len(x), generator=generator).tolist():
+            optimizer.zero_grad(set_to_none=True)
+            loss = functional.mse_loss(run(x[at]), target[at].float()) / variance
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            rates.step()
+    after = error()
+    if not after < before:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, saved, strict=True):
+                parameter.copy_(value)
+        after = before
+    return before, after
+
+
+def _distil(
+    model: nn.Module,
+    inputs: Tensor,
+    answers: Sequence[Tensor],
+    schedule: Schedule,
+    generator: torch.Generator,
+    device: Any,
+) -> None:
+    """Train the whole model towards the dense model's answers on the calibration inputs."""
+    target = torch.cat([answer.float().cpu() for answer in answers])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(_groups(parameters, schedule.distil_lr), betas=(0.9, 0.99))
+    steps = schedule.distil_epochs * -(-len(inputs) // schedule.batch)
+    rates = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, pct_start=0.1,
+        cycle_momentum=False, div_factor=10, final_div_factor=100,
+    )  # fmt: skip
+    hot = schedule.temperature
+    for _ in range(schedule.distil_epochs):
+        for index in torch.split(torch.randperm(len(inputs), generator=generator), schedule.batch):
+            optimizer.zero_grad(set_to_none=True)
+            out = model(inputs[index].to(device))
+            want = functional.softmax(target[index].to(device) / hot, -1)
+            loss = functional.kl_div(functional.log_softmax(out / hot, -1), want, reduction="batchmean") * hot**2
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            rates.step()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of a model to reconstruct towards, taken before pruning."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

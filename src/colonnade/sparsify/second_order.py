@@ -1,0 +1,251 @@
+"""Second-order column selection and the weights that make up for what was removed.
+
+A layer is seen as a regression: from the inputs x̃ it gets once everything before it is pruned, reproduce the outputs
+y that the dense model has there. With the covariances A = cov(x̃) and C = cov(y, x̃), the best dense weights are
+W* = C A⁻¹, and a tile that loses the columns Q loses exactly
+
+    Σ_rows w*_Q ([A⁻¹]_QQ)⁻¹ w*_Qᵀ
+
+of its fit, and its other weights move by -w*_Q ([A⁻¹]_QQ)⁻¹ [A⁻¹]_Q,: (the optimal brain surgeon, for all rows of a
+tile at once). All tiles start from one inverse; each then removes its columns in a few rounds, the cheapest first,
+and between rounds keeps [A⁻¹] and w exact for what is left by extending a Cholesky factor of [A⁻¹]_QQ. That costs a
+tile q²K however many rounds it takes. At the end the weights are solved once more, from A itself.
+
+With y from dense and x̃ from pruned inputs this also makes up for the errors of earlier layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.pattern import ColumnPattern, Floats, Ints, consecutive_rows
+from colonnade.sparsify.arrays import Array, Arrays, NotPositive
+from colonnade.sparsify.select import similar_tiles
+
+# Chosen on training images (see docs/accuracy.md).
+DAMPING = 0.01
+ROUNDS = 16
+# Up to here double precision costs little; past it single precision with damping is what the time allows.
+DOUBLE_COLUMNS = 640
+
+
+@dataclass
+class Moments:
+    """Sums over samples of inputs x̃ [K] and wanted outputs y [OC] of one layer (of one convolution group).
+
+    gram: Σ x̃ x̃ᵀ [K, K]; cross: Σ y x̃ᵀ [OC, K]; inputs: Σ x̃ [K]; outputs, squares: Σ y and Σ y² [OC].
+    """
+
+    gram: Array
+    cross: Array
+    inputs: Array
+    outputs: Array
+    squares: Array
+    count: int = 0
+
+    @classmethod
+    def empty(cls, arrays: Arrays, rows: int, columns: int) -> Moments:
+        return cls(
+            arrays.zeros(columns, columns), arrays.zeros(rows, columns), arrays.zeros(columns), arrays.zeros(rows),
+            arrays.zeros(rows),
+        )  # fmt: skip
+
+    def add(self, inputs: Array, outputs: Array, arrays: Arrays) -> None:
+        """Samples x̃ [n, K] with their y [n, OC]."""
+        self.gram += arrays.gram(inputs)
+        self.cross += outputs.T @ inputs
+        self.inputs += inputs.sum(0)
+        self.outputs += outputs.sum(0)
+        self.squares += (outputs * outputs).sum(0)
+        self.count += len(inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """weights: float32 [OC, K] with exact zeros; bias: float32 [OC], what is to be added to the layer's output;
+    rows: of every tile; mask: bool [OC, K]; explained: share of the outputs' variance that is reproduced."""
+
+    weights: Floats
+    bias: Floats
+    rows: tuple[Ints, ...]
+    mask: npt.NDArray[np.bool_]
+    explained: float
+
+
+@dataclass
+class _Tile:
+    """A tile on its way: columns left (ascending), weights [T, left], diagonal of the inverse [left], Z [q, left]."""
+
+    left: npt.NDArray[np.int64]
+    weights: Array
+    diagonal: Array
+    factor: Array
+    removed: list[npt.NDArray[np.int64]] = field(default_factory=list)
+
+
+def solve(
+    weights: Floats,
+    moments: Moments,
+    pattern: ColumnPattern,
+    arrays: Arrays,
+    *,
+    similar_rows: bool = True,
+    tiles: Sequence[Ints] | None = None,
+    intercept: bool = True,
+    damping: float = DAMPING,
+    rounds: int = ROUNDS,
+) -> Solution:
+    """Prune one layer's matrix [OC, K] (of one convolution group) and fit what is kept.
+
+    weights:   the dense weights; where inputs say nothing, the solution stays with them.
+    tiles:     rows of every tile; found by the columns' importance when left out (neighbours without `similar_rows`).
+    intercept: whether a bias may be added to the outputs.
+    damping:   added to the covariance's diagonal, as a share of its mean.
+    """
+    system = _System(weights, moments, arrays, intercept, damping)
+    rows = list(tiles) if tiles is not None else _tiles(system, pattern, similar_rows)
+    solved = np.zeros(weights.shape, np.float32)
+    mask = np.zeros(weights.shape, bool)
+    for members in rows:
+        kept = _keep(system, members, pattern, rounds)
+        mask[np.ix_(members, kept)] = True
+        solved[np.ix_(members, kept)] = system.fit(members, kept)
+    bias = system.bias(solved)
+    return Solution(solved, bias, tuple(rows), mask, system.explained(solved))
+
+
+class _System:
+    """The regression of one layer, scaled so that the mean diagonal of A is one."""
+
+    def __init__(self, weights: Floats, moments: Moments, arrays: Arrays, intercept: bool, damping: float) -> None:
+        self.arrays = arrays
+        n = max(moments.count, 1)
+        self.mean_in = moments.inputs / n
+        self.mean_out = moments.outputs / n
+        covariance = moments.gram / n
+        cross = moments.cross / n
+        power = moments.squares / n
+        if intercept:
+            covariance = covariance - self.mean_in[:, None] * self.mean_in[None, :]
+            cross = cross - self.mean_out[:, None] * self.mean_in[None, :]
+            power = power - self.mean_out * self.mean_out
+        self.intercept = intercept
+        size = covariance.shape[0]
+        precise = arrays.double if size <= DOUBLE_COLUMNS else arrays.single
+        mean = float(covariance.diagonal().sum()) / size
+        scale = mean if np.isfinite(mean) and mean > 1e-30 else 1.0
+        self.covariance = precise(covariance) / scale
+        self.cross = precise(cross) / scale
+        self.power = arrays.host(power) / scale
+        self.weights = precise(arrays.load(np.asarray(weights, np.float32)))
+        self.eye = precise(arrays.eye(size))
+        self.precise = precise
+        self._damp(damping)
+
+    def _damp(self, damping: float) -> None:
+        """A with damping, its inverse and the best dense weights; more damping where rounding makes A indefinite."""
+        for _ in range(8):
+            self.damping = damping
+            self.damped = self.covariance + damping * self.eye
+            # What the inputs leave open is decided by the dense weights.
+            self.target = self.cross + damping * self.weights
+            try:
+                lower = self.arrays.factor(self.damped)
+                half = self.arrays.forward(lower, self.eye)
+            except NotPositive:
+                damping = max(10 * damping, 1e-6)
+                continue
+            self.inverse = half.T @ half
+            self.best = self.target @ self.inverse
+            return
+        raise NotPositive("the inputs' covariance is not positive however much damping it gets")
+
+    def importance(self) -> Floats:
+        """What removing one column alone costs each row, [OC, K]."""
+        return np.asarray(self.arrays.host(self.best * self.best / self.inverse.diagonal()[None, :]), np.float32)
+
+    def fit(self, rows: Ints, kept: npt.NDArray[np.int64]) -> Floats:
+        """The best weights [rows, kept] on the kept columns."""
+        at, members = self.arrays.index(kept), self.arrays.index(rows.astype(np.int64))
+        lower = self.arrays.factor(self.damped[at][:, at])
+        right = self.target[members][:, at].T
+        solved = self.arrays.backward(lower, self.arrays.forward(lower, right)).T
+        return np.asarray(self.arrays.host(solved), np.float32)
+
+    def bias(self, solved: Floats) -> Floats:
+        """Mean of the wanted outputs that the weights leave out."""
+        if not self.intercept:
+            return np.zeros(len(solved), np.float32)
+        return np.asarray(self.arrays.host(self.mean_out) - solved @ self.arrays.host(self.mean_in), np.float32)
+
+    def explained(self, solved: Floats) -> float:
+        weights = self.precise(self.arrays.load(solved))
+        error = (weights @ self.covariance * weights).sum() - 2 * (weights * self.cross).sum()
+        total = float(self.power.sum())
+        return -float(error) / total if total > 0 else 1.0
+
+
+def _tiles(system: _System, pattern: ColumnPattern, similar_rows: bool) -> list[Ints]:
+    count = len(system.weights)
+    if not similar_rows:
+        return consecutive_rows(count, pattern.tile)
+    # The search compares sums of scores; their scale is free.
+    scores = system.importance()
+    return similar_tiles(scores / max(float(scores.max(initial=0.0)), 1e-30), pattern)
+
+
+def _keep(system: _System, rows: Ints, pattern: ColumnPattern, rounds: int) -> npt.NDArray[np.int64]:
+    """The columns that a tile keeps, ascending."""
+    arrays, inverse = system.arrays, system.inverse
+    size = inverse.shape[0]
+    spans = pattern.spans(size)
+    quota = np.array([stop - first - kept for first, stop, kept in spans])
+    span_of = np.repeat(np.arange(len(spans)), [stop - first for first, stop, _ in spans])
+    members = arrays.index(rows.astype(np.int64))
+    tile = _Tile(np.arange(size), system.best[members], inverse.diagonal() + 0, inverse[:0])
+    total = int(quota.sum())
+    rounds = max(1, min(rounds, total))
+    for done in range(rounds):
+        open_ = int(quota.sum())
+        if not open_:
+            break
+        score = arrays.host((tile.weights * tile.weights).sum(0) / tile.diagonal)
+        chosen = _cheapest(score, span_of[tile.left], quota, -(-open_ // (rounds - done)))
+        quota -= np.bincount(span_of[tile.left[chosen]], minlength=len(quota))
+        _remove(tile, chosen, inverse, arrays)
+    return tile.left
+
+
+def _cheapest(
+    score: npt.NDArray[Any], spans: npt.NDArray[np.int64], quota: npt.NDArray[np.int64], count: int
+) -> npt.NDArray[np.int64]:
+    """Positions of the `count` lowest scores, from no span more than its quota; ties fall on the right."""
+    order = len(score) - 1 - np.argsort(score[::-1], kind="stable")
+    by_span = order[np.argsort(spans[order], kind="stable")]
+    sizes = np.bincount(spans, minlength=len(quota))
+    rank = np.arange(len(by_span)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    allowed = np.zeros(len(score), bool)
+    allowed[by_span[rank < quota[spans[by_span]]]] = True
+    return np.sort(order[allowed[order]][:count])
+
+
+def _remove(tile: _Tile, chosen: npt.NDArray[np.int64], inverse: Array, arrays: Arrays) -> None:
+    """Take columns (positions in tile.left) out of a tile; inverse and weights of the rest stay exact."""
+    stay = np.setdiff1d(np.arange(len(tile.left)), chosen, assume_unique=True)
+    out, keep = arrays.index(chosen), arrays.index(stay)
+    gone, left = arrays.index(tile.left[chosen]), arrays.index(tile.left[stay])
+    before, rest = tile.factor[:, out], tile.factor[:, keep]
+    rows = inverse[gone]
+    lower = arrays.factor(rows[:, gone] - before.T @ before)
+    fresh = arrays.forward(lower, rows[:, left] - before.T @ rest)
+    move = arrays.forward(lower, tile.weights[:, out].T)
+    tile.weights = tile.weights[:, keep] - move.T @ fresh
+    # Rounding may eat a diagonal that is almost used up; such a column is the cheapest to keep, never to remove.
+    tile.diagonal = (tile.diagonal[keep] - (fresh * fresh).sum(0)).clip(1e-12)
+    tile.factor = arrays.join([rest, fresh], 0)
+    tile.left = tile.left[stay]

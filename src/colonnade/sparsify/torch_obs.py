@@ -1,0 +1,268 @@
+"""Second-order pruning of torch modules, on the device their weights are on.
+
+torch.fx gives the order of operators; the modules themselves stay what they are. Weights change in place, and what a
+layer's mean output loses goes into its bias or, where a BatchNorm follows, into that one's running mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from colonnade.errors import UserError
+from colonnade.pattern import ColumnPattern, Floats
+from colonnade.sparsify.arrays import TorchArrays
+from colonnade.sparsify.masks import remove_masks, set_mask
+from colonnade.sparsify.sequential import Layer, LayerResult, Options, Values, prune_chain
+
+Weighted = (nn.Conv1d, nn.Conv2d, nn.Linear)
+Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+
+
+class _Tracer(fx.Tracer):
+    """Weighted layers and norms are leaves, also when they carry masks."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, (*Weighted, *Norms)) or super().is_leaf_module(module, qualified_name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of a model. Raises UserError where its forward pass depends on values."""
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # whatever a forward method does with a Proxy
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{type(model).__name__} cannot be traced ({reason[0] if reason else type(error).__name__}): "
+            "export it to ONNX and prune the file"
+        ) from error
+
+
+def ordered(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes in an order in which the operand of an addition that has fewer operators behind it is computed first, so
+    that the deeper one (more weights) can make up for its errors. Placeholders lead, the output is left out."""
+    depth: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        depth[node] = 1 + max((depth[other] for other in node.all_input_nodes), default=0)
+    output = next(node for node in graph.nodes if node.op == "output")
+    done: dict[fx.Node, None] = {node: None for node in graph.nodes if node.op == "placeholder"}
+    stack = list(output.all_input_nodes)
+    while stack:
+        node = stack[-1]
+        missing = sorted((other for other in node.all_input_nodes if other not in done), key=lambda other: depth[other])
+        if missing and node not in done:
+            stack.append(missing[0])
+            continue
+        done.setdefault(stack.pop())
+    return list(done)
+
+
+def batches(calibration: Any) -> list[tuple[Tensor, ...]]:
+    """The inputs of calibration batches: tensors, or tuples of (inputs, targets) as data loaders give them."""
+    if isinstance(calibration, Tensor):
+        return [(part,) for part in torch.split(calibration, 32)]
+    found: list[tuple[Tensor, ...]] = []
+    for batch in cast(Iterable[Any], calibration):
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(inputs, Tensor):
+            raise UserError(f"calibration holds {type(inputs).__name__}: expected tensors or (inputs, targets) batches")
+        found.append((inputs,))
+    return found
+
+
+class Runner:
+    """Runs parts of a model's graph on values held by name."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model = model
+        self.nodes = ordered(graph)
+        self.output = next(node for node in graph.nodes if node.op == "output")
+        self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self.needed = [node for node in self.placeholders if node.users]
+        if len(self.needed) != 1:
+            raise UserError(f"{type(model).__name__} takes {len(self.needed)} inputs: calibration supports one")
+        position = {node: at for at, node in enumerate(self.nodes)}
+        position[self.output] = len(self.nodes)
+        self.last_use = {
+            node: max((position[user] for user in node.users if user in position), default=-1) for node in self.nodes
+        }
+        self.position = position
+
+    def run(self, first: int, stop: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run nodes[first:stop]; returns the values used at or after `stop`."""
+        known: dict[str, Any] = {
+            name: value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
+            for name, value in values.items()
+        }
+        for node in self.nodes[first:stop]:
+            if node.op != "placeholder":
+                known[node.name] = self._call(node, known)
+        kept = {}
+        for node in self.nodes[:stop]:
+            if self.last_use[node] >= stop and node.name in known:
+                kept[node.name] = values.get(node.name, known[node.name])
+        return kept
+
+    def live(self, at: int) -> list[fx.Node]:
+        """Values computed before nodes[at] and used at or after it."""
+        return [node for node in self.nodes[:at] if self.last_use[node] >= at]
+
+    def _call(self, node: fx.Node, known: Mapping[str, Any]) -> Any:
+        def look(argument: fx.Node) -> Any:
+            return known[argument.name]
+
+        args = cast(tuple[Any, ...], fx.node.map_arg(node.args, look))
+        kwargs = cast(dict[str, Any], fx.node.map_arg(node.kwargs, look))
+        if node.op == "call_module":
+            module = self.model.get_submodule(str(node.target))
+            if isinstance(module, nn.ReLU | nn.ReLU6 | nn.Hardswish | nn.SiLU) and module.inplace:
+                # The value may still be wanted by others.
+                args = (args[0].clone(), *args[1:])
+            return module(*args, **kwargs)
+        if node.op == "call_function":
+            if node.target in (operator.iadd,):
+                return args[0] + args[1]
+            return cast(Any, node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            found: Any = self.model
+            for part in str(node.target).split("."):
+                found = getattr(found, part)
+            return found
+        raise UserError(f"cannot run {node.op} {node.name}")
+
+
+class TorchChain:
+    """A model as `sequential.Chain`. names: the layers that begin stages, in any order."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str], calibration: Sequence[tuple[Tensor, ...]]) -> None:
+        self.model = model
+        self.runner = Runner(model, trace(model))
+        self.calibration = calibration
+        wanted = set(names)
+        nodes = [n for n in self.runner.nodes if n.op == "call_module" and str(n.target) in wanted]
+        calls: dict[str, int] = {}
+        for node in nodes:
+            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+        self.skipped = {name for name, count in calls.items() if count > 1} | (wanted - set(calls))
+        self.starts = [node for node in nodes if str(node.target) not in self.skipped]
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.arrays = TorchArrays(device)
+        self.layers = [self._layer(node) for node in self.starts]
+        self.bounds = [0, *(self.runner.position[node] for node in self.starts), len(self.runner.nodes)]
+
+    def _norm(self, node: fx.Node) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
+        """The BatchNorm that is the only reader of a layer."""
+        users = list(node.users)
+        if len(users) != 1 or users[0].op != "call_module":
+            return None
+        module = self.model.get_submodule(str(users[0].target))
+        return module if isinstance(module, Norms) and module.track_running_stats else None
+
+    def _layer(self, node: fx.Node) -> Layer:
+        module = cast(nn.Conv2d | nn.Linear, self.model.get_submodule(str(node.target)))
+        norm = self._norm(node)
+        scale: Floats | None = None
+        end = node
+        if norm is not None:
+            end = next(iter(node.users))
+            spread = (cast(Tensor, norm.running_var) + norm.eps).sqrt()
+            gain = norm.weight if norm.affine else torch.ones_like(spread)
+            scale = (gain / spread).detach().cpu().numpy()
+        weight = module.weight.detach().float().cpu().numpy()
+        source = cast(fx.Node, node.args[0]).name
+        residual = self._residual(node, end)
+        intercept = norm is not None or module.bias is not None
+        if isinstance(module, nn.Linear):
+            return Layer(str(node.target), weight, source, scale=scale, residual=residual, intercept=intercept)
+        two = [part if len(part) == 2 else (1, *part) for part in (module.stride, module.dilation)]
+        return Layer(
+            str(node.target), weight, source, (two[0][0], two[0][1]), _padding(module), (two[1][0], two[1][1]),
+            module.groups, scale, residual, intercept,
+        )  # fmt: skip
+
+    def _residual(self, node: fx.Node, end: fx.Node) -> str | None:
+        """What is added to the layer's (scaled) output and is known before the layer runs."""
+        users = list(end.users)
+        if len(users) != 1 or users[0].target not in (*ADDITIONS, "add", "add_"):
+            return None
+        others = [other for other in users[0].args if other is not end]
+        if len(others) != 1 or not isinstance(others[0], fx.Node) or users[0].kwargs:
+            return None
+        known = self.runner.position[others[0]] < self.runner.position[node]
+        return others[0].name if known else None
+
+    def inputs(self) -> list[Values]:
+        name = self.runner.needed[0].name
+        device = self.arrays.device
+        return [{name: batch[0].to(device)} for batch in self.calibration]
+
+    @torch.no_grad()
+    def run(self, stage: int, values: Values) -> Values:
+        return self.runner.run(self.bounds[stage], self.bounds[stage + 1], values)
+
+    @torch.no_grad()
+    def assign(self, layer: Layer, weight: Floats, bias: Floats) -> None:
+        module = cast(nn.Conv2d | nn.Linear, self.model.get_submodule(layer.name))
+        node = self.starts[[other.name for other in self.layers].index(layer.name)]
+        stored = module.weight
+        module.weight.copy_(torch.from_numpy(weight).to(stored.device, stored.dtype))
+        norm = self._norm(node)
+        added = torch.from_numpy(bias).to(stored.device, stored.dtype)
+        if module.bias is not None:
+            module.bias += added
+        elif norm is not None:
+            cast(Tensor, norm.running_mean).sub_(added)
+
+
+@torch.no_grad()
+def second_order_(
+    model: nn.Module,
+    patterns: Mapping[str, ColumnPattern],
+    calibration: Any,
+    options: Options | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, LayerResult]:
+    """Fit the named layers of ``model`` in place (see sequential.py); results by name, masks among them.
+
+    Layers that the model calls more than once, or not at all, are left out of the result and as they were.
+    Raises UserError if the model cannot be traced or the calibration inputs are no good; it is then as it was.
+    """
+    given = batches(calibration)
+    work = remove_masks(copy.deepcopy(model)).eval()
+    chain = TorchChain(work, patterns, given)
+    results = prune_chain(chain, dict(patterns), options, progress)
+    for result in results:
+        module = model.get_submodule(result.layer.name)
+        work_weight = cast(Tensor, work.get_submodule(result.layer.name).weight)
+        set_mask(module, torch.from_numpy(result.mask.copy()).to(work_weight.device), work_weight)
+    for name, done in work.named_modules():  # without masks, unlike the model itself
+        module = model.get_submodule(name)
+        if isinstance(module, Weighted) and module.bias is not None:
+            module.bias.copy_(cast(Tensor, done.bias))
+        elif isinstance(module, Norms) and module.track_running_stats:
+            cast(Tensor, module.running_mean).copy_(cast(Tensor, done.running_mean))
+    return {result.layer.name: result for result in results}
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right). Raises UserError for padding that is not zeros."""
+    if module.padding_mode != "zeros":
+        raise UserError(f"padding_mode {module.padding_mode!r} is not supported by method 'obs'")
+    if isinstance(module.padding, str):
+        if module.padding == "valid":
+            return 0, 0, 0, 0
+        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        before = [part // 2 for part in whole]
+        after = [part - half for part, half in zip(whole, before, strict=True)]
+        before, after = [0] * (2 - len(before)) + before, [0] * (2 - len(after)) + after
+        return before[0], before[1], after[0], after[1]
+    padding = module.padding if len(module.padding) == 2 else (0, *module.padding)
+    return padding[0], padding[1], padding[0], padding[1]

@@ -1,0 +1,141 @@
+"""Accuracy with intervals: known values, coverage by simulation, folders, arrays, and every kind of model."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from models import Builder
+from PIL import Image
+
+from colonnade.errors import UserError
+from colonnade.evaluate import Accuracy, calibration_inputs, compare, evaluate, samples, wilson
+
+SPEC = {"resize": None, "crop": [8, 8], "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+
+
+def test_wilson_at_published_values():
+    # Newcombe (1998), table I: 81 of 263, and 0 of 20.
+    np.testing.assert_allclose(wilson(81, 263), (0.2553, 0.3662), atol=5e-5)
+    np.testing.assert_allclose(wilson(0, 20), (0.0, 0.1611), atol=5e-5)
+    with pytest.raises(UserError, match="no images"):
+        wilson(0, 0)
+
+
+def answers(correct):
+    labels = np.zeros(len(correct), np.int64)
+    return Accuracy(np.where(correct, 0, 1).astype(np.int64), labels)
+
+
+def test_paired_interval_covers_and_is_narrower_than_two_single_ones():
+    random = np.random.default_rng(0)
+    covered, widths = 0, []
+    for _ in range(400):
+        base = random.random(300) < 0.8
+        other = np.where(random.random(300) < 0.1, random.random(300) < 0.5, base)
+        found = compare(answers(base), answers(other))
+        truth = 0.1 * (0.5 - 0.8)
+        covered += found.low <= truth <= found.high
+        widths.append(found.high - found.low)
+    assert 0.92 <= covered / 400 <= 0.99
+    low, high = answers(random.random(300) < 0.8).interval
+    assert np.mean(widths) < 1.2 * (high - low)
+
+
+def test_difference_and_agreement():
+    base, other = answers(np.array([1, 1, 1, 0], bool)), answers(np.array([1, 0, 0, 1], bool))
+    found = compare(base, other)
+    assert found.points == pytest.approx(-0.25) and found.agreement == 0.25 and found.images == 4
+    assert found.low < found.points < found.high and "4 images" in str(found)
+    with pytest.raises(UserError, match="same labelled images"):
+        compare(base, answers(np.ones(3, bool)))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three classes by colour, five photos each, and a file that is none."""
+    for number, name in enumerate(("blue", "green", "red")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(5):
+            pixels = np.random.default_rng(index).integers(0, 60, (10, 12, 3)).astype(np.uint8)
+            pixels[..., 2 - number] += 150
+            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{index}.png")
+    (tmp_path / "set" / "red" / "notes.txt").write_text("no photo")
+    return tmp_path / "set"
+
+
+def colours(batch):
+    return batch.mean((2, 3))[:, ::-1]
+
+
+def network(path, batch):
+    """A network that answers with the brightest channel: blue, green or red."""
+    b = Builder()
+    x = b.input("x", [batch, 3, 8, 8])
+    turn = b.constant(np.eye(3, dtype=np.float32)[::-1].copy())
+    onnx.save(b.build(b.op("MatMul", b.op("Flatten", b.op("GlobalAveragePool", x)), turn)), path)
+    return path
+
+
+def test_folders_models_and_limits(photos, tmp_path):
+    found = samples(photos, preprocess=SPEC)
+    assert found.classes == ("blue", "green", "red") and found.inputs.shape == (15, 3, 8, 8)
+    assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    part = samples(photos, preprocess=SPEC, limit=6, seed=3)
+    assert len(part) == 6 and not np.array_equal(part.labels, samples(photos, preprocess=SPEC, limit=6, seed=4).labels)
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 3, bias=False))
+    module[2].weight.data = torch.eye(3).flip(0)
+    for model in (colours, module, network(tmp_path / "free.onnx", "n"), network(tmp_path / "four.onnx", 4)):
+        result = evaluate(model, photos, preprocess=SPEC)
+        assert result.top1 == 1.0 and result.images == 15 and result.top5.all()
+    assert module.training
+    wrong = evaluate(lambda batch: -colours(batch), photos, preprocess=SPEC)
+    assert wrong.top1 == 0.0 and "15 images" in str(wrong)
+
+
+def test_through_the_bundle(photos, tmp_path):
+    import colonnade
+
+    network(tmp_path / "m.onnx", 4)
+    bundle = colonnade.build(tmp_path / "m.onnx", out=tmp_path / "b", preprocess=SPEC)
+    compiled = evaluate(bundle.path, photos)  # the bundle knows its preprocessing
+    assert compare(evaluate(tmp_path / "m.onnx", photos, preprocess=SPEC), compiled).agreement == 1.0
+
+
+def test_arrays(tmp_path):
+    x, y = np.random.default_rng(0).random((9, 3, 4, 4), np.float32), np.arange(9) % 3
+    np.savez(tmp_path / "a.npz", inputs=x, labels=y)
+    np.savez(tmp_path / "b.npz", left=x, right=x)
+    np.save(tmp_path / "c.npy", x)
+    assert np.array_equal(samples(tmp_path / "a.npz").labels, y)
+    for source in (tmp_path / "c.npy", x, (x, y)):
+        assert np.array_equal(samples(source).inputs, x)
+    assert set(calibration_inputs(tmp_path / "b.npz")) == {"left", "right"}
+    assert len(calibration_inputs(tmp_path / "a.npz", limit=4)["inputs"]) == 4
+    with pytest.raises(UserError, match="no labels"):
+        evaluate(lambda batch: batch.mean((2, 3)), x).top1  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.npz", "no such file"), ("empty", "no photos in it"), ("bad.npz", "not readable"),
+        ("text.txt", "expected a folder"), ("two.npz", "expected `inputs`"),
+    ],
+)  # fmt: skip
+def test_bad_sources(tmp_path, source, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.npz").write_text("no archive")
+    (tmp_path / "text.txt").write_text("")
+    np.savez(tmp_path / "two.npz", a=np.zeros(2), b=np.zeros(2))
+    with pytest.raises(UserError, match=message):
+        samples(tmp_path / source)
+
+
+def test_answers_that_are_none():
+    x = np.zeros((4, 3, 2, 2), np.float32)
+    with pytest.raises(UserError, match="NaN"):
+        evaluate(lambda batch: np.full((len(batch), 3), np.nan), (x, np.zeros(4)))
+    with pytest.raises(UserError, match="3 classes"):
+        evaluate(lambda batch: np.zeros((len(batch), 3)), (x, np.full(4, 3)))
+    with pytest.raises(UserError, match="one for each"):
+        evaluate(lambda batch: np.zeros((len(batch), 3)), (x, np.zeros(3)))

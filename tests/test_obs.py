@@ -1,0 +1,354 @@
+"""Second-order pruning: the solver against plain linear algebra; ONNX files and torch modules on real digits."""
+
+import copy
+import warnings
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Builder
+from onnx import numpy_helper
+from sklearn.datasets import load_digits
+from torch import nn
+
+from colonnade.errors import UserError
+from colonnade.pattern import ColumnPattern, consecutive_rows, discover
+from colonnade.sparsify.arrays import NumpyArrays, TorchArrays
+from colonnade.sparsify.masks import masks, remove_masks, sparsify_
+from colonnade.sparsify.onnx_file import prune_file
+from colonnade.sparsify.reconstruct import Schedule, reconstruct_
+from colonnade.sparsify.second_order import Moments, solve
+from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
+from colonnade.sparsify.sequential import Layer, Options, gather
+from colonnade.sparsify.torch_model import export
+from colonnade.sparsify.torch_obs import ordered, trace
+
+NUMPY = NumpyArrays()
+
+
+def regression(rows, columns, count=400, seed=0):
+    """Correlated inputs [n, K], weights [OC, K]."""
+    random = np.random.default_rng(seed)
+    mix = random.standard_normal((columns, columns)) / np.sqrt(columns) + 0.5 * np.eye(columns)
+    x = (random.standard_normal((count, columns)) @ mix + random.standard_normal(columns)).astype(np.float32)
+    return x, random.standard_normal((rows, columns)).astype(np.float32)
+
+
+def moments(x, y, arrays=NUMPY):
+    sums = Moments.empty(arrays, y.shape[1], x.shape[1])
+    for part in np.array_split(np.arange(len(x)), 3):
+        sums.add(arrays.load(x[part]), arrays.load(y[part].astype(np.float32)), arrays)
+    return sums
+
+
+def residual(x, y, weights, bias):
+    return float(((y - x @ weights.T - bias) ** 2).sum())
+
+
+@given(
+    rows=st.integers(1, 19), columns=st.integers(2, 40), tile=st.integers(1, 8),
+    sparsity=st.sampled_from([0, 0.3, 0.5, 0.8]), group=st.sampled_from([None, 4, 7]),
+    rounds=st.integers(1, 9), similar=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_pattern_holds_and_what_is_kept_is_the_least_squares_fit(rows, columns, tile, sparsity, group, rounds, similar):
+    x, w = regression(rows, columns)
+    y = x @ w.T
+    pattern = ColumnPattern(sparsity, tile, group)
+    found = solve(w, moments(x, y), pattern, NUMPY, similar_rows=similar, damping=1e-6, rounds=rounds)
+    assert sorted(np.concatenate(found.rows).tolist()) == list(range(rows))
+    for members in found.rows:
+        assert (found.mask[members] == found.mask[members[0]]).all()
+        kept = found.mask[members[0]]
+        assert kept.sum() == pattern.kept(columns)
+        for first, stop, count in pattern.spans(columns):
+            assert kept[first:stop].sum() == count
+        design = np.column_stack([x[:, kept], np.ones(len(x))]).astype(np.float64)
+        best = np.linalg.lstsq(design, y[:, members].astype(np.float64), rcond=None)[0]
+        least = ((y[:, members] - design @ best) ** 2).sum()
+        error = residual(x, y[:, members], found.weights[members], found.bias[members])
+        assert error < 1.001 * least + 1e-4 * len(x)
+    assert (found.weights[~found.mask] == 0).all()
+
+
+def test_selection_by_single_rounds_is_the_surgeon_s_greedy_one():
+    """With as many rounds as columns go, each step removes the column whose loss costs the exact fit least."""
+    x, w = regression(4, 12)
+    y = x @ w.T
+    centred_x, centred_y = x - x.mean(0), y - y.mean(0)
+
+    def cost(columns):
+        fit = np.linalg.lstsq(centred_x[:, columns], centred_y, rcond=None)[0]
+        return ((centred_y - centred_x[:, columns] @ fit) ** 2).sum()
+
+    left = list(range(12))
+    for _ in range(7):
+        left.remove(min(left, key=lambda column: cost([other for other in left if other != column])))
+    found = solve(w, moments(x, y), ColumnPattern(7 / 12, 4), NUMPY, damping=1e-7, rounds=7)
+    assert np.flatnonzero(found.mask[0]).tolist() == left
+
+
+def test_better_than_magnitude_and_grouping_helps():
+    random = np.random.default_rng(1)
+    x, _ = regression(32, 48, 2000)
+    # Two kinds of rows, mixed: each needs its own half of the columns.
+    kind = random.permutation(np.arange(32) % 2)
+    w = random.standard_normal((32, 48)).astype(np.float32)
+    w[:, :24] *= np.where(kind == 0, 1, 0.2)[:, None]
+    w[:, 24:] *= np.where(kind == 1, 1, 0.2)[:, None]
+    y = x @ w.T
+    pattern = ColumnPattern(0.5, 8)
+    errors = []
+    for similar in (False, True):
+        found = solve(w, moments(x, y), pattern, NUMPY, similar_rows=similar)
+        errors.append(residual(x, y, found.weights, found.bias))
+    plain = np.where(select_by_score(np.abs(w), pattern).mask, w, 0)
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[1] < 0.5 * residual(x, y, plain, (y - x @ plain.T).mean(0))
+
+
+def test_numpy_and_torch_solve_alike():
+    x, w = regression(16, 40)
+    y = x @ w.T
+    both = (NUMPY, TorchArrays(torch.device("cpu")))
+    ours = [solve(w, moments(x, y, arrays), ColumnPattern(0.5, 4), arrays) for arrays in both]
+    assert (ours[0].mask == ours[1].mask).all()
+    np.testing.assert_allclose(ours[0].weights, ours[1].weights, atol=1e-4)
+
+
+def test_dead_constant_and_doubled_inputs():
+    x, w = regression(8, 20)
+    x[:, 3] = 0
+    x[:, 5] = 2.5
+    x[:, 7] = x[:, 6]
+    y = x @ w.T
+    found = solve(w, moments(x, y), ColumnPattern(0.5, 8), NUMPY)
+    assert np.isfinite(found.weights).all() and np.isfinite(found.bias).all()
+    assert not found.mask[0, 3] and not found.mask[0, 5] and found.mask[0, [6, 7]].sum() <= 1
+    nothing = solve(w, moments(0 * x, 0 * y), ColumnPattern(0.5, 8), NUMPY)
+    assert np.isfinite(nothing.weights).all()
+
+
+def test_single_precision_stays_close_to_double(monkeypatch):
+    x, w = regression(16, 120, 300)
+    y = x @ w.T
+    exact = solve(w, moments(x, y), ColumnPattern(0.75, 8), NUMPY)
+    monkeypatch.setattr("colonnade.sparsify.second_order.DOUBLE_COLUMNS", 0)
+    single = solve(w, moments(x, y), ColumnPattern(0.75, 8), NUMPY)
+    a, b = (residual(x, y, found.weights, found.bias) for found in (exact, single))
+    assert b == pytest.approx(a, rel=0.02)
+
+
+@given(
+    kernel=st.sampled_from([(1, 1), (3, 3), (1, 5), (2, 3)]), stride=st.integers(1, 3), dilation=st.integers(1, 2),
+    pads=st.tuples(*[st.integers(0, 2)] * 4), groups=st.sampled_from([1, 2]),
+    size=st.tuples(st.integers(7, 12), st.integers(7, 12)),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_gathered_moments_are_those_of_the_convolution(kernel, stride, dilation, pads, groups, size):
+    random = np.random.default_rng(3)
+    weight = random.standard_normal((6, 4, *kernel)).astype(np.float32)
+    x = random.standard_normal((5, 4 * groups, *size)).astype(np.float32)
+    top, left, bottom, right = pads
+    layer = Layer("l", weight, "x", (stride, stride), pads, (dilation, dilation), groups)
+    padded = torch.nn.functional.pad(torch.from_numpy(x), (left, right, top, bottom))
+    y = torch.nn.functional.conv2d(padded, torch.from_numpy(weight), stride=stride, dilation=dilation, groups=groups)
+    values = [{"x": x[:2]}, {"x": x[2:]}]
+    found = gather(NUMPY, layer, values, values, Options(samples=10**6))
+    assert sum(m.count for m in found) == groups * y.shape[0] * y.shape[2] * y.shape[3]
+    outputs = np.concatenate([m.outputs for m in found])
+    np.testing.assert_allclose(outputs, y.sum((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-2)
+    # Outputs follow from inputs: y = W x for every sample, so Σ y xᵀ = W Σ x xᵀ.
+    matrix = as_matrix(weight).reshape(groups, -1, found[0].gram.shape[0])
+    for sums, part in zip(found, matrix, strict=True):
+        np.testing.assert_allclose(part @ sums.gram, sums.cross, rtol=1e-3, atol=1e-1)
+        np.testing.assert_allclose((part @ sums.gram * part).sum(1), sums.squares, rtol=1e-3, atol=1e-1)
+
+
+class Digits(nn.Module):
+    """A small residual network: BatchNorm, a strided shortcut, a grouped convolution, a hidden linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(16, 32, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 32, 3, 1, 1, groups=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.short = nn.Conv2d(16, 32, 1, 2)
+        self.hidden = nn.Linear(512, 48)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        x = torch.relu(y + self.short(x))
+        return self.head(torch.relu(self.hidden(x.flatten(1))))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A trained network, calibration images without labels, and labelled test images."""
+    data = load_digits()
+    x = torch.from_numpy(data.images.astype(np.float32))[:, None] / 16
+    y = torch.from_numpy(data.target)
+    torch.manual_seed(0)
+    model = Digits()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(6):
+        for index in torch.randperm(1000).split(50):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
+            optimizer.step()
+    return model.eval(), x[:300], x[1000:], y[1000:]
+
+
+def right(model, x, y):
+    with torch.no_grad():
+        return float((model.eval()(x).argmax(1) == y).float().mean())
+
+
+def test_torch_model_keeps_its_accuracy(digits):
+    dense, calibration, x, y = digits
+    scores = {}
+    for method, inputs in (("magnitude", None), ("obs", calibration)):
+        model = copy.deepcopy(dense)
+        layers = sparsify_(model, ColumnPattern(0.75, 8), x[:1], method=method, calibration=inputs)
+        pruned = {layer.name for layer in layers if layer.pattern}
+        assert pruned == {"conv1", "conv2", "short", "hidden"}
+        for name, mask in masks(model):
+            weight = model.get_submodule(name.rpartition(".")[0]).weight
+            assert (weight[~mask.mask] == 0).all() and float(mask.mask.float().mean()) == 0.25
+        scores[method] = right(model, x, y)
+    assert right(dense, x, y) > 0.95
+    assert scores["obs"] > right(dense, x, y) - 0.06
+    assert scores["obs"] > scores["magnitude"] + 0.1
+
+
+def test_obs_again_on_a_pruned_model_and_after_a_failure(digits):
+    dense, calibration, x, y = digits
+    model = copy.deepcopy(dense)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match="NaN"):
+        sparsify_(model, ColumnPattern(0.5, 8), x[:1], method="obs", calibration=calibration * float("nan"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    sparsify_(model, ColumnPattern(0.5, 8), x[:1], method="obs", calibration=[(calibration, None)])
+    sparsify_(model, ColumnPattern(0.75, 8), x[:1], method="obs", calibration=calibration)
+    assert all(float(mask.mask.float().mean()) == 0.25 for _, mask in masks(model))
+    assert right(model, x, y) > right(dense, x, y) - 0.08
+
+
+def test_shortcut_runs_before_the_branch_that_makes_up_for_it(digits):
+    names = [node.name for node in ordered(trace(digits[0]))]
+    assert names.index("short") < names.index("conv2")
+
+
+def test_onnx_alone_gives_what_torch_gives(digits, tmp_path):
+    dense, calibration, x, y = digits
+    export(dense, x[:1], tmp_path / "dense.onnx")
+    report = prune_file(
+        tmp_path / "dense.onnx", tmp_path / "pruned.onnx", ColumnPattern(0.75, 8), method="obs",
+        calibration={"input": calibration.numpy()},
+    )  # fmt: skip
+    assert len(report.pruned) == 4
+    assert all(layer.kept == -(-layer.columns // 4) for layer in report.pruned)
+    session = onnxruntime.InferenceSession(tmp_path / "pruned.onnx")
+    answers = np.concatenate([session.run(None, {"input": part[None].numpy()})[0] for part in x]).argmax(1)
+    model = copy.deepcopy(dense)
+    sparsify_(model, ColumnPattern(0.75, 8), x[:1], method="obs", calibration=calibration)
+    assert (answers == y.numpy()).mean() > right(dense, x, y) - 0.06
+    assert (answers == remove_masks(model)(x).argmax(1).numpy()).mean() > 0.97
+    for tensor in onnx.load(tmp_path / "pruned.onnx").graph.initializer:
+        if len(tensor.dims) == 4 and tensor.dims[1] > 1:
+            groups = 2 if tensor.dims[1] == 16 and "conv2" in tensor.name else 1
+            tiles = discover(as_matrix(numpy_helper.to_array(tensor)), groups).tiles
+            assert all(len(tile.columns) == -(-int(np.prod(tensor.dims[1:])) // 4) for tile in tiles)
+
+
+def build_odd():
+    """A bias shared by two layers, a residual that is spread, weights used twice, a product, a Gemm with a factor."""
+    b = Builder()
+    x = b.input("x", [4, 3, 9, 8])
+    stem = b.op("Relu", b.conv(x, 3, 16, 3, pads=[1, 1, 1, 1]))
+    shared = b.random(16, name="shared")
+    one = b.op("Conv", stem, b.random(16, 16, 3, 2, scale=0.1, name="w1"), shared, name="one", pads=[2, 0, 0, 1])
+    two = b.op("Conv", b.op("Relu", one), b.random(16, 16, 1, 1, scale=0.2, name="w2"), shared, name="two")
+    spread = b.op(
+        "Add",
+        b.op("GlobalAveragePool", stem),
+        b.op("Conv", two, b.random(16, 16, 1, 1, scale=0.2, name="w3"), name="three"),
+    )
+    tied = b.random(16, 16, 1, 1, scale=0.2, name="w4")
+    twice = b.op("Conv", b.op("Relu", b.op("Conv", spread, tied, name="tied1")), tied, name="tied2")
+    pooled = b.op("Flatten", b.op("GlobalAveragePool", twice))
+    product = b.op("MatMul", pooled, b.random(16, 24, scale=0.2, name="w5"), name="product")
+    gemm = b.op(
+        "Gemm", b.op("Relu", product), b.random(24, 16, scale=0.2, name="w6"), b.random(16), name="gemm", alpha=0.5
+    )
+    return b.build(b.op("Gemm", gemm, b.random(16, 5, scale=0.3, name="w7"), name="head"))
+
+
+def test_odd_graphs(tmp_path):
+    onnx.save(build_odd(), tmp_path / "m.onnx")
+    x = np.random.default_rng(0).standard_normal((96, 3, 9, 8)).astype(np.float32)
+    pattern = ColumnPattern(0.5, 4)
+    report = prune_file(tmp_path / "m.onnx", tmp_path / "p.onnx", pattern, method="obs", calibration={"x": x})
+    assert {layer.name for layer in report.pruned} == {"one", "two", "three", "tied1", "product", "gemm"}
+    assert "shared" not in {tensor.name for tensor in onnx.load(tmp_path / "p.onnx").graph.initializer}
+
+    # Where all layers can be fitted, the outputs are nearer than after magnitude pruning.
+    answers = {}
+    for name, options in (("q", {}), ("r", {"method": "obs", "calibration": {"x": x}})):
+        prune_file(tmp_path / "m.onnx", tmp_path / f"{name}.onnx", pattern, exclude=["tied1", "gemm"], **options)
+    for name in "mqr":
+        session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx")
+        answers[name] = np.array([session.run(None, {"x": part})[0] for part in x.reshape(24, 4, 3, 9, 8)])
+    magnitude, fitted = (((answers[name] - answers["m"]) ** 2).mean() for name in "qr")
+    assert fitted < 0.5 * magnitude
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibration": None}, "needs calibration"),
+        ({"method": "magnitude"}, "no other method"),
+        ({"method": "best"}, "expected one of"),
+        ({"calibration": {"input": np.zeros((3, 2, 8, 8), np.float32)}}, "3×2×8×8: expected samples × 1×8×8"),
+        ({"calibration": {"input": np.zeros((0, 1, 8, 8), np.float32)}}, "expected samples"),
+        ({"calibration": {"input": np.full((3, 1, 8, 8), np.nan, np.float32)}}, "NaN"),
+        ({"calibration": {"a": np.zeros(3), "b": np.zeros(3)}}, "an array for each input"),
+    ],
+)
+def test_errors_leave_no_file(digits, tmp_path, change, message):
+    export(digits[0], digits[1][:1], tmp_path / "dense.onnx")
+    options = {"method": "obs", "calibration": {"input": digits[1].numpy()}, **change}
+    with pytest.raises(UserError, match=message):
+        prune_file(tmp_path / "dense.onnx", tmp_path / "out.onnx", ColumnPattern(0.5), **options)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_reconstruction_brings_blocks_nearer_and_keeps_zeros(digits):
+    dense, calibration, x, y = digits
+    model = copy.deepcopy(dense)
+    sparsify_(model, ColumnPattern(0.75, 8), x[:1])
+    zeros = {name: mask.mask.clone() for name, mask in masks(model)}
+    start = right(model, x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blocks = reconstruct_(model, dense, calibration, Schedule(epochs=10, distil_epochs=2))
+    assert len(blocks) >= 3 and all(block.after <= block.before for block in blocks)
+    for name, mask in masks(model):
+        weight = model.get_submodule(name.rpartition(".")[0]).weight
+        assert torch.equal(mask.mask, zeros[name]) and (weight[~mask.mask] == 0).all()
+    assert right(model, x, y) > max(start, right(dense, x, y) - 0.08)
+    assert not model.training
+
+
+def test_matrix_round_trip():
+    weight = np.random.default_rng(0).standard_normal((4, 3, 2, 5)).astype(np.float32)
+    assert (from_matrix(as_matrix(weight), weight.shape) == weight).all()
+    assert len(consecutive_rows(10, 4)) == 3
