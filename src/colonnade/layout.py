@@ -174,7 +174,7 @@ def place(name: str, shape: tuple[int, ...], layout: Layout, offset: int) -> Pla
 
 
 def write_planes(arena: npt.NDArray[np.uint8], tensor: Placed, values: npt.NDArray[np.float32]) -> None:
-    """Put ``values`` [N, C, H, W] (or [N, C] for rows) into ``arena``, zeros in halos and lead, as every writer does."""
+    """Put ``values`` [N, C, H, W] (or [N, C] for rows) into ``arena``, zeros in halos and lead, as writers do."""
     layout = tensor.layout
     if isinstance(layout, Rows):
         _lanes(arena, int(tensor.offsets[0]), layout.batch * layout.width)[:] = values.reshape(-1)
