@@ -15,12 +15,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from colonnade.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGENET: dict[str, Any] = {
     "resize": 256,
@@ -29,6 +32,7 @@ IMAGENET: dict[str, Any] = {
     "std": [0.229, 0.224, 0.225],
 }
 NAMED = {"imagenet": IMAGENET}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")  # of files taken for photos
 LARGEST = 16_384  # pixels a side
 
 
@@ -80,20 +84,24 @@ def checked(content: Any, where: str) -> dict[str, Any]:
     return {"resize": resize, "crop": crop, "mean": mean, "std": std}
 
 
-def load_photo(path: Path, preprocess: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    """The photo at ``path`` as float32 [1, C, H, W]. Raises UserError for what is no photo or too small to crop."""
+def open_photo(path: Path, *, grey: bool) -> Image.Image:
+    """The photo at ``path``, upright, in one channel or three. Raises UserError for what is none."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    spec = checked(preprocess, "the bundle's preprocessing")
-    grey = len(spec["mean"]) == 1
     try:
         with Image.open(path) as opened:
             # Phones store photos lying on their side, with a note how to turn them.
-            photo = ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
+            return ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a photo that can be read ({' '.join(str(error).split())})") from error
+
+
+def center_view(photo: Image.Image, spec: Mapping[str, Any], path: Path) -> Image.Image:
+    """``photo`` scaled and cut as ``spec`` says. Raises UserError, with ``path``, when it is too small to cut."""
+    from PIL import Image
+
     if spec["resize"] is not None:
         # The longer side is cut to whole pixels and the middle rounded as torchvision does, so accuracies compare.
         width, height = photo.size
@@ -108,7 +116,19 @@ def load_photo(path: Path, preprocess: Mapping[str, Any]) -> npt.NDArray[np.floa
                 f"{path}: {photo.width}x{photo.height} pixels after resizing, too small to cut {width}x{height} from"
             )
         photo = photo.crop((left, top, left + width, top + height))
+    return photo
+
+
+def normalized(photo: Image.Image, spec: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """The pixels as float32 [1, C, H, W], minus the mean and over the standard deviation of ``spec``."""
     pixels = np.asarray(photo, np.float32) / np.float32(255)
-    pixels = pixels[..., None] if grey else pixels
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     mean, std = np.asarray(spec["mean"], np.float32), np.asarray(spec["std"], np.float32)
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)[None])
+
+
+def load_photo(path: Path, preprocess: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """The photo at ``path`` as float32 [1, C, H, W]. Raises UserError for what is no photo or too small to crop."""
+    spec = checked(preprocess, "the bundle's preprocessing")
+    photo = open_photo(path, grey=len(spec["mean"]) == 1)
+    return normalized(center_view(photo, spec, path), spec)

@@ -7,6 +7,7 @@ stopped and resumed gives the weights of one that was not. Checkpoints are safet
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -19,11 +20,13 @@ from typing import Any, cast
 import accelerate
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import broadcast, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from colonnade.errors import UserError
+from colonnade.sparsify.parallel import Batches, synchronized_batchnorm
 
 FORMAT = 1
 Loss = Callable[[Any, Any], Tensor]
@@ -68,6 +71,10 @@ def finetune(
     loss: Loss | None = None,
     label_smoothing: float = 0.0,
     clip_norm: float | None = None,
+    teacher: nn.Module | None = None,
+    teacher_share: float = 0.5,
+    temperature: float = 2.0,
+    sync_batchnorm: bool = True,
     mixed_precision: str = "no",
     checkpoint_dir: str | Path | None = None,
     resume: bool = True,
@@ -77,13 +84,19 @@ def finetune(
 ) -> History:
     """Train ``model`` in place; masks (see ``sparsify_``) stay as they are, so a pruned weight stays zero.
 
-    train_loader, val_loader: DataLoaders of (inputs, targets) batches. Under ``accelerate launch`` each batch is shared
-        out among the processes, so the number of processes changes neither the batches nor the steps.
+    train_loader, val_loader: DataLoaders, or lists, of (inputs, targets) batches. Under ``accelerate launch`` each
+        batch is shared out among the processes, so their number changes neither the batches nor the steps, and what
+        a sample draws at random follows from (seed, epoch, index) alone.
     epochs:          all in all, also after a resume.
     lr:              the highest learning rate; after ``warmup`` (share of all steps) it falls to 0 along half a cosine.
     optimizer:       "sgd" (Nesterov), "adamw", or a function from parameters to an optimizer. Norms and biases get no
                      weight decay.
-    loss:            (model's outputs, targets) -> scalar; default: cross entropy with ``label_smoothing``.
+    loss:            (model's outputs, targets) -> scalar, a mean over the batch; default: cross entropy with
+                     ``label_smoothing``.
+    teacher:         a model (the dense one, say) whose answers are learned too, by ``teacher_share`` of the loss:
+                     "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531) at this ``temperature``.
+    sync_batchnorm:  with several processes, BatchNorm uses the statistics of the whole batch, as one process would;
+                     otherwise each uses its share, and those of the first are kept.
     mixed_precision: "no", "bf16" or "fp16".
     checkpoint_dir:  one checkpoint after each epoch, and the best weights; with ``resume`` a run goes on from there.
     progress:        a bar with the time left.
@@ -96,24 +109,31 @@ def finetune(
         raise UserError(f"epochs={epochs}, lr={lr}, warmup={warmup}: expected epochs >= 1, lr > 0 and 0 <= warmup < 1")
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise UserError(f"mixed_precision is {mixed_precision!r}: expected 'no', 'bf16' or 'fp16'")
+    if not 0 <= teacher_share <= 1 or not temperature > 0:
+        raise UserError(
+            f"teacher_share={teacher_share}, temperature={temperature}: expected 0 to 1, and a temperature above 0"
+        )
     # The state is process-wide and would keep the precision of an earlier call.
     AcceleratorState._reset_state()
-    accelerator = accelerate.Accelerator(
-        mixed_precision=mixed_precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
-    )
+    accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
     set_seed(seed)
+    shares: dict[str, Any] = {
+        "rank": accelerator.process_index, "processes": accelerator.num_processes, "device": accelerator.device,
+        "seed": seed,
+    }  # fmt: skip
+    train = Batches(train_loader, "training", **shares)
+    validation = Batches(val_loader, "validation", **shares) if val_loader is not None else None
+    steps = len(train)
+    if steps == 0:
+        raise UserError("the training loader has no batch: give it data, or a smaller batch with drop_last")
     built = _optimizer(model, optimizer, lr, momentum, weight_decay)
     options = {
         "format": FORMAT, "epochs": epochs, "lr": lr, "optimizer": type(built).__name__, "momentum": momentum,
         "weight_decay": weight_decay, "warmup": warmup, "label_smoothing": label_smoothing, "clip_norm": clip_norm,
-        "mixed_precision": mixed_precision, "seed": seed,
+        "mixed_precision": mixed_precision, "seed": seed, "steps": steps,
+        "teacher": [teacher_share, temperature] if teacher is not None else None,
     }  # fmt: skip
-    wrapped, ready, train = accelerator.prepare(model, built, train_loader)
-    validation = accelerator.prepare(val_loader) if val_loader is not None else None
-    steps = len(train)
-    if steps == 0:
-        raise UserError("the training loader has no batch: give it data, or a smaller batch with drop_last")
+    wrapped, ready = accelerator.prepare(model, built)
     keeper = _Checkpoints(Path(checkpoint_dir), options) if checkpoint_dir is not None else None
     history = History()
     best: dict[str, Tensor] | None = None
@@ -122,36 +142,49 @@ def finetune(
     elif keeper is not None and accelerator.is_main_process:
         keeper.clear()
     criterion: Loss = loss or nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-    total = epochs * steps
-    with _bar(total, title, progress and accelerator.is_main_process) as tell:
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).to(accelerator.device).requires_grad_(False).eval()
+    total, processes = epochs * steps, accelerator.num_processes
+    with (
+        _bar(total, title, progress and accelerator.is_main_process) as tell,
+        synchronized_batchnorm(model, processes if sync_batchnorm else 1),
+    ):
         tell(len(history.epochs) * steps, "")
         for epoch in range(len(history.epochs), epochs):
             began = time.monotonic()
-            set_seed(seed + 1 + epoch, device_specific=accelerator.num_processes > 1)
-            if hasattr(train, "set_epoch"):
-                train.set_epoch(epoch)
+            set_seed(seed + 1 + epoch, device_specific=processes > 1)
             wrapped.train()
-            summed, seen = 0.0, 0
-            for index, (inputs, targets) in enumerate(train):
+            summed, seen = 0.0, 0.0
+            for index, (inputs, targets, count) in enumerate(train.epoch(epoch)):
                 _set_lr(ready, _rate(epoch * steps + index, total, lr, warmup))
                 ready.zero_grad()
                 with accelerator.autocast():
-                    value = criterion(wrapped(inputs), targets)
-                accelerator.backward(value)
+                    outputs = wrapped(inputs)
+                    value = criterion(outputs, targets)
+                    if teacher is not None:
+                        with torch.no_grad():
+                            wanted = teacher(inputs)
+                        value = torch.lerp(value, _distance(outputs, wanted, temperature), teacher_share)
+                # Known to every process before any goes on: they all stop at a bad loss, or none.
+                sums = value.detach().to(torch.promote_types(value.dtype, torch.float32)) * count
+                sums = cast(Tensor, accelerator.reduce(torch.stack([sums, torch.full_like(sums, count)])))
+                mean, whole = float(sums[0] / sums[1]), float(sums[1])
+                if not math.isfinite(mean):
+                    raise UserError(
+                        f"the loss became {mean} in epoch {epoch + 1}: lower lr (it is {lr:g}) or set clip_norm"
+                    )
+                # Gradients are averaged over processes, whose shares may differ in size.
+                accelerator.backward(value * (count * processes / whole))
                 if clip_norm is not None:
                     accelerator.clip_grad_norm_(wrapped.parameters(), clip_norm)
                 ready.step()
-                current = float(value.detach())
-                if not math.isfinite(current):
-                    raise UserError(
-                        f"the loss became {current} in epoch {epoch + 1}: lower lr (it is {lr:g}) or set clip_norm"
-                    )
-                summed, seen = summed + current * len(targets), seen + len(targets)
-                tell(epoch * steps + index + 1, f"loss {current:.3f}")
-            mean = cast(Tensor, accelerator.reduce(torch.tensor([summed, seen], device=accelerator.device)))
-            accuracy = _accuracy(wrapped, validation, accelerator) if validation is not None else None
+                summed, seen = summed + mean * whole, seen + whole
+                tell(epoch * steps + index + 1, f"loss {mean:.3f}")
+            if processes > 1 and not sync_batchnorm:
+                broadcast(list(model.buffers()))
+            accuracy = _accuracy(model, validation, accelerator) if validation is not None else None
             history.epochs.append(
-                Epoch(epoch + 1, float(mean[0] / mean[1]), accuracy, _rate((epoch + 1) * steps, total, lr, warmup),
+                Epoch(epoch + 1, summed / seen, accuracy, _rate((epoch + 1) * steps, total, lr, warmup),
                       time.monotonic() - began)
             )  # fmt: skip
             before = history.accuracy
@@ -168,6 +201,12 @@ def finetune(
     accelerator.free_memory()
     model.eval()
     return history
+
+
+def _distance(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Divergence of the softened answers, per sample; the factor keeps gradients at the size of the other loss's."""
+    ours, theirs = (functional.log_softmax(logits.float() / temperature, dim=1) for logits in (outputs, wanted))
+    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _optimizer(
@@ -207,17 +246,18 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _accuracy(model: nn.Module, loader: Iterable[Any], accelerator: accelerate.Accelerator) -> float:
-    """Share of right top-1 answers, over all processes; repeated samples of a last batch are not counted."""
+def _accuracy(model: nn.Module, batches: Batches, accelerator: accelerate.Accelerator) -> float:
+    """Share of right top-1 answers over all processes, every sample counted once."""
     model.eval()
-    right = torch.zeros(2, dtype=torch.float64)
+    right = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
     with torch.no_grad():
-        for inputs, targets in loader:
+        for inputs, targets, count in batches.epoch(0):
             with accelerator.autocast():
                 answers = model(inputs).argmax(1)
-            answers, expected = accelerator.gather_for_metrics((answers, targets))
-            right += torch.tensor([float((answers == expected).sum()), float(len(expected))], dtype=torch.float64)
-    return float(right[0] / right[1])
+            right[0] += (answers == targets)[:count].sum()
+            right[1] += count
+    right = cast(Tensor, accelerator.reduce(right))
+    return float(right[0].double() / right[1].double())
 
 
 class _Checkpoints:
