@@ -25,6 +25,7 @@ from onnxscript.rewriter.rules.common import (
 )
 
 from colonnade.errors import UserError
+from colonnade.frontend.patterns import recognise
 
 RULES = (
     *_no_op.rules,
@@ -86,6 +87,7 @@ def clean(
             common.RemoveUnusedNodesPass(),
             common.TopologicalSortPass(),
         )(model)
+        recognise(model)
     except Exception as error:  # the passes raise many types on graphs that are not valid ONNX
         cause = error.__cause__ or error
         raise UserError(

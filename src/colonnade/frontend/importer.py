@@ -157,6 +157,8 @@ class Importer:
             self.problems.append(
                 f"input {name}: is float64, but everything is computed in float32; cast before the model"
             )
+        elif not isinstance(value.type, ir.TensorType):
+            self.problems.append(f"input {name}: is no plain array (optional, sequence); only arrays are supported")
         elif kind is None:
             self.problems.append(f"input {name}: is {value.dtype}; only numbers and truths; cast before the model")
         elif prod(shape) == 0:

@@ -271,10 +271,11 @@ def modulo(importer: Importer, node: ir.Node) -> None:
 
 def cast(importer: Importer, node: ir.Node) -> None:
     """Cast: everything is computed in float32, so only what it rounds away is left to do."""
-    target = ir.DataType(node.attributes["to"].as_int())
+    like = node.inputs[1].dtype if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    target = ir.DataType(node.attributes["to"].as_int()) if "to" in node.attributes else like
     source = node.inputs[0].dtype if node.inputs[0] is not None else None
-    kind = TYPES.get(target)
-    if kind is None or source is None or source not in TYPES:
+    kind = TYPES.get(target) if target is not None else None
+    if target is None or kind is None or source is None or source not in TYPES:
         raise Unsupported(f"from {source} to {target}: only between numbers and truths of 8 to 64 bits")
     if kind == "bool" and source != ir.DataType.BOOL:
         negate = Function("logical_not")
@@ -302,6 +303,7 @@ HANDLERS: dict[str, Handler] = {
     "PRelu": prelu,
     "Mod": modulo,
     "Cast": cast,
+    "CastLike": cast,
     "Gelu": gelu,
     "Swish": swish,
     "IsInf": is_inf,

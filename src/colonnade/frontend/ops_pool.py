@@ -89,7 +89,7 @@ def reduce(importer: Importer, node: ir.Node, kind: str) -> None:
     x = importer.value(node, 0)
     rank = len(x.shape)
     given = importer.ints(node, "axes", 1)
-    if not given and node.attributes.get_int("noop_with_empty_axes", 0):
+    if not given and node.attributes.get_int("noop_with_empty_axes", 0) != 0:
         raise Unsupported("without axes (noop_with_empty_axes) is not supported; remove it")
     axes = sorted(a % rank for a in given or range(rank))
     keep = node.attributes.get_int("keepdims", 1)

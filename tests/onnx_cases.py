@@ -1,0 +1,92 @@
+"""The test cases of the onnx package, and the list of those that are refused.
+
+``python tests/onnx_cases.py`` writes the list anew; look at the difference before it is committed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+REFUSED = Path(__file__).parent / "onnx_refused.txt"
+KINDS = ("node", "simple", "pytorch-converted", "pytorch-operator")
+
+
+@functools.cache
+def cases() -> dict[str, Any]:
+    """All cases by name."""
+    from onnx.backend.test.loader import load_model_tests
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # casts that overflow, on purpose
+        return {case.name: case for kind in KINDS for case in load_model_tests(kind=kind)}
+
+
+@functools.cache
+def refused() -> dict[str, str]:
+    """Reasons by name of case."""
+    lines = REFUSED.read_text().splitlines()
+    return dict(line.split("\t", 1) for line in lines if line and not line.startswith("#"))
+
+
+def data(case: Any) -> tuple[onnx.ModelProto, list[tuple[list[Any], list[Any]]]]:
+    """(model, sets of inputs and outputs)."""
+    if case.model is not None:
+        return case.model, [tuple([_array(x) for x in part] for part in pair) for pair in case.data_sets]
+    folder = Path(case.model_dir)
+    sets = []
+    for place in sorted(folder.glob("test_data_set_*")):
+        parts = []
+        for kind in ("input", "output"):
+            count = len(list(place.glob(f"{kind}_*.pb")))
+            parts.append([_array(onnx.load_tensor(str(place / f"{kind}_{i}.pb"))) for i in range(count)])
+        sets.append((parts[0], parts[1]))
+    return onnx.load(folder / "model.onnx"), sets
+
+
+def _array(x: Any) -> Any:
+    return numpy_helper.to_array(x) if isinstance(x, onnx.TensorProto) else x
+
+
+def run(name: str, device: str = "CPU:portable") -> None:
+    """Run a case through the backend.
+
+    Raises:
+        UserError: the model, or a value it is called with, is refused.
+        AssertionError: a wrong result.
+    """
+    from colonnade.onnx_backend import prepare
+
+    case = cases()[name]
+    model, sets = data(case)
+    prepared = prepare(model, device)
+    for inputs, outputs in sets:
+        found = prepared.run(inputs)
+        assert len(found) == len(outputs)
+        for ours, theirs in zip(found, outputs, strict=True):
+            assert ours.dtype == np.asarray(theirs).dtype
+            np.testing.assert_allclose(ours, theirs, rtol=case.rtol, atol=case.atol)
+
+
+def _write() -> None:
+    from colonnade.errors import UserError
+
+    lines = ["# Cases of the onnx package's tests that are refused, never computed wrongly: name, tab, reason."]
+    for name in sorted(cases()):
+        try:
+            run(name)
+        except UserError as error:
+            reason = str(error).splitlines()[-1].split("; ")[0]
+            lines.append(f"{name}\t{re.sub(r' (.[^ ]*.):', ':', reason, count=1) if chr(39) in reason else reason}")
+    REFUSED.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    _write()

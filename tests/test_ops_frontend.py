@@ -1,0 +1,310 @@
+"""Operators beyond convolution networks, imported and run in kernels, against onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from colonnade import frontend
+from colonnade.codegen.in_process import Program
+from colonnade.errors import UserError
+from colonnade.frontend import reference
+from colonnade.kernels.isa import isa
+from colonnade.plan import Plan
+from tests.models import Builder, onnxruntime_outputs
+
+
+def check(model: onnx.ModelProto, tolerance: float = 1e-5, kernels: bool = True, **given: Any) -> Plan:
+    """Import; interpret on the planned memory and run in portable kernels; compare both with onnxruntime."""
+    plan = frontend.load(model)
+    rng = np.random.default_rng(1)
+    feeds = {p.name: given.get(p.name, rng.standard_normal(p.shape).astype(p.dtype)) for p in plan.inputs}
+    theirs = onnxruntime_outputs(model, feeds)
+    found = [reference.run(plan, feeds)]
+    if kernels:
+        found.append(Program(plan, isa("portable")).run(feeds))
+    for ours in found:
+        for name, wanted in theirs.items():
+            assert ours[name].shape == wanted.shape
+            largest = float(np.abs(wanted).max()) or 1.0
+            np.testing.assert_allclose(ours[name], wanted, rtol=0, atol=tolerance * largest)
+    return plan
+
+
+def ops(plan: Plan) -> list[str]:
+    """Operators without imports and exports."""
+    return [s.workload.op for s in plan.steps if not s.external]
+
+
+# --- functions and epilogues ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, attributes",
+    [
+        ("Sigmoid", {}), ("HardSigmoid", {"alpha": 0.3, "beta": 0.4}), ("HardSwish", {}), ("Tanh", {}), ("Erf", {}),
+        ("Elu", {"alpha": 1.5}), ("LeakyRelu", {"alpha": 0.2}), ("Gelu", {}), ("Gelu", {"approximate": "tanh"}),
+        ("Mish", {}), ("Softplus", {}), ("Exp", {}), ("Selu", {}),
+    ],
+)  # fmt: skip
+def test_a_function_ends_the_convolution_before_it(kind: str, attributes: dict[str, Any]) -> None:
+    b = Builder()
+    y = b.conv(b.input("x", (2, 3, 7, 9)), 3, 5, 3, pads=(1, 1, 1, 1))
+    plan = check(b.build(b.op(kind, y, **attributes), opset=20))
+    assert ops(plan) == ["conv2d"]
+
+
+def test_a_function_behind_limits_and_limits_behind_a_function() -> None:
+    b = Builder()
+    y = b.op("Relu", b.conv(b.input("x", (1, 3, 5, 5)), 3, 4))
+    plan = check(b.build(b.op("Relu", b.op("Elu", b.op("Sigmoid", y)))))
+    assert ops(plan) == ["conv2d", "unary", "affine"] or ops(plan) == ["conv2d", "unary"]
+
+
+def silu(b: Builder, x: str) -> str:
+    return str(b.op("Mul", x, b.op("Sigmoid", x)))
+
+
+def hard_swish(b: Builder, x: str) -> str:
+    gate = b.op("Clip", b.op("Add", x, b.constant(3.0)), b.constant(0.0), b.constant(6.0))
+    return str(b.op("Div", b.op("Mul", x, gate), b.constant(6.0)))
+
+
+def mish(b: Builder, x: str) -> str:
+    return str(b.op("Mul", x, b.op("Tanh", b.op("Softplus", x))))
+
+
+def gelu_half_first(b: Builder, x: str) -> str:
+    gate = b.op("Add", b.op("Erf", b.op("Div", x, b.constant(np.float32(np.sqrt(2))))), b.constant(1.0))
+    return str(b.op("Mul", b.op("Mul", x, b.constant(0.5)), gate))
+
+
+def gelu_half_last(b: Builder, x: str) -> str:
+    gate = b.op("Add", b.op("Erf", b.op("Mul", x, b.constant(np.float32(np.sqrt(0.5))))), b.constant(1.0))
+    return str(b.op("Mul", b.op("Mul", x, gate), b.constant(0.5)))
+
+
+@pytest.mark.parametrize("written", [silu, hard_swish, mish, gelu_half_first, gelu_half_last])
+def test_functions_written_as_several_nodes(written: Any) -> None:
+    b = Builder()
+    y = b.conv(b.input("x", (1, 3, 6, 7)), 3, 4, 3)
+    plan = check(b.build(written(b, y)))
+    assert ops(plan) == ["conv2d"]
+
+
+def test_what_only_looks_like_a_function_stays_what_it_is() -> None:
+    b = Builder()
+    x = b.input("x", (1, 3, 6, 7))
+    other = b.op("Mul", b.conv(x, 3, 3), b.op("Sigmoid", b.conv(x, 3, 3)))
+    erf = b.op("Add", b.op("Erf", b.op("Div", x, b.constant(1.5))), b.constant(1.0))
+    check(b.build(other, b.op("Mul", b.op("Mul", x, b.constant(0.5)), erf)))
+
+
+def test_layer_norm_written_as_several_nodes() -> None:
+    b = Builder()
+    x = b.input("x", (2, 5, 24))
+    less = b.op("Sub", x, b.op("ReduceMean", x, axes=[-1]))
+    variance = b.op("ReduceMean", b.op("Pow", less, b.constant(2.0)), axes=[-1])
+    normal = b.op("Div", less, b.op("Sqrt", b.op("Add", variance, b.constant(1e-5))))
+    plan = check(b.build(b.op("Add", b.op("Mul", normal, b.random(24)), b.random(24)), opset=13))
+    assert ops(plan) == ["normalise"]
+
+
+def test_squeeze_and_excite() -> None:
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (2, 3, 8, 9)), 3, 8, 3))
+    gate = b.conv(b.op("Relu", b.conv(b.op("GlobalAveragePool", x), 8, 2)), 2, 8)
+    plan = check(b.build(b.op("Mul", x, b.op("HardSigmoid", gate))))
+    assert ops(plan) == ["conv2d", "global_pool", "linear", "linear", "binary"]
+
+
+def test_prelu_of_planes() -> None:
+    b = Builder()
+    y = b.conv(b.input("x", (2, 3, 5, 6)), 3, 4)
+    check(b.build(b.op("PRelu", y, b.random(4, 1, 1)), b.op("PRelu", "x", b.constant([0.1]))))
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------
+
+TRANSFORMS = ["half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel"]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_resize_in_a_network(mode: str, transform: str) -> None:
+    """Planes in, planes out, between convolutions."""
+    b = Builder()
+    y = b.conv(b.input("x", (2, 3, 6, 7)), 3, 4, 3, pads=(1, 1, 1, 1))
+    attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": transform}
+    if mode == "nearest":
+        attributes["nearest_mode"] = "floor"
+    up = b.op("Resize", y, "", "", b.constant(np.array([2, 4, 12, 14], np.int64)), **attributes)
+    down = b.op("Resize", y, "", "", b.constant(np.array([2, 4, 3, 5], np.int64)), **attributes)
+    plan = check(b.build(b.conv(up, 4, 3, 3, pads=(1, 1, 1, 1)), b.conv(down, 4, 3, 1)))
+    assert "convert" not in ops(plan)
+
+
+def test_fpn() -> None:
+    b = Builder()
+    fine = b.op("Relu", b.conv(b.input("x", (1, 3, 16, 16)), 3, 4, 3, pads=(1, 1, 1, 1)))
+    coarse = b.op("Relu", b.conv(fine, 4, 8, 3, strides=(2, 2), pads=(1, 1, 1, 1)))
+    up = b.op("Resize", b.conv(coarse, 8, 4), "", b.constant([1.0, 1, 2, 2]), mode="nearest", nearest_mode="floor",
+              coordinate_transformation_mode="asymmetric")  # fmt: skip
+    check(b.build(b.conv(b.op("Add", b.conv(fine, 4, 4), up), 4, 4, 3, pads=(1, 1, 1, 1))))
+
+
+def test_yolo_neck() -> None:
+    """Split, SiLU, pools with stride 1, Concat, Resize."""
+    b = Builder()
+    y = silu(b, b.conv(b.input("x", (1, 3, 12, 10)), 3, 8, 3, pads=(1, 1, 1, 1)))
+    left, right = b.op("Split", y, axis=1, outputs=2, num_outputs=2)
+    pools = [left]
+    for _ in range(3):
+        pools.append(b.op("MaxPool", pools[-1], kernel_shape=(5, 5), pads=(2, 2, 2, 2)))
+    z = silu(b, b.conv(b.op("Concat", *pools, right, axis=1), 20, 8))
+    z = b.op("Resize", z, "", b.constant([1.0, 1, 2, 2]), mode="nearest", nearest_mode="floor",
+             coordinate_transformation_mode="asymmetric")  # fmt: skip
+    check(b.build(b.conv(z, 8, 5)))
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+def test_pad(mode: str) -> None:
+    b = Builder()
+    y = b.op("Relu", b.conv(b.input("x", (2, 3, 6, 7)), 3, 4))
+    pads = b.constant(np.array([0, 0, 1, 2, 0, 0, 3, 1], np.int64))
+    plan = check(b.build(b.op("MaxPool", b.op("Pad", y, pads, mode=mode), kernel_shape=(2, 2)), opset=18))
+    assert ops(plan) == ["conv2d", "take", "pool2d"]
+
+
+def test_pad_with_a_number() -> None:
+    b = Builder()
+    pads = b.constant(np.array([0, 1, 1, 2, 1, 0, 3, 1], np.int64))
+    check(b.build(b.op("Pad", b.input("x", (2, 3, 6, 7)), pads, b.constant(-1.5))))
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_depth_to_space_between_convolutions(mode: str) -> None:
+    b = Builder()
+    y = b.op("DepthToSpace", b.conv(b.input("x", (2, 3, 5, 6)), 3, 12), blocksize=2, mode=mode)
+    y = b.conv(y, 3, 3, 3, pads=(1, 1, 1, 1))
+    check(b.build(b.op("SpaceToDepth", y, blocksize=2)))
+
+
+def test_slices_and_transposes_of_pixels() -> None:
+    b = Builder()
+    x = b.input("x", (2, 4, 9, 8))
+    y = b.op("Slice", b.conv(x, 4, 4), b.constant([1, 2]), b.constant([8, -1]), b.constant([2, 3]), b.constant([2, 1]))
+    turned = b.op("Transpose", y, perm=(0, 1, 3, 2))
+    check(b.build(b.conv(turned, 4, 3), b.op("Transpose", x, perm=(0, 2, 3, 1)), b.op("Slice", x, b.constant([-1]),
+          b.constant([-100]), b.constant([3]), b.constant([-1]))))  # fmt: skip
+
+
+def test_nhwc_input_is_imported_at_once() -> None:
+    """As TensorFlow's converter writes it: transposed once at the beginning and once at the end."""
+    b = Builder()
+    x = b.op("Transpose", b.input("x", (2, 9, 8, 3)), perm=(0, 3, 1, 2))
+    y = b.op("Relu", b.conv(x, 3, 4, 3, pads=(1, 1, 1, 1)))
+    plan = check(b.build(b.op("Transpose", y, perm=(0, 2, 3, 1))))
+    assert ops(plan).count("take") == 2
+
+
+# --- dense arrays ---------------------------------------------------------------------------------------------------
+
+
+def attention(b: Builder, x: str, tokens: int, width: int, heads: int) -> str:
+    part = width // heads
+    split = b.constant(np.array([0, tokens, heads, part], np.int64))
+
+    def projected() -> str:
+        product = b.op("MatMul", x, b.random(width, width, scale=width**-0.5))
+        return str(b.op("Reshape", b.op("Add", product, b.random(width)), split))
+
+    q, k, v = projected(), projected(), projected()
+    q, v = (b.op("Transpose", t, perm=(0, 2, 1, 3)) for t in (q, v))
+    scores = b.op("Div", b.op("MatMul", q, b.op("Transpose", k, perm=(0, 2, 3, 1))), b.constant(float(part) ** 0.5))
+    mixed = b.op("Transpose", b.op("MatMul", b.op("Softmax", scores, axis=-1), v), perm=(0, 2, 1, 3))
+    joined = b.op("Reshape", mixed, b.constant(np.array([0, tokens, width], np.int64)))
+    return str(b.op("MatMul", joined, b.random(width, width, scale=width**-0.5)))
+
+
+def test_transformer_block() -> None:
+    b = Builder()
+    x = b.input("x", (2, 7, 24))
+    y = b.op("LayerNormalization", x, b.random(24), b.random(24))
+    x2 = b.op("Add", x, attention(b, y, 7, 24, 3))
+    y = b.op("LayerNormalization", x2, b.random(24), b.random(24))
+    y = b.op("Gelu", b.op("Add", b.op("MatMul", y, b.random(24, 48, scale=0.2)), b.random(48)))
+    y = b.op("Add", b.op("MatMul", y, b.random(48, 24, scale=0.2)), b.random(24))
+    plan = check(b.build(b.op("Add", x2, y), opset=20))
+    assert ops(plan).count("linear") == 6 and ops(plan).count("matmul") == 2
+
+
+def test_embeddings_and_a_mask() -> None:
+    """Whole numbers in: looked up, compared, cast."""
+    b = Builder()
+    ids = b.input("ids", (2, 6), TensorProto.INT64)
+    mask = b.input("mask", (2, 6), TensorProto.INT64)
+    x = b.op("Add", b.op("Gather", b.random(11, 8), ids), b.random(1, 6, 8))
+    hidden = b.op("Sub", b.constant(1.0), b.op("Cast", mask, to=TensorProto.FLOAT))
+    scores = b.op("MatMul", x, b.op("Transpose", x, perm=(0, 2, 1)))
+    far = b.op("Mul", b.op("Unsqueeze", hidden, b.constant(np.array([1], np.int64))), b.constant(-1e4))
+    y = b.op("MatMul", b.op("Softmax", b.op("Add", scores, far), axis=-1), x)
+    chosen = np.array([[0, 10, 3, 3, -1, 7], [1, 2, 3, 4, 5, 6]])
+    check(b.build(y), ids=chosen, mask=np.array([[1] * 6, [1, 1, 1, 0, 0, 0]]))
+
+
+def test_no_convolution_several_inputs_and_outputs() -> None:
+    b = Builder()
+    x, y = b.input("x", (3, 5)), b.input("y", (1, 5))
+    z = b.op("Mul", x, y)
+    check(b.build(z, b.op("ReduceSum", z, b.constant([1]), keepdims=0), b.op("Where", b.op("Greater", x, y), x, y)))
+
+
+def test_a_constant_output() -> None:
+    b = Builder()
+    b.input("x", (2, 3))
+    shape = b.op("Shape", b.op("Relu", "x"))
+    model = b.build(b.op("Relu", "x"), b.op("Cast", shape, to=TensorProto.FLOAT))
+    check(model)
+
+
+def test_half_precision_models_are_computed_in_single() -> None:
+    b = Builder()
+    x = b.input("x", (1, 3, 6, 6), TensorProto.FLOAT16)
+    weight = b.constant(b.rng.standard_normal((4, 3, 3, 3)).astype(np.float16))
+    y = b.op("Relu", b.op("Conv", x, weight))
+    outs = [onnx.helper.make_tensor_value_info(y, TensorProto.FLOAT16, None)]
+    graph = onnx.helper.make_graph(b.nodes, "half", b.inputs, outs, b.constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    plan = check(model, tolerance=2e-3)
+    assert plan.inputs[0].dtype == plan.outputs[0].dtype == "float16"
+
+
+def test_one_dimensional_convolution() -> None:
+    b = Builder()
+    x = b.input("x", (2, 3, 17))
+    weight = b.random(4, 3, 5, name="c.weight")
+    y = b.op("Relu", b.op("Conv", x, weight, strides=(2,), pads=(2, 2), dilations=(1,)))
+    check(b.build(b.op("MaxPool", y, kernel_shape=(3,), strides=(2,))))
+
+
+def test_old_opsets() -> None:
+    """Limits, axes and pads as attributes, softmax over all axes from one on."""
+    b = Builder()
+    y = b.op("Clip", b.conv(b.input("x", (1, 3, 6, 7)), 3, 4, 3), min=0.0, max=6.0)
+    y = b.op("Unsqueeze", b.op("Squeeze", b.op("ReduceMean", y, axes=[2, 3]), axes=[2, 3]), axes=[2])
+    check(b.build(b.op("Softmax", y, axis=1), opset=9))
+
+
+def test_whole_numbers_that_single_precision_cannot_hold() -> None:
+    b = Builder()
+    x = b.input("x", (2,), TensorProto.INT64)
+    y = b.op("Add", x, b.constant(np.array([(1 << 24) + 1], np.int64)), name="sum")
+    outs = [onnx.helper.make_tensor_value_info(y, TensorProto.INT64, None)]
+    model = onnx.helper.make_model(onnx.helper.make_graph(b.nodes, "ints", b.inputs, outs, b.constants))
+    with pytest.raises(UserError, match="whole numbers"):
+        frontend.load(model)
