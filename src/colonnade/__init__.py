@@ -11,24 +11,33 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from colonnade.accuracy import compare as compare
+    from colonnade.accuracy import evaluate as evaluate
     from colonnade.api import build as build
     from colonnade.pattern import ColumnPattern as ColumnPattern
     from colonnade.runtime.session import Session as Session
     from colonnade.sparsify.finetune import finetune as finetune
     from colonnade.sparsify.masks import remove_masks as remove_masks
     from colonnade.sparsify.masks import sparsify_ as sparsify_
+    from colonnade.sparsify.reconstruct import reconstruct_ as reconstruct_
     from colonnade.sparsify.torch_model import export as export
 
 _PLACES = {
     "ColumnPattern": "colonnade.pattern",
     "Session": "colonnade.runtime.session",
+    "compare": "colonnade.accuracy",
+    "evaluate": "colonnade.accuracy",
     "export": "colonnade.sparsify.torch_model",
     "finetune": "colonnade.sparsify.finetune",
+    "reconstruct_": "colonnade.sparsify.reconstruct",
     "remove_masks": "colonnade.sparsify.masks",
     "sparsify_": "colonnade.sparsify.masks",
 }
 
-__all__ = ["ColumnPattern", "Session", "build", "export", "finetune", "remove_masks", "sparsify_"]
+__all__ = [
+    "ColumnPattern", "Session", "build", "compare", "evaluate", "export", "finetune", "reconstruct_", "remove_masks",
+    "sparsify_",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,7 @@ def prune(
     if method == "obs":
         if calibration is None:
             raise UserError("--method obs needs --calibration: a folder of photos or an .npz of inputs, a few hundred")
-        from colonnade.evaluate import calibration_inputs
+        from colonnade.accuracy import calibration_inputs
 
         inputs = calibration_inputs(calibration, preprocess=preprocess, limit=images)
     elif calibration is not None:
