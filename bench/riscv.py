@@ -93,11 +93,11 @@ def step(layer: Layer, sparsity: float, seed: int = 0) -> Step:
     )
     out = conv.out_height
     edge = -(-pad // s)
-    pitch = -(-layer.size // s) + edge
+    pitch = -(-layer.size // s) + max(edge, 1)  # one pitch for all maps of a resolution: where 1x1 and 3x3 meet
     used = {((i - pad) % s, (j - pad) % s) for i in range(k) for j in range(k)}
     kept = None if s == 1 else tuple(sorted(used))
     source = Planes(1, layer.size, layer.size, pitch, pitch, edge * pitch + edge, (s, s), kept)
-    target = Planes(1, out, out, out + 1, out + 1, lead=out + 2)
+    target = Planes(1, out, out, pitch, pitch, lead=pitch + 1)
     x = place("x", (1, layer.ic, layer.size, layer.size), source, 0)
     y = place("y", (1, layer.oc, out, out), target, round_up(source.buffer_bytes(layer.ic), 64))
     rng = np.random.default_rng(seed)

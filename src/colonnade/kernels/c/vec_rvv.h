@@ -31,8 +31,23 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
 
 /* setvl: vsetvli may answer anything from ceil(n / 2) up when n lies between one and two full groups, so what is
  * wanted is asked for, min(n, VLMAX) */
+/* The inner loop of the convolution in the order it is written: compilers without a model of an in-order core put loads
+ * right before their use. Between vec_type and the last of these stands no other vector instruction of another type.
+ * fma_next: acc += s * v, behind the load of `next`, a weight for later. */
 #define VEC_GROUP(L, RATIO) \
     typedef vfloat32m##L##_t vec##L##_t; \
+    VEC_INLINE void vec##L##_type(size_t vl) { __asm__ volatile("vsetvli zero, %0, e32, m" #L ", ta, ma" : : "r"(vl)); } \
+    VEC_INLINE vec##L##_t vec##L##_fma_next(vec##L##_t acc, float s, vec##L##_t v, float *next) \
+    { \
+        __asm__ volatile("vfmacc.vf %0, %2, %3" : "+vr"(acc), "+f"(*next) : "f"(s), "vr"(v)); \
+        return acc; \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_load_now(const float *p) \
+    { \
+        vec##L##_t v; \
+        __asm__ volatile("vle32.v %0, %1" : "=vr"(v) : "A"(*p)); \
+        return v; \
+    } \
     typedef vbool##RATIO##_t vec##L##_mask_t; \
     VEC_INLINE size_t vec##L##_setvl(size_t n) \
     { \

@@ -64,12 +64,15 @@ PACKED = Struct(
     (*CONV.members, *packing.MEMBERS),
 )
 PREFETCH_MAX = 16  # the offset table is padded by this many entries, so looking ahead needs no test
+WEIGHTS_AHEAD = 8  # columns by which weights are padded, likewise
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every (MR, NV) worth compiling for ``isa``."""
     for mr, nv in shapes(isa):
-        yield Variant(symbol(mr, nv, isa), "spconv.c.in", {"MR": mr, "NV": nv, "row_counts": row_counts(mr)})
+        counts = row_counts(mr)
+        params = {"MR": mr, "NV": nv, "row_counts": counts, "rings": {m: ring(m, nv) for m in counts}}
+        yield Variant(symbol(mr, nv, isa), "spconv.c.in", params)
     yield from depthwise.variants(isa)
     yield from winograd.variants(isa)
 
@@ -77,6 +80,14 @@ def variants(isa: Isa) -> Iterator[Variant]:
 def row_counts(mr: int) -> list[int]:
     """Heights of the register blocks in one kernel: MR, then powers of two for what is left of a tile."""
     return [mr, *(p for p in (16, 8, 4, 2, 1) if p < mr)]
+
+
+def ring(mr: int, lmul: int) -> tuple[int, int]:
+    """Columns and weights a scalable kernel holds ahead of their use: as many columns as registers are left for, four
+    at most (LMUL 2 and 8 rows: 48 cycles, longer than an in-order core's way to L2); weights so that no register moves
+    from column to column."""
+    columns = max(1, min(4, 32 // lmul - mr))
+    return columns, next(n for n in (4, 5, 3, 2, 1) if columns * mr % n == 0 and (n == 1 or n < columns * mr))
 
 
 def symbol(mr: int, nv: int, isa: Isa) -> str:
@@ -369,7 +380,9 @@ def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per
     offsets = np.concatenate([*runs, padding])
     if offsets.min() < 0 or offsets.max() >= 2**32:
         raise ValueError(f"{key}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
-    weights = np.concatenate([tile.values.reshape(-1) for tile in tiled.tiles]).astype(np.float32)
+    # likewise weights, by up to WEIGHTS_AHEAD columns of a tile
+    spare = np.zeros(WEIGHTS_AHEAD * max(len(tile.rows) for tile in tiled.tiles))
+    weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(np.float32)
     return Tables(offsets.astype(np.uint32), weights, records)
 
 

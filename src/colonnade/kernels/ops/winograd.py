@@ -201,7 +201,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 def _product(step: Operands, m: int, mr: int, plane: int, source_bytes: int) -> dict[str, Field]:
     """(m + 2)^2 products of [OC, IC] by [IC, tiles] as one convolution whose tiles each read one position's planes."""
-    from colonnade.kernels.ops.conv import PREFETCH_MAX, TILE_DTYPE
+    from colonnade.kernels.ops.conv import PREFETCH_MAX, TILE_DTYPE, WEIGHTS_AHEAD
 
     conv = step.workload
     assert isinstance(conv, Conv2d)
@@ -223,7 +223,7 @@ def _product(step: Operands, m: int, mr: int, plane: int, source_bytes: int) -> 
     return {
         "arena": Shared(0),
         "offsets": u32(np.concatenate([offsets, np.zeros(PREFETCH_MAX, np.int64)])),
-        "weights": f32(np.concatenate(weights)),
+        "weights": f32(np.concatenate([*weights, np.zeros(WEIGHTS_AHEAD * mr)])),
         "bias": f32(np.zeros(n2 * oc)),
         "rows": u32(rows),
         "residual": None,
