@@ -30,6 +30,7 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb("colonnade.cli_demo", "demo", "The whole road on bundled real data, in a few minutes."),
     "prune": Verb("colonnade.cli_prune", "prune", "Prune an ONNX model column-wise; the result is plain ONNX."),
+    "finetune": Verb("colonnade.cli_finetune", "finetune", "Train a pruned torch model further, its zeros frozen."),
     "tune": Verb("colonnade.cli_tune", "tune", "Measure the candidates for every layer on the target."),
     "build": Verb("colonnade.cli_build", "build", "Turn an ONNX model into a native bundle."),
     "run": Verb("colonnade.cli_build", "run", "Run a bundle on arrays or a photo."),

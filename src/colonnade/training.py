@@ -116,9 +116,8 @@ def put_state(model: nn.Module, path: Path) -> None:
         raise UserError(f"{path}: weights of another model: {' and '.join(parts)}")
     if wrong:
         key = wrong[0]
-        raise UserError(
-            f"{path}: {key} has shape {tuple(state[key].shape)}, not the model's {tuple(own[key].shape)}: see --model-args"
-        )
+        theirs, ours = tuple(state[key].shape), tuple(own[key].shape)
+        raise UserError(f"{path}: {key} has shape {theirs}, the model's has {ours}: see --model-args")
     model.load_state_dict(state, strict=False)
 
 
