@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -14,7 +15,7 @@ from colonnade.bench import protocol
 from colonnade.bench.ours import difference
 from colonnade.bench.peers import Peer
 from colonnade.bench.protocol import Block, Contender, Load, alternate
-from colonnade.bench.record import layers
+from colonnade.bench.record import beside_dense, layers
 from colonnade.errors import UserError
 from colonnade.report.bench import short, table
 
@@ -85,6 +86,16 @@ def test_layer_rates_count_kept_work() -> None:
     assert row["gflops"] is None and row["kept"] is None
 
 
+def test_layers_slower_than_their_dense_selves_are_named() -> None:
+    def rows(**ms: float) -> list[dict[str, object]]:
+        return [{"name": n, "kept": 0.25, "ms": v, "spread_ms": 0.05, "kernel": "k"} for n, v in ms.items()]
+
+    pruned = [*rows(faster=0.5, within=1.12, slower=1.2), {"name": "stem", "kept": 1.0, "ms": 9.0, "spread_ms": 0.0}]
+    dense = [*rows(faster=1.0, within=1.0, slower=1.0), {"name": "stem", "kept": 1.0, "ms": 1.0, "spread_ms": 0.0}]
+    assert beside_dense(pruned, dense) == ["slower"]
+    assert [r.get("dense_ms") for r in pruned] == [1.0, 1.0, 1.0, None]
+
+
 def test_short_workloads() -> None:
     key = "conv2d(batch=1,in_channels=3,out_channels=64,height=224,width=200,kernel=7x7,stride=2x2,epilogue=clip(0,6))"
     assert short(key, 0.25) == "conv2d 7x7/2 3→64 224x200, 25% kept"
@@ -151,11 +162,52 @@ def _state(pid: int) -> str:
 def test_peers_that_cannot_run_say_why(model: Path, inputs: Path) -> None:
     with pytest.raises(UserError, match="unknown runtime; known: onnxruntime"):
         Peer("warp", model, inputs, 1)
-    with pytest.raises(UserError, match=r"--vs ncnn: .*(pnnx|not installed)"):
-        Peer("ncnn", model, inputs, 1)
+    with pytest.raises(UserError, match=r"--vs torch: .*torch\.export\.save"):
+        Peer("torch", model, inputs, 1)
+    many = inputs.with_name("many.npz")
+    np.savez(many, x=np.ones((2, 4, 12, 12), np.float32))
+    with pytest.raises(UserError, match=r"--vs ncnn: .*(batch 1|not installed)"):
+        Peer("ncnn", model, many, 1)
     model.write_bytes(b"junk")
-    with pytest.raises(UserError, match="--vs onnxruntime"):
-        Peer("onnxruntime", model, inputs, 1)
+    for kind in ("onnxruntime", "openvino", "ncnn"):
+        with pytest.raises(UserError, match=f"--vs {kind}"):
+            Peer(kind, model, inputs, 1)
+
+
+@pytest.mark.parametrize("kind", ["openvino", "ncnn", "torch"])
+def test_every_other_peer_gives_the_same_answer_in_f32(kind: str, model: Path, inputs: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    for package in {"ncnn": ("ncnn", "pnnx")}.get(kind, (kind,)):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    if kind == "torch":
+        _as_program(model)
+    with np.load(inputs) as arrays:
+        (wanted,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, dict(arrays))
+    peer = Peer(kind, model, inputs, 1)
+    try:
+        (found,) = peer.outputs()
+        # bf16 or fp16 would be off by a few thousandths
+        assert difference([found.reshape(wanted.shape)], [wanted]) < 1e-5
+        assert len(peer.block(1, 3)) == 3 and peer.version
+        said = {"openvino": ("INFERENCE_PRECISION_HINT", "f32"), "ncnn": ("fp16", False), "torch": ("num_threads", 1)}
+        name, value = said[kind]
+        assert peer.options[name] == value
+    finally:
+        peer.close()
+    assert {p.name for p in model.parent.glob("small.*")} <= {"small.onnx", "small.pt2"}, "nothing is left beside it"
+
+
+def _as_program(model: Path) -> None:
+    """The same convolution, ReLU and mean as torch saves them."""
+    import onnx
+    import torch
+
+    weight = torch.from_numpy(onnx.numpy_helper.to_array(onnx.load(model).graph.initializer[0]).copy())
+    conv = torch.nn.Conv2d(4, 8, 3, padding=1, bias=False)
+    conv.weight.data = weight
+    module = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)).eval()
+    torch.export.save(torch.export.export(module, (torch.ones(1, 4, 12, 12),)), model.with_suffix(".pt2"))
 
 
 def test_the_whole_bench_of_a_pruned_model(model: Path, tmp_path: Path) -> None:
@@ -170,6 +222,8 @@ def test_the_whole_bench_of_a_pruned_model(model: Path, tmp_path: Path) -> None:
     assert all(row["ms"]["min"] > 0 for row in rows.values())
     conv = next(r for r in found["layers"]["colonnade pruned"] if r["workload"].startswith("conv2d"))
     assert conv["kept"] == 0.5 and conv["kernel"].endswith("__portable") and 0 < conv["peak_share"] < 2
+    assert conv["dense_ms"] > 0 and conv["dense_kernel"].endswith("__portable")
+    assert any("slower than" in note and "dense sel" in note for note in found["notes"])
     assert any("untuned" in note for note in found["notes"])
     assert json.loads(json.dumps(found)) == found
     assert len(table(found)) > 4

@@ -23,6 +23,7 @@ from colonnade.build.cache import write_error, writing
 from colonnade.build.toolchain import FLAGS, LINK, Toolchain, cc_features, host
 from colonnade.codegen import model as lowered
 from colonnade.errors import UserError
+from colonnade.kernels.call import Call, Const
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
 from colonnade.layout import Placed
@@ -191,7 +192,7 @@ def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str
                 "calls": [call.kernel for call in bound.calls],
                 "macs": int(step.workload.macs),
                 "kept_macs": lowered.kept_macs(step),
-                "constant_bytes": sum(int(array.nbytes) for array in step.constants.values()),
+                "constant_bytes": _constants(bound.calls),
                 "activation_bytes": sum(_bytes(p) for p in (*step.inputs, *([step.output] if step.output else []))),
             }
         )
@@ -212,6 +213,12 @@ def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str
         ],
         "steps": steps,
     }
+
+
+def _constants(calls: Sequence[Call]) -> int:
+    """Bytes of weights and tables that these calls read: kept weights only."""
+    held = {id(f.data): int(f.data.nbytes) for call in calls for f in call.fields.values() if isinstance(f, Const)}
+    return sum(held.values())
 
 
 def _bytes(tensor: Placed) -> int:

@@ -29,12 +29,14 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb("colonnade.cli_demo", "demo", "The whole road on bundled real data, in a few minutes."),
+    "inspect": Verb("colonnade.cli_inspect", "inspect", "List a model's layers and what can be pruned, building nothing."),
     "prune": Verb("colonnade.cli_prune", "prune", "Prune an ONNX model column-wise; the result is plain ONNX."),
     "finetune": Verb("colonnade.cli_finetune", "finetune", "Train a pruned torch model further, its zeros frozen."),
     "tune": Verb("colonnade.cli_tune", "tune", "Measure the candidates for every layer on the target."),
     "build": Verb("colonnade.cli_build", "build", "Turn an ONNX model into a native bundle."),
     "run": Verb("colonnade.cli_build", "run", "Run a bundle on arrays or a photo."),
     "bench": Verb("colonnade.cli_bench", "bench", "Time a model or bundle, and other runtimes beside it."),
+    "report": Verb("colonnade.cli_report", "report", "Tell what ran in a bundle, how fast, how far from the limit."),
     "cache": Verb("colonnade.cli_tune", "cache", "List or clear what was compiled and measured."),
     "probe": Verb("colonnade.cli_tune", "probe", "Tell what a target has: ISA, caches, cores."),
     "doctor": Verb("colonnade.cli_doctor", "doctor", "Tell what is missing on this machine, and how to get it."),
@@ -50,6 +52,8 @@ EXTRAS = {
     "onnxruntime": "bench",
     "openvino": "bench",
     "ncnn": "bench",
+    "pnnx": "bench",
+    "plotly": "report",
 }
 
 # The operating system's refusals that the user can mend.

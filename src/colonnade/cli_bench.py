@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ import typer
 
 from colonnade.cli_tune import Compiler, Cpus, Db, IsaName, Target, Threads, bar
 from colonnade.errors import UserError
+
+WIDE = 140  # columns of tables that go to a file or a pipe
 
 
 def bench(
@@ -43,7 +46,7 @@ def bench(
     where, count = targets.settle(targets.parse(target), threads, cpus)
     with bar(console, "measuring") as progress:
         found = measure(model, where, count, names, isa, batch, db, blocks, toolchain, progress)
-    out = Console()
+    out = Console() if sys.stdout.isatty() else Console(width=WIDE)
     for part in table(found, layers):
         out.print(part, markup=False, highlight=False) if isinstance(part, str) else out.print(part)
     if output is not None:

@@ -26,9 +26,10 @@ from colonnade.errors import ColonnadeError, UserError
 
 Arrays = dict[str, npt.NDArray[Any]]
 Loaded = tuple[Callable[[], Any], Callable[[Any], list[npt.NDArray[Any]]], str, dict[str, Any]]
+CONVERSION_S = 600  # pnnx folds constants and writes the model three times
 
 
-def _onnxruntime(model: Path, inputs: Arrays, threads: int) -> Loaded:
+def _onnxruntime(model: Path, inputs: Arrays, threads: int, folder: Path) -> Loaded:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -39,7 +40,7 @@ def _onnxruntime(model: Path, inputs: Arrays, threads: int) -> Loaded:
     return lambda: session.run(None, inputs), list, ort.__version__, said
 
 
-def _openvino(model: Path, inputs: Arrays, threads: int) -> Loaded:
+def _openvino(model: Path, inputs: Arrays, threads: int, folder: Path) -> Loaded:
     import openvino as ov
 
     options = {
@@ -61,12 +62,16 @@ def _openvino(model: Path, inputs: Arrays, threads: int) -> Loaded:
     return request.infer, answers, ov.__version__.split("-")[0], options
 
 
-def _ncnn(model: Path, inputs: Arrays, threads: int) -> Loaded:
+def _ncnn(model: Path, inputs: Arrays, threads: int, folder: Path) -> Loaded:
     import ncnn
 
-    param, binary = (model.with_suffix(f".ncnn.{end}") for end in ("param", "bin"))
-    if not param.is_file() or not binary.is_file():
-        raise UserError(f"ncnn cannot read ONNX: convert with pnnx, so that {param} and {binary.name} stand beside it")
+    if any(a.shape[0] != 1 for a in inputs.values()):
+        raise UserError("ncnn takes one image at a time: bench it with batch 1")
+    param = model.with_suffix(".ncnn.param")
+    converted = ""
+    if not param.is_file():
+        param, converted = _pnnx(model, inputs, folder)
+    binary = param.with_suffix(".bin")
     net = ncnn.Net()
     net.opt.num_threads = threads
     # f32 all through, as the others
@@ -74,10 +79,7 @@ def _ncnn(model: Path, inputs: Arrays, threads: int) -> Loaded:
     net.opt.use_bf16_storage = net.opt.use_vulkan_compute = False
     if net.load_param(str(param)) or net.load_model(str(binary)):
         raise UserError(f"ncnn cannot load {param}")
-    arrays = list(inputs.values())
-    if any(a.shape[0] != 1 for a in arrays):
-        raise UserError("ncnn takes one image at a time: bench it with batch 1")
-    mats = [ncnn.Mat(a[0]).clone() for a in arrays]
+    mats = [ncnn.Mat(a[0]).clone() for a in inputs.values()]
 
     def run() -> list[Any]:
         with net.create_extractor() as extractor:
@@ -85,16 +87,40 @@ def _ncnn(model: Path, inputs: Arrays, threads: int) -> Loaded:
                 extractor.input(net.input_names()[index], mat)
             return [extractor.extract(name)[1] for name in net.output_names()]
 
-    said = {"num_threads": threads, "fp16": False, "bf16": False, "vulkan": False}
+    said = {"num_threads": threads, "fp16": False, "bf16": False, "vulkan": False, "converter": converted or param.name}
     return run, lambda out: [np.array(o)[None] for o in out], ncnn.__version__, said
 
 
-def _torch(model: Path, inputs: Arrays, threads: int) -> Loaded:
+def _pnnx(model: Path, inputs: Arrays, folder: Path) -> tuple[Path, str]:
+    """``model`` as ncnn's pair of files in ``folder``, and the converter's name. It writes a lot beside its input."""
+    import importlib.metadata
+    import importlib.util
+
+    # found, not imported: its module would load torch, its program needs nothing
+    found = importlib.util.find_spec("pnnx")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'pnnx', which converts ONNX files for ncnn", name="pnnx")
+    work = folder / "pnnx"
+    work.mkdir()
+    (work / "model.onnx").symlink_to(model.resolve())
+    shapes = ",".join(f"[{','.join(map(str, a.shape))}]" for a in inputs.values())
+    command = [str(Path(found.origin).with_name("pnnx")), "model.onnx", f"inputshape={shapes}", "fp16=0"]
+    ended = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=CONVERSION_S)
+    param = work / "model.ncnn.param"
+    if ended.returncode or not param.is_file():
+        last = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
+        raise UserError(f"pnnx cannot convert {model} for ncnn: {' '.join(last) or f'status {ended.returncode}'}")
+    return param, f"pnnx {importlib.metadata.version('pnnx')}, fp16=0"
+
+
+def _torch(model: Path, inputs: Arrays, threads: int, folder: Path) -> Loaded:
     import torch
 
     program = model.with_suffix(".pt2")
     if not program.is_file():
-        raise UserError(f"torch cannot run ONNX: save the program with torch.export.save as {program}")
+        raise UserError(
+            f"torch cannot run ONNX: torch.export.save(torch.export.export(model, inputs), {str(program)!r})"
+        )
     torch.set_num_threads(threads)
     module = torch.export.load(program).module()
     tensors = [torch.from_numpy(a) for a in inputs.values()]
@@ -109,7 +135,7 @@ def _torch(model: Path, inputs: Arrays, threads: int) -> Loaded:
     return run, answers, torch.__version__, {"num_threads": threads, "mode": "exported program, eager"}
 
 
-ROWS: Mapping[str, Callable[[Path, Arrays, int], Loaded]] = {
+ROWS: Mapping[str, Callable[[Path, Arrays, int, Path], Loaded]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "ncnn": _ncnn,
@@ -197,7 +223,9 @@ def serve(kind: str, model: Path, inputs: Path, threads: int) -> None:
     """The peer's process."""
     try:
         with np.load(inputs) as arrays:
-            run, answers, version, options = ROWS[kind](model, {n: arrays[n] for n in arrays.files}, threads)
+            run, answers, version, options = ROWS[kind](
+                model, {n: arrays[n] for n in arrays.files}, threads, inputs.parent
+            )
         found = answers(run())
         np.savez(inputs.with_name(f"{kind}.npz"), *found)
     except ImportError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from colonnade.bench.protocol import BLOCK_S, FOREIGN, PAUSE_S, PEAK_DROP, STEAL, Result
 from colonnade.targets.base import Machine
 
 FORMAT = 1
+NEVER_SLOWER = 0.03  # a pruned layer may take this much longer than its dense self, beyond the spread
 
 
 def layers(
@@ -36,11 +37,34 @@ def layers(
                 "params": step["params"],
                 "kept": macs / step["macs"] if step["macs"] else None,
                 "ms": middle / 1e6,
+                "spread_ms": half_range(ns) / 1e6,
+                "bytes": step.get("constant_bytes", 0) + step.get("activation_bytes", 0),
                 "gflops": rate,
                 "peak_share": rate / peak_gflops if rate is not None and peak_gflops else None,
             }
         )
     return rows
+
+
+def half_range(ns: Sequence[int]) -> float:
+    """Half the distance between the quartiles: the spread that two medians are compared beyond."""
+    if len(ns) < 2:
+        return 0.0
+    low, _, high = quantiles(ns, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+def beside_dense(pruned: Sequence[dict[str, Any]], dense: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Note each pruned layer's dense self in its row (``dense_ms``, ``dense_kernel``); the names of layers that are
+    slower than it by more than ``NEVER_SLOWER`` and the spread."""
+    slower = []
+    for row, other in zip(pruned, dense, strict=True):
+        if row["kept"] is None or row["kept"] >= 1:
+            continue
+        row["dense_ms"], row["dense_kernel"] = other["ms"], other["kernel"]
+        if row["ms"] > (1 + NEVER_SLOWER) * other["ms"] + row["spread_ms"] + other["spread_ms"]:
+            slower.append(row["name"])
+    return slower
 
 
 def record(

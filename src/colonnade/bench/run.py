@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from colonnade.bench import boards
 from colonnade.bench.ours import Ours, difference
 from colonnade.bench.peers import Peer, check_known
 from colonnade.bench.protocol import BLOCKS, Contender, alternate
-from colonnade.bench.record import layers, record
+from colonnade.bench.record import beside_dense, layers, record
 from colonnade.build.toolchain import Toolchain
 from colonnade.bundle import Bundle, write_bundle
 from colonnade.errors import UserError
@@ -31,6 +31,7 @@ from colonnade.tune.tuner import Chooser, place
 
 Progress = Callable[[float, str], None]
 PEAK_MS = 20  # of the probe around each block
+PROFILES = 5  # of each of our builds, in turns
 
 
 def dense_self(operands: registry.Operands, isa: Isa, threads: int) -> list[Candidate]:
@@ -147,8 +148,13 @@ def bench(
         results = alternate(contenders, peak, blocks, local=local, progress=progress)
         best = max(limits.gflops, *(max(b.peak_before, b.peak_after) for r in results for b in r.blocks))
         rows = {
-            name: layers(o.bundle.manifest, o.profile(3, 20), best, name.endswith("dense")) for name, o in ours.items()
+            name: layers(ours[name].bundle.manifest, ns, best, name.endswith("dense"))
+            for name, ns in profiles(ours).items()
         }
+        if len(rows) == 2:
+            slower = beside_dense(rows["colonnade pruned"], rows["colonnade dense"])
+            verdict = f"slower than their dense selves: {', '.join(slower)}" if slower else "slower than its dense self"
+            notes.append(f"{len(slower) or 'no'} pruned layer{'s' * (len(slower) > 1)} {verdict}")
         for result in results:
             if away := [b.disturbance for b in result.blocks if b.disturbance]:
                 what = "all blocks were disturbed, its figures are unreliable" if result.disturbed else "thrown away"
@@ -164,6 +170,18 @@ def bench(
         differences,
         notes,
     )
+
+
+def profiles(ours: Mapping[str, Ours], rounds: int = PROFILES) -> dict[str, list[list[int]]]:
+    """ns of every step and repetition of each build, taken in turns, so that their layers can be compared."""
+    taken: dict[str, list[list[int]]] = {}
+    for _ in range(rounds):
+        for name, build in ours.items():
+            ns = build.profile(2, 6)
+            known = taken.setdefault(name, [[] for _ in ns])
+            for step, more in zip(known, ns, strict=True):
+                step += more
+    return taken
 
 
 def _version() -> str:

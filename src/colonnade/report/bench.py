@@ -14,21 +14,25 @@ def table(found: Mapping[str, Any], show_layers: int = 12) -> list[Any]:
     first = found["contenders"][0]["ms"]["median"]
     title = f"{found['model']}, {found['machine']['cpu']}, {found['isa']}, {found['threads']} thread(s)"
     summary = Table(title=title, title_justify="left")
-    for name in ("", "median ms", "min", "quartiles", "times ours", "blocks", "output differs"):
-        summary.add_column(name, justify="left" if not name else "right")
+    for name in ("", "median ms", "min", "quartiles", "times ours", "blocks", "differs"):
+        summary.add_column(name, justify="left" if not name else "right", no_wrap=True, overflow="fold")
     for row in found["contenders"]:
         ms, away = row["ms"], row["thrown_away"]
         differs = row["difference"]
         summary.add_row(
             f"{row['name']} {row['version']}".strip(),
-            f"{ms['median']:.3f}" + (" (disturbed)" if row["disturbed"] else ""),
+            f"{ms['median']:.3f}" + (" ?" if row["disturbed"] else ""),
             f"{ms['min']:.3f}",
             f"{ms['q1']:.3f}–{ms['q3']:.3f}",
             f"{ms['median'] / first:.2f}",
-            f"{row['blocks'] - away}" + (f" (+{away} thrown away)" if away else ""),
+            f"{row['blocks'] - away}" + (f" (-{away})" if away else ""),
             "" if differs is None else f"{differs:.1e}",
         )
     parts: list[Any] = [summary]
+    if any(row["thrown_away"] for row in found["contenders"]):
+        parts.append("(-n): blocks taken under foreign load and thrown away")
+    if any(row["disturbed"] for row in found["contenders"]):
+        parts.append("?: no block was undisturbed, the figure is not evidence")
     peak = found["peak"]
     parts.append(
         f"measured limits: {peak['gflops']:.0f} GFLOP/s f32 multiply-add, {peak['gbps']:.1f} GB/s read from memory"
@@ -64,23 +68,25 @@ def short(workload: str, kept: float | None) -> str:
 
 
 def _layer_table(name: str, rows: Sequence[Mapping[str, Any]], count: int) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     total = sum(r["ms"] for r in rows)
     slowest = sorted(rows, key=lambda r: -r["ms"])[:count]
     shown = sum(r["ms"] for r in slowest)
     title = f"{name}: the {len(slowest)} slowest of {len(rows)} steps, {shown:.2f} of {total:.2f} ms"
-    made = Table(title=title, title_justify="left")
-    made.add_column("step", no_wrap=True)
-    made.add_column("workload", no_wrap=True)
-    made.add_column("kernel", no_wrap=True)
-    for column in ("ms", "GFLOP/s", "of peak"):
-        made.add_column(column, justify="right")
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    beside = any("dense_ms" in row for row in rows)
+    for column in ("step", "workload", "kernel"):  # where room is short words go on in the next line, numbers never
+        made.add_column(column, overflow="fold", min_width=8)
+    for column in ("ms", *(["dense"] if beside else []), "GFLOP/s", "of peak"):
+        made.add_column(column, justify="right", no_wrap=True, min_width=max(len(column), 6))
     for row in slowest:
         rate, share = row["gflops"], row["peak_share"]
+        dense = [f"{row['dense_ms']:.3f}" if "dense_ms" in row else ""] if beside else []
         made.add_row(
-            row["name"].rpartition("/")[0][-28:] or row["name"], short(row["workload"], row["kept"]), row["kernel"],
-            f"{row['ms']:.3f}",
+            row["name"].rpartition("/")[0][-28:] or row["name"], short(row["workload"], row["kept"]),
+            row["kernel"].partition("__")[0], f"{row['ms']:.3f}", *dense,
             "" if rate is None else f"{rate:.1f}", "" if share is None else f"{share:.0%}",
         )  # fmt: skip
     return made

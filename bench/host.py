@@ -1,0 +1,509 @@
+"""What the method is worth on this x86-64 host: networks dense and pruned, beside what a user would pick instead.
+
+    python bench/host.py [--data ../shared/data] [--models resnet50,…] [--out FOLDER] [--quick]
+
+Real weights (DenseNet-121: random ones) are exported to ONNX, pruned column-wise with T = 8 and grouped rows (every
+convolution but stem and depthwise), tuned, built, and timed at 224x224 in alternating blocks of one run with the
+peers, each of these in a process of its own on the *dense* file. bench/README.md has the protocol and what counts as
+evidence. Exported and pruned files, tuning records and bundles are kept in a cache folder, so a second run only
+measures. Writes host.json and host.md; ``--quick`` is a rehearsal of the script, its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+from colonnade.bench.ours import Ours, difference
+from colonnade.bench.peers import Peer
+from colonnade.bench.protocol import Contender, Load, Result, alternate
+from colonnade.bench.record import beside_dense, layers
+from colonnade.bench.run import PEAK_MS, profiles, random_inputs
+from colonnade.build.toolchain import Toolchain
+from colonnade.bundle import Bundle, write_bundle
+from colonnade.errors import ColonnadeError
+from colonnade.frontend.load import load
+from colonnade.pattern import ColumnPattern
+from colonnade.report.bundle import enrich, percent
+from colonnade.sparsify.onnx_file import prune_file
+from colonnade.targets import Local
+from colonnade.targets.peak import measure_peak
+from colonnade.tune import tune
+
+TILE = 8
+# ratio of medians to the fastest peer's dense run, by sparsity in per cent
+GOALS: dict[str, dict[float, float]] = {
+    "resnet50": {0: 1.0, 50: 1.9, 75: 3.5, 87.5: 5.5},
+    "resnet18": {0: 1.0, 50: 1.8, 75: 3.0, 87.5: 4.5},
+    "densenet121": {0: 1.0, 50: 1.7, 75: 2.8},
+    "mobilenet_v2": {0: 1.0, 50: 1.4, 75: 1.9},
+}
+MAIN = 75.0  # the sparsity that threads, batch, memory and layers are shown at
+PEERS = ("onnxruntime", "openvino", "ncnn", "torch")
+LOAD_TIMES = 9
+MEMORY_SLACK = 20 * 10**6
+SLOWEST = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one bundle is built for."""
+
+    sparsity: float
+    batch: int = 1
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """As contenders are called."""
+        extra = (f", batch {self.batch}" if self.batch > 1 else "") + (
+            f", {self.threads} threads" if self.threads > 1 else ""
+        )
+        return f"colonnade {self.sparsity:g} %{extra}"
+
+
+class Networks:
+    """ONNX files by network and sparsity, made when they are not in ``folder``."""
+
+    def __init__(self, data: Path, folder: Path, group_rows: bool) -> None:
+        self.data, self.folder, self.group_rows = data, folder, group_rows
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, network: str, sparsity: float) -> Path:
+        """``sparsity`` in per cent, 0 for the dense network."""
+        ending = f"-{sparsity:g}{'' if self.group_rows else '-consecutive'}" if sparsity else ""
+        path = self.folder / f"{network}{ending}.onnx"
+        if path.is_file():
+            return path
+        if sparsity:
+            say(f"pruning {network} to {sparsity:g} %")
+            pattern = ColumnPattern(sparsity / 100, tile=TILE)
+            prune_file(self.file(network, 0), path, pattern, group_rows=self.group_rows)
+        else:
+            self._export(network, path)
+        return path
+
+    def _export(self, network: str, path: Path) -> None:
+        import torch
+
+        say(f"exporting {network}")
+        module = self._module(network)
+        example = (torch.zeros(1, 3, 224, 224),)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # beside the file: what `bench --vs torch` runs
+            torch.export.save(torch.export.export(module, example), path.with_suffix(".pt2"))
+            aside = path.with_name(f"new-{path.name}")
+            program = torch.onnx.export(module, example, dynamo=True, verbose=False)
+            assert program is not None
+            program.save(str(aside), external_data=False)
+        aside.replace(path)
+
+    def _module(self, network: str) -> Any:
+        import torch
+
+        sys.path.insert(0, str(self.data / "loaders"))
+        import weights
+
+        if network == "densenet121":  # no real weights at hand: it stands for speed alone
+            import torchvision
+
+            torch.manual_seed(0)
+            return torchvision.models.densenet121(weights=None).eval()
+        loaders = {
+            "resnet50": lambda: weights.resnet("pqf_resnet50_large"),
+            "resnet18": lambda: weights.resnet("pqf_resnet18"),
+            "mobilenet_v2": weights.mobilenet_v2,
+        }
+        return loaders[network]()
+
+
+class Builder:
+    """Tuned bundles for this machine, all records in one database."""
+
+    def __init__(self, networks: Networks, work: Path, budget_s: float) -> None:
+        self.networks, self.work, self.budget_s = networks, work, budget_s
+        self.target, self.toolchain = Local(), Toolchain()
+        self.machine = self.target.probe()
+        self.isa = self.machine.pick_isa()
+        self.notes: list[str] = []
+
+    def bundle(self, network: str, setting: Setting) -> Bundle:
+        """Tune what the records lack, and build."""
+        plan = load(self.networks.file(network, setting.sparsity), batch=setting.batch)
+        database = self.networks.folder / "tuning.db"
+        say(f"tuning {network}: {setting.name}")
+        found = tune(plan, self.target, self.isa, setting.threads, self.budget_s, database, None, self.toolchain)
+        assert found.choices is not None
+        if found.left:
+            self.notes.append(f"{network}, {setting.name}: {found.left} layers not searched to the end")
+        extra = {"tuning": found.choices.manifest(), "tune_s": found.seconds}
+        folder = self.work / f"{network}-{setting.sparsity:g}-b{setting.batch}-t{setting.threads}"
+        return write_bundle(
+            plan, found.choices.candidates, self.isa, folder,
+            threads=setting.threads, toolchain=self.toolchain, manifest_extra=extra,
+        )  # fmt: skip
+
+
+def network_record(
+    builder: Builder, network: str, sparsities: Sequence[float], vs: Sequence[str], blocks: int, block_s: float
+) -> dict[str, Any]:
+    """Everything about one network: single-threaded beside the peers, then batch and threads beside each other."""
+    settings = [Setting(s) for s in sparsities]
+    bundles = {s: builder.bundle(network, s) for s in settings}
+    peak = peaks(builder, 1)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="colonnade-")))
+        inputs = random_inputs(dict(bundles[settings[0]].manifest))
+        ours = {s: Ours(b, builder.target, inputs, 1) for s, b in bundles.items()}
+        np.savez(folder / "inputs.npz", **inputs)  # type: ignore[arg-type]
+        contenders = [Contender(s.name, o) for s, o in ours.items()]
+        dense_file = builder.networks.file(network, 0)
+        refused: dict[str, str] = {}
+        differences: dict[str, float] = {}
+        for kind in vs:
+            say(f"loading {network} into {kind}")
+            try:
+                peer = Peer(kind, dense_file, folder / "inputs.npz", 1)
+            except ColonnadeError as error:
+                refused[kind] = str(error)
+                continue
+            stack.callback(peer.close)
+            contenders.append(Contender(kind, peer, peer.version, peer.options, peer.pid))
+            if Setting(0.0) in ours:
+                differences[kind] = difference(ours[Setting(0.0)].outputs(), peer.outputs())
+        say(f"measuring {network}")
+        results = alternate(contenders, peak, blocks, block_s)
+        found = {r.contender.name: contender_record(r) for r in results}
+        best_peak = best(results)
+        rows = step_rows(ours, best_peak)
+    # the session is loaded where nothing else is
+    record: dict[str, Any] = {
+        "contenders": found,
+        "peers": [kind for kind in vs if kind in found],
+        "refused": refused,
+        "differences": differences,
+        "peak_gflops": best_peak,
+        "layers": {s.name: r for s, r in rows.items()},
+        "kept_work_share": {
+            s.name: kept_gflop(b) / (found[s.name]["ms"]["median"] / 1e3) / best_peak for s, b in bundles.items()
+        },
+        "load_ms": {s.name: median(load_times(b)) for s, b in bundles.items()},
+        "memory": {s.name: memory(b) for s, b in bundles.items()},
+    }
+    dense = Setting(0.0)
+    record["slower_than_dense"] = {
+        s.name: beside_dense(*same_steps(rows[s], rows[dense])) for s in settings if s.sparsity and dense in rows
+    }
+    shown = Setting(MAIN) if Setting(MAIN) in bundles else settings[-1]
+    record["scaling"] = scaling(builder, network, shown, bundles[shown], blocks, block_s)
+    return record
+
+
+def scaling(
+    builder: Builder, network: str, base: Setting, bundle: Bundle, blocks: int, block_s: float
+) -> dict[str, Any]:
+    """Batch 8 and two threads beside batch 1 and one thread, in turns; images a second."""
+    others = [Setting(base.sparsity, batch=8)]
+    if builder.machine.cores >= 2:
+        others.append(Setting(base.sparsity, threads=2))
+    bundles = {base: bundle} | {s: builder.bundle(network, s) for s in others}
+    contenders = [
+        Contender(s.name, Ours(b, builder.target, random_inputs(dict(b.manifest)), s.threads))
+        for s, b in bundles.items()
+    ]
+    results = alternate(contenders, peaks(builder, 1), blocks, block_s)
+    found = {}
+    for setting, result in zip(bundles, results, strict=True):
+        made = contender_record(result)
+        made["images_per_s"] = setting.batch / made["ms"]["median"] * 1e3
+        found[setting.name] = made
+    rates = [found[s.name]["images_per_s"] / found[base.name]["images_per_s"] for s in others]
+    return {"contenders": found, **dict(zip(("batch8", "threads2"), rates, strict=False))}
+
+
+def step_rows(ours: Mapping[Setting, Ours], peak_gflops: float) -> dict[Setting, list[dict[str, Any]]]:
+    """Rows of every build's steps, profiled in turns."""
+    first = next(iter(ours.values())).bundle.manifest["isa"]
+    limits = measure_peak(Local(), Local().probe().pick_isa(first), 1)
+    peak = {"gflops": peak_gflops, "gbps": limits.gbps}
+    taken = profiles({s.name: o for s, o in ours.items()})
+    return {s: enrich(layers(o.bundle.manifest, taken[s.name], peak_gflops), peak) for s, o in ours.items()}
+
+
+def same_steps(
+    pruned: list[dict[str, Any]], dense: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of both that belong together by name: builds may differ in their conversions."""
+    known = {row["name"]: row for row in dense}
+    pairs = [(row, known[row["name"]]) for row in pruned if row["name"] in known]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def contender_record(result: Result) -> dict[str, Any]:
+    """One contender's figures and all that they stand on."""
+    return {
+        "version": result.contender.version,
+        "options": dict(result.contender.options),
+        "ms": result.summary(),
+        "blocks": len(result.counted),
+        "thrown_away": len(result.blocks) - len(result.counted),
+        "disturbed": result.disturbed,
+        "measured": [
+            {"ns": list(b.ns), "peak": [b.peak_before, b.peak_after], "disturbance": b.disturbance}
+            for b in result.blocks
+        ],
+    }
+
+
+def peaks(builder: Builder, threads: int) -> Callable[[], float]:
+    """The probe around each block."""
+    return lambda: (
+        measure_peak(builder.target, builder.isa, threads, builder.toolchain, memory=False, milliseconds=PEAK_MS).gflops
+    )
+
+
+def best(results: Sequence[Result]) -> float:
+    """The best peak seen around any block, GFLOP/s."""
+    return max(max(b.peak_before, b.peak_after) for r in results for b in r.blocks)
+
+
+def kept_gflop(bundle: Bundle) -> float:
+    """10^9 operations on kept weights of one inference."""
+    return float(2 * sum(step["kept_macs"] for step in bundle.manifest["steps"]) / 1e9)
+
+
+LOADER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import session
+start = time.perf_counter_ns()
+opened = session.Session(sys.argv[1], threads=1)
+print((time.perf_counter_ns() - start) / 1e6)
+"""
+
+
+def load_times(bundle: Bundle) -> list[float]:
+    """ms from the call to a session that is ready, each in a fresh process that has imported numpy."""
+    command = [sys.executable, "-c", LOADER, str(bundle.path.resolve())]
+    return [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(LOAD_TIMES)]
+
+
+# A program's largest size includes that of the process that started it, so a small one has to.
+MEASURED = """
+import resource, subprocess, sys
+subprocess.run([sys.argv[1], "--repeat", "3"], stdout=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
+def memory(bundle: Bundle) -> dict[str, float]:
+    """Bytes: the largest resident size of the static program over a few inferences, and what is allowed."""
+    command = [sys.executable, "-I", "-S", "-c", MEASURED, str(bundle.program.resolve())]
+    peak = float(subprocess.run(command, capture_output=True, check=True).stdout)
+    allowed = bundle.manifest["bytes"]["weights.bin"] + 1.3 * bundle.manifest["arena_bytes"] + MEMORY_SLACK
+    return {"peak": peak, "allowed": float(allowed)}
+
+
+# ---- tables ----
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """All tables of the record."""
+    lines = [
+        f"Measured {found['date']} on {found['machine']['cpu']}, {found['machine']['cores']} cores, {found['isa']}, "
+        f"Linux {found['machine']['kernel']}. f32, 224x224, batch 1 and one thread unless said; T = {TILE}.",
+        "Medians in ms with their quartiles. **?**: no undisturbed block, not evidence.",
+        "",
+    ]
+    if found["quick"]:
+        lines += ["**A rehearsal (`--quick`): none of these figures is evidence.**", ""]
+    lines += ["## Against the fastest peer's dense run", ""]
+    lines += ["| network | sparsity | T | ms | fastest peer | ms | ratio | goal | |", "| --- " * 9 + "|"]
+    for network, record in found["networks"].items():
+        peer = fastest(record)
+        for name, sparsity in ours_of(record):
+            goal = GOALS[network].get(sparsity)
+            ratio = (
+                record["contenders"][peer]["ms"]["median"] / record["contenders"][name]["ms"]["median"]
+                if peer
+                else None
+            )
+            theirs = ms(record["contenders"][peer]) if peer else "–"
+            lines.append(
+                f"| {network} | {sparsity:g} % | {TILE if sparsity else '–'} | {ms(record['contenders'][name])} | "
+                f"{peer or '–'} | {theirs} | {'–' if ratio is None else f'{ratio:.2f}'} | {goal or '–'} | "
+                f"{verdict(ratio, goal)} |"
+            )
+    lines += [
+        "",
+        "## Every contender",
+        "",
+        "| network | contender | median | min | blocks | thrown away | output differs |",
+    ]
+    lines += ["| --- " * 7 + "|"]
+    for network, record in found["networks"].items():
+        for name, row in record["contenders"].items():
+            differs = record["differences"].get(name)
+            lines.append(
+                f"| {network} | {name} {row['version']} | {ms(row)} | {row['ms']['min']:.2f} | {row['blocks']} | "
+                f"{row['thrown_away']} | {'' if differs is None else f'{differs:.0e}'} |"
+            )
+        lines += [f"| {network} | {kind} | {why} | | | | |" for kind, why in record["refused"].items()]
+    lines += ["", *options_of(found), "", "## Floors and side conditions", "", "| network | what | found | wanted | |"]
+    lines += ["| --- " * 5 + "|", *(f"| {' | '.join(row)} |" for row in conditions(found))]
+    for network, record in found["networks"].items():
+        name = f"colonnade {MAIN:g} %"
+        for shown in ([name] if name in record["layers"] else []) + ["colonnade 0 %"]:
+            if shown not in record["layers"]:
+                continue
+            rows = sorted(record["layers"][shown], key=lambda r: -r["ms"])[:SLOWEST]
+            lines += ["", f"## The slowest layers: {network}, {shown}", ""]
+            lines += ["| layer | workload | kernel | ms | dense ms | of FMA peak | limit ms | bound by | of limit |"]
+            lines += ["| --- " * 9 + "|"]
+            for row in rows:
+                dense = f"{row['dense_ms']:.3f}" if row.get("dense_ms") is not None else ""
+                lines.append(
+                    f"| {row['name']} | {row['what']} | {row['kernel']} | {row['ms']:.3f} | {dense} | "
+                    f"{percent(row['peak_share'])} | {row['limit_ms']:.3f} | {row['bound']} | "
+                    f"{percent(row['limit_share'])} |"
+                )
+    lines += ["", *(f"- {note}" for note in found["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+def fastest(record: Mapping[str, Any]) -> str | None:
+    """The peer with the lowest median."""
+    return min(record["peers"], key=lambda kind: record["contenders"][kind]["ms"]["median"], default=None)
+
+
+def ours_of(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Our contenders with their sparsity in per cent."""
+    return [(n, float(n.split()[1])) for n in record["contenders"] if n.startswith("colonnade ")]
+
+
+def ms(row: Mapping[str, Any]) -> str:
+    """``21.30 (21.10–21.60)``"""
+    at = row["ms"]
+    return f"{at['median']:.2f} ({at['q1']:.2f}–{at['q3']:.2f})" + (" **?**" if row["disturbed"] else "")
+
+
+def verdict(value: float | None, least: float | None) -> str:
+    """met, missed, or nothing where there is no goal."""
+    return "" if value is None or least is None else "met" if value >= least else "missed"
+
+
+def options_of(found: Mapping[str, Any]) -> list[str]:
+    """One line a peer: what it ran with."""
+    said = {}
+    for record in found["networks"].values():
+        for kind in record["peers"]:
+            row = record["contenders"][kind]
+            said[kind] = f"- {kind} {row['version']}: " + ", ".join(f"{k}={v}" for k, v in row["options"].items())
+    return list(said.values())
+
+
+def conditions(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(network, what, found, wanted, verdict) of everything but the main table."""
+    rows: list[tuple[str, ...]] = []
+    for network, record in found["networks"].items():
+        at = {name: row["ms"]["median"] for name, row in record["contenders"].items()}
+        dense, main = at.get("colonnade 0 %"), at.get(f"colonnade {MAIN:g} %")
+        if network == "resnet50" and dense and main:
+            rows.append(
+                (network, f"{MAIN:g} % over own dense", f"{dense / main:.2f}x", "≥ 2.5", verdict(dense / main, 2.5))
+            )
+        if network == "resnet50" and dense and "onnxruntime" in at:
+            ratio = dense / at["onnxruntime"]
+            rows.append((network, "dense over onnxruntime's time", f"{ratio:.2f}x", "≤ 1.3", verdict(1.3, ratio)))
+        scale = record["scaling"]
+        rows.append(
+            (network, "batch 8, images/s over batch 1", f"{scale['batch8']:.2f}x", "≥ 1", verdict(scale["batch8"], 1))
+        )
+        if "threads2" in scale:
+            rows.append(
+                (network, "2 threads over 1", f"{scale['threads2']:.2f}x", "≥ 1.8", verdict(scale["threads2"], 1.8))
+            )
+        for name, share in record["kept_work_share"].items():
+            wanted = 0.7 if network == "resnet50" and name == f"colonnade {MAIN:g} %" else None
+            rows.append(
+                (
+                    network,
+                    f"{name}: kept work of FMA peak",
+                    f"{share:.0%}",
+                    "≥ 70 %" if wanted else "",
+                    verdict(share, wanted),
+                )
+            )
+        slow = max(record["load_ms"].values())
+        rows.append((network, "session load, slowest", f"{slow:.0f} ms", "≤ 150", verdict(150, slow)))
+        for name, at_most in record["memory"].items():
+            peak, allowed = at_most["peak"] / 1e6, at_most["allowed"] / 1e6
+            rows.append((network, f"{name}: peak memory", f"{peak:.0f} MB", f"≤ {allowed:.0f}", verdict(allowed, peak)))
+        for name, slower in record["slower_than_dense"].items():
+            said = ", ".join(slower) or "none"
+            rows.append((network, f"{name}: layers slower than dense", said, "none", "missed" if slower else "met"))
+    return rows
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(f"{datetime.now(UTC):%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of weights and loaders")
+    parser.add_argument("--models", default=",".join(GOALS))
+    parser.add_argument("--vs", default=",".join(PEERS))
+    parser.add_argument("--cache", type=Path, default=platformdirs.user_cache_path("colonnade") / "bench-host")
+    parser.add_argument("--out", type=Path, default=Path("build-out/host"), help="folder of host.json and host.md")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds a tuning may take")
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--quick", action="store_true", help="rehearse: few sparsities, one short block, rough tuning")
+    options = parser.parse_args()
+    models = options.models.split(",")
+    if unknown := set(models) - set(GOALS):
+        parser.error(f"unknown model {min(unknown)}; known: {', '.join(GOALS)}")
+    networks = Networks(options.data, options.cache, group_rows=not options.quick)
+    load_before = Load()
+    found: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "quick": options.quick}
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="colonnade-host-") as work:
+        builder = Builder(networks, Path(work), 15.0 if options.quick else options.budget)
+        found |= {
+            "machine": {k: getattr(builder.machine, k) for k in ("cpu", "arch", "kernel", "cores")},
+            "isa": builder.isa.name, "compiler": builder.toolchain.version, "networks": {}, "notes": builder.notes,
+        }  # fmt: skip
+        blocks, block_s = (1, 0.15) if options.quick else (options.blocks, 0.6)
+        for model in models:
+            sparsities = [0.0, MAIN] if options.quick else [0.0, *(s for s in GOALS[model] if s)]
+            found["networks"][model] = network_record(
+                builder, model, sparsities, options.vs.split(","), blocks, block_s
+            )
+            # what is known is kept, should a later network fail
+            (options.out / "host.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (options.out / "host.md").write_text(markdown(found), encoding="utf-8")
+    foreign, _ = load_before.shares()
+    own = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    say(f"other programs took {foreign:.0%} of a core over the whole run; ours {own:.0f} s; see {options.out}/host.md")
+
+
+if __name__ == "__main__":
+    main()
