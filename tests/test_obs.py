@@ -186,7 +186,8 @@ class Digits(nn.Module):
     def forward(self, x):
         x = torch.relu(self.stem(x))
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        x = torch.relu(y + self.short(x))
+        y += self.short(x)
+        x = nn.functional.relu(y, inplace=True)
         return self.head(torch.relu(self.hidden(x.flatten(1))))
 
 
@@ -352,3 +353,21 @@ def test_matrix_round_trip():
     weight = np.random.default_rng(0).standard_normal((4, 3, 2, 5)).astype(np.float32)
     assert (from_matrix(as_matrix(weight), weight.shape) == weight).all()
     assert len(consecutive_rows(10, 4)) == 3
+
+
+def test_command_line(digits, tmp_path):
+    from typer.testing import CliRunner
+
+    from colonnade.cli import application
+
+    export(digits[0], digits[1][:1], tmp_path / "dense.onnx")
+    np.savez(tmp_path / "inputs.npz", digits[1].numpy())
+    words = ["prune", str(tmp_path / "dense.onnx"), "-o", str(tmp_path / "out.onnx"), "--sparsity", "0.75"]
+    fitted = CliRunner().invoke(
+        application("prune"), [*words, "--method", "obs", "--calibration", str(tmp_path / "inputs.npz")]
+    )
+    assert fitted.exit_code == 0 and "retained output" in fitted.output
+    assert (tmp_path / "out.onnx").exists()
+    for more, message in ((["--method", "obs"], "needs --calibration"), (["--calibration", "x"], "belongs to")):
+        refused = CliRunner().invoke(application("prune"), [*words, "--force", *more])
+        assert isinstance(refused.exception, UserError) and message in str(refused.exception)

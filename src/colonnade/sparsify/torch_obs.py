@@ -22,6 +22,7 @@ from colonnade.sparsify.sequential import Layer, LayerResult, Options, Values, p
 
 Weighted = (nn.Conv1d, nn.Conv2d, nn.Linear)
 Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -121,15 +122,16 @@ class Runner:
         kwargs = cast(dict[str, Any], fx.node.map_arg(node.kwargs, look))
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
-            if isinstance(module, nn.ReLU | nn.ReLU6 | nn.Hardswish | nn.SiLU) and module.inplace:
-                # The value may still be wanted by others.
-                args = (args[0].clone(), *args[1:])
+            if getattr(module, "inplace", False):
+                args = _own(args)
             return module(*args, **kwargs)
         if node.op == "call_function":
-            if node.target in (operator.iadd,):
-                return args[0] + args[1]
+            if node.target in IN_PLACE or kwargs.get("inplace"):
+                args = _own(args)
             return cast(Any, node.target)(*args, **kwargs)
         if node.op == "call_method":
+            if str(node.target).endswith("_"):
+                args = _own(args)
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "get_attr":
             found: Any = self.model
@@ -137,6 +139,11 @@ class Runner:
                 found = getattr(found, part)
             return found
         raise UserError(f"cannot run {node.op} {node.name}")
+
+
+def _own(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of an operator that works in place: others may still want its first one."""
+    return (args[0].clone(), *args[1:])
 
 
 class TorchChain:
