@@ -188,7 +188,7 @@ class Digits(nn.Module):
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
         y += self.short(x)
         x = nn.functional.relu(y, inplace=True)
-        return self.head(torch.relu(self.hidden(x.flatten(1))))
+        return self.head(torch.relu(self.hidden(x.view(x.size(0), -1))))
 
 
 @pytest.fixture(scope="module")

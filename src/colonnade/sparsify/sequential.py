@@ -290,4 +290,7 @@ def _at(layer: Layer, maps: Array, picks: tuple[Array, ...]) -> Array:
 
 def _held(arrays: Arrays, values: Values, least: int) -> Values:
     """Values as they are kept: half precision where they are large and it can hold them."""
-    return {name: arrays.compact(value, least, HALF_LARGEST) for name, value in values.items()}
+    return {
+        name: arrays.compact(value, least, HALF_LARGEST) if hasattr(value, "dtype") else value  # a size may be a number
+        for name, value in values.items()
+    }

@@ -11,12 +11,13 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
-from colonnade.sparsify.arrays import TorchArrays
+from colonnade.sparsify.arrays import Arrays, NumpyArrays, TorchArrays
 from colonnade.sparsify.masks import remove_masks, set_mask
 from colonnade.sparsify.sequential import Layer, LayerResult, Options, Values, prune_chain
 
@@ -161,7 +162,9 @@ class TorchChain:
         self.skipped = {name for name, count in calls.items() if count > 1} | (wanted - set(calls))
         self.starts = [node for node in nodes if str(node.target) not in self.skipped]
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self.arrays = TorchArrays(device)
+        # On a CPU, SciPy's LAPACK and numpy's symmetric products are faster than torch's.
+        self.arrays: Arrays = NumpyArrays() if device.type == "cpu" else TorchArrays(device)
+        self.device = device
         self.layers = [self._layer(node) for node in self.starts]
         self.bounds = [0, *(self.runner.position[node] for node in self.starts), len(self.runner.nodes)]
 
@@ -208,12 +211,18 @@ class TorchChain:
 
     def inputs(self) -> list[Values]:
         name = self.runner.needed[0].name
-        device = self.arrays.device
-        return [{name: batch[0].to(device)} for batch in self.calibration]
+        return [{name: self._out(batch[0].detach().to(self.device))} for batch in self.calibration]
+
+    def _out(self, value: Any) -> Any:
+        """A value as the solver's arrays, in the same memory."""
+        return value.numpy() if isinstance(value, Tensor) and isinstance(self.arrays, NumpyArrays) else value
 
     @torch.no_grad()
     def run(self, stage: int, values: Values) -> Values:
-        return self.runner.run(self.bounds[stage], self.bounds[stage + 1], values)
+        given = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}
+        found = self.runner.run(self.bounds[stage], self.bounds[stage + 1], given)
+        # What is passed on stays the same object: that is how equal values of both models are known.
+        return {name: values[name] if name in values else self._out(value) for name, value in found.items()}
 
     @torch.no_grad()
     def assign(self, layer: Layer, weight: Floats, bias: Floats) -> None:
