@@ -166,6 +166,8 @@ def in_place(
     strips = -(-lanes // (nv * (isa.lanes or 8)))
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
     blocks = (1, 4, 0) if strips > 4 else (1, 0) if strips > 1 else (0,)
+    if isa.scalable:  # modelled: strips next to each other share translations, DRAM bursts and the tile's weights
+        blocks = (4, 1, 0) if strips > 4 else (0, 1) if strips > 1 else (0,)
     for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
         # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
         habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
@@ -215,13 +217,14 @@ def cost(tiled: TiledWeights, lanes: int, mr: int, nv: int, isa: Isa) -> float:
 def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float:
     """Cycles a kept column costs a two-wide in-order core with one vector-arithmetic and one vector-memory pipe: the
     busiest of arithmetic (LMUL a multiply-add), load (2.2 LMUL) and issue (a multiply-add and its weight a row, five
-    more), what waits for the column, and its way through the caches. VLEN is taken as 256; a strip costs the same
-    however few lanes it has."""
+    more), its way through the caches, and the wait for a load where no second column has a register. VLEN is taken as
+    256; a strip costs the same however few lanes it has."""
     strips = -(-lanes // (8 * lmul))
     total = 0.0
     for tile in tiled.tiles:
         for rows in _heights(len(tile.rows), mr):
-            column = max(rows * lmul, 2.2 * lmul, rows + 2.5) + 1.5 + 0.2 * lmul
+            late = 0 if ring(rows, lmul)[0] > 1 else 7 + 2.2 * lmul
+            column = max(rows * lmul, 2.2 * lmul, rows + 2.5) + 1.5 + 0.2 * lmul + late
             total += strips * (len(tile.columns) * column + 8 * rows * lmul)  # bias, limits, holes, store
     return total
 
