@@ -29,7 +29,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb("colonnade.cli_demo", "demo", "The whole road on bundled real data, in a few minutes."),
-    "inspect": Verb("colonnade.cli_inspect", "inspect", "List a model's layers and what can be pruned, building nothing."),
+    "inspect": Verb("colonnade.cli_inspect", "inspect", "List layers, and what can be pruned."),
     "prune": Verb("colonnade.cli_prune", "prune", "Prune an ONNX model column-wise; the result is plain ONNX."),
     "finetune": Verb("colonnade.cli_finetune", "finetune", "Train a pruned torch model further, its zeros frozen."),
     "tune": Verb("colonnade.cli_tune", "tune", "Measure the candidates for every layer on the target."),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from colonnade.cli_shapes import InputShapes, Outputs, parse_shapes
 from colonnade.cli_tune import Compiler, Cpus, Db, IsaName, Target, Threads, bar, seconds, size_text
 from colonnade.errors import UserError
 
@@ -31,6 +32,8 @@ def build(
     budget: Annotated[str, typer.Option("--budget", help="Time that --tune may take, such as 120s.")] = "120s",
     db: Db = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch size; the model's own by default.")] = None,
+    input_shape: InputShapes = None,
+    outputs: Outputs = None,
     preprocess: Annotated[
         str | None, typer.Option("--preprocess", metavar="imagenet|FILE.json", help="How photos become inputs.")
     ] = None,
@@ -46,7 +49,7 @@ def build(
     console = Console(stderr=True)
     options: dict[str, Any] = {
         "threads": threads, "cpus": cpus, "isa": isa, "batch": batch, "out": output, "db": db, "cc": cc,
-        "preprocess": preprocess, "force": force,
+        "input_shapes": parse_shapes(input_shape), "outputs": outputs, "preprocess": preprocess, "force": force,
         "notice": lambda line: console.print(line, markup=False, highlight=False),
     }  # fmt: skip
     if tune:

@@ -74,6 +74,15 @@ class Importer:
         Raises:
             UserError: naming every operator that is not supported, with its node and what to do.
         """
+        self.walk()
+        if self.problems:
+            count = len(self.problems)
+            raise UserError("\n".join([f"{count} part{'s' * (count > 1)} of the model not supported:", *self.problems]))
+        order = [value.name for value in self.graph.outputs]
+        self.outputs.sort(key=lambda port: order.index(port.name))
+
+    def walk(self) -> None:
+        """Import what can be; ``problems`` names the rest."""
         for value in self.graph.inputs:
             self._import(value)
         for node in self.graph:
@@ -86,11 +95,6 @@ class Importer:
                 self._export(value)
             elif value not in self._values and value not in self._unknown:
                 self._export_constant(value)
-        if self.problems:
-            count = len(self.problems)
-            raise UserError("\n".join([f"{count} part{'s' * (count > 1)} of the model not supported:", *self.problems]))
-        order = [value.name for value in self.graph.outputs]
-        self.outputs.sort(key=lambda port: order.index(port.name))
 
     def _node(self, node: ir.Node) -> None:
         label = f"{node.op_type} {node.name or node.outputs[0].name!r}"

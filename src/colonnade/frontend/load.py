@@ -57,6 +57,23 @@ def load(
     return place_all(name, importer, _needed(steps))
 
 
+def examine(
+    model: str | Path | ir.Model | onnx.ModelProto,
+    *,
+    batch: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    outputs: Sequence[str] | None = None,
+) -> tuple[list[tuple[str, Workload]], list[str]]:
+    """(name and workload of every step that can be imported, a line for every part that cannot), without a plan.
+
+    Raises:
+        UserError: the file cannot be read, a size stays free, or a name is unknown.
+    """
+    importer = Importer(clean(read(model), batch, input_shapes, outputs).graph, HANDLERS)
+    importer.walk()
+    return [(step.name, _with_sparsity(step)) for step in importer.steps], importer.problems
+
+
 def _needed(steps: list[Draft]) -> list[Draft]:
     """Without steps whose result nobody reads."""
     read_by_someone: set[Tensor] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -200,8 +201,8 @@ HANDLERS: dict[str, Handler] = {
     "MatMul": matmul,
     "Softmax": softmax,
     "LogSoftmax": log_softmax,
-    "LayerNormalization": lambda importer, node: layer_norm(importer, node, True),
-    "RMSNormalization": lambda importer, node: layer_norm(importer, node, False),
+    "LayerNormalization": partial(layer_norm, centred=True),
+    "RMSNormalization": partial(layer_norm, centred=False),
     "InstanceNormalization": group_norm,
     "GroupNormalization": group_norm,
     "LpNormalization": lp_norm,

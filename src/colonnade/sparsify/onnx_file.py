@@ -154,6 +154,34 @@ def prune_file(
     return PruneReport(source, destination, pattern, tuple(_report(layer, reports.get(id(layer))) for layer in layers))
 
 
+def read_layers(
+    model: "onnx.ModelProto", exclude: Sequence[str] = ()
+) -> list[tuple[LayerReport, npt.NDArray[Any] | None]]:
+    """All weighted layers of a model with why they would stay dense, and their weights with rows first.
+
+    Nothing is changed; the weights are None where they are no readable constant.
+    """
+    import onnx
+
+    layers, weights = _read(model.graph)
+    if layers:
+        _keep_dense(model.graph, layers)
+        _exclude(layers, exclude)
+    for weight in weights:
+        _settle(weight)
+    found: list[tuple[LayerReport, npt.NDArray[Any] | None]] = []
+    for layer in layers:
+        matrix = None
+        if layer.weight is not None:
+            try:
+                stored = onnx.numpy_helper.to_array(layer.weight.tensor)
+                matrix = stored.T if layer.transposed else stored
+            except (ValueError, TypeError):
+                layer.reason = "weights cannot be read"
+        found.append((_report(layer, None), matrix))
+    return found
+
+
 def _report(layer: _Layer, pruned: tuple[int, int, int, float] | None) -> LayerReport:
     shape = tuple(layer.weight.tensor.dims) if layer.weight else ()
     name = layer.weight.name if layer.weight else ""

@@ -1,0 +1,45 @@
+"""Write docs/operators.md from the frontend's registry: `python scripts/operators.py`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from pathlib import Path
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "operators.md"
+HEAD = """# Operators
+
+Written by `scripts/operators.py` from the registry of the frontend (`src/colonnade/frontend/registry.py`).
+
+ONNX operators of opsets 9 to 23 that can be imported, with what becomes of them. Everything is computed in float32:
+float16 inputs and outputs are converted at the model's edges, whole numbers and truths too (exact up to 2^24).
+`Planes` are what convolutions read (see `layout.md`), `dense arrays` are row-major. Sizes are fixed when a model is
+imported; axes, shapes, pads and the weights of convolutions must be constants. Nodes whose inputs are all constant, and
+`Constant`, `ConstantOfShape`, `Range`, `Shape` and the like that follow from sizes, are computed at import. Functions
+that exporters write as several nodes (SiLU, hard-swish, Mish, GELU, LayerNorm) are found again; functions and limits
+end the step before them where they can.
+
+What the onnx package's own tests try that is refused stands in `tests/onnx_refused.txt`, a reason each.
+
+| operator | how |
+|---|---|
+"""
+
+
+def text() -> str:
+    """The whole page."""
+    from colonnade.frontend.registry import HANDLERS
+
+    rows = []
+    for name in sorted(HANDLERS):
+        handler = HANDLERS[name]
+        plain = handler.func if isinstance(handler, functools.partial) else handler
+        words = " ".join((inspect.getdoc(plain) or "").split("\n\n")[0].split())
+        rows.append(f"| {name} | {words} |")
+    return HEAD + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(text(), encoding="utf-8")
+    print(f"{TARGET.name}: {len(text().splitlines())} lines", file=sys.stderr)
