@@ -7,8 +7,8 @@ import torch
 from models import Builder
 from PIL import Image
 
-from colonnade.errors import UserError
 from colonnade.accuracy import Accuracy, calibration_inputs, compare, evaluate, samples, wilson
+from colonnade.errors import UserError
 
 SPEC = {"resize": None, "crop": [8, 8], "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
