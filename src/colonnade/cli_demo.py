@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ def demo(
         raise UserError(f"{output}: exists and is not the folder of a demo; choose another with -o")
     output.mkdir(parents=True, exist_ok=True)
     (output / MARK).touch()
+    # Idle threads of torch sleep: spinning, two of them on a busy machine take ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -62,7 +62,7 @@ def demo(
     *,
     sparsity: float = 0.75,
     threads: int = 1,
-    epochs: int = 5,
+    epochs: int = 4,
     retrain: int = 3,
     budget: float = 30.0,
     widths: tuple[int, int, int] = (64, 128, 256),
@@ -72,7 +72,8 @@ def demo(
     shown = console.is_terminal
     train, test = digits()
     torch.manual_seed(0)
-    model = SmallResNet(widths)
+    # This order of memory is the faster one for training convolutions on CPUs; the numbers mean the same.
+    model: nn.Module = SmallResNet(widths).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = DataLoader(Shifted(*train), BATCH, shuffle=True, drop_last=True)
 
     console.print(
