@@ -126,6 +126,7 @@ def test_bfloat16_leaves_no_wrapper(start: nn.Module, data: tuple[Shifted, Tenso
         ({"optimizer": "magic"}, "optimizer is 'magic'"),
         ({"mixed_precision": "int3"}, "mixed_precision is 'int3'"),
         ({"lr": 1e30}, "the loss became"),
+        ({"teacher_share": 2.0}, "teacher_share=2.0"),
     ],
 )
 def test_wrong_options(
@@ -133,6 +134,28 @@ def test_wrong_options(
 ) -> None:
     with pytest.raises(UserError, match=said):
         tune(copy.deepcopy(start), data, **options)
+
+
+def test_processes_that_do_not_meet(
+    start: nn.Module, data: tuple[Shifted, TensorDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="set ACCELERATE_USE_CPU"):
+        tune(copy.deepcopy(start), data)
+
+
+def test_a_teacher_is_learned_from(start: nn.Module, data: tuple[Shifted, TensorDataset]) -> None:
+    """With its whole share the labels do not count: answers come closer to the teacher's, who stays as she is."""
+    torch.manual_seed(1)
+    teacher = SmallResNet((16, 16, 24)).eval()
+    before = copy.deepcopy(teacher.state_dict())
+    model = copy.deepcopy(start)
+    history = tune(
+        model, data, epochs=4, lr=0.02, teacher=teacher, teacher_share=1.0, loss=lambda out, _: out.sum() * 0
+    )
+    assert history.epochs[-1].loss < 0.5 * history.epochs[0].loss
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
 @pytest.fixture(autouse=True)

@@ -102,7 +102,7 @@ def finetune(
     import copy
 
     import torch
-    from accelerate import PartialState
+    from accelerate import Accelerator
     from rich.console import Console
     from torch.utils.data import DataLoader
 
@@ -119,7 +119,7 @@ def finetune(
     example = torch.zeros(1, *samples.shape)
     _check(network, example, samples.labels)
     teacher = copy.deepcopy(network) if distill else None
-    main = PartialState().is_main_process
+    main = Accelerator().is_main_process
     console = Console(stderr=True, quiet=not main)
     if wanted is not None:
         with console.status("pruning"):

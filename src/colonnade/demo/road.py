@@ -28,8 +28,8 @@ from colonnade.sparsify.masks import sparsify_
 from colonnade.sparsify.torch_model import export
 
 BATCH = 64
-ROUNDS = 15  # of REPEAT runs each; dense and pruned take turns, so that a busy moment hits both
-REPEAT = 40
+ROUNDS = 60  # of REPEAT runs of each network
+REPEAT = 10
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,25 @@ def _answer(session: Session, image: Tensor) -> Tensor:
 
 
 def _latencies(sessions: list[Session], image: Tensor) -> list[float]:
-    """Median time of one run of each session, in milliseconds."""
+    """Median time of one run of each session, in milliseconds, over the calmest third of the rounds.
+
+    A round times all sessions in turn, and is kept or dropped for all of them: a busy moment of the machine flatters
+    none, and would weigh most on the slowest.
+    """
     feeds = [{session.get_inputs()[0].name: as_input(image)} for session in sessions]
-    times: list[list[float]] = [[] for _ in sessions]
-    for turn in range(ROUNDS + 1):
-        for index, session in enumerate(sessions):
+    rounds: list[list[list[float]]] = []
+    for _ in range(ROUNDS + 1):
+        rounds.append([])
+        for session, feed in zip(sessions, feeds, strict=True):
+            times = []
             for _ in range(REPEAT):
                 began = time.perf_counter_ns()
-                session.run(feeds[index])
-                if turn:  # the first turn warms up
-                    times[index].append((time.perf_counter_ns() - began) / 1e6)
-    return [statistics.median(values) for values in times]
+                session.run(feed)
+                times.append((time.perf_counter_ns() - began) / 1e6)
+            rounds[-1].append(times)
+    # the first round warms up
+    calm = sorted(rounds[1:], key=lambda parts: sum(map(statistics.median, parts)))[: ROUNDS // 3]
+    return [statistics.median([value for parts in calm for value in parts[index]]) for index in range(len(sessions))]
 
 
 def _build(name: str, folder: Path, threads: int, budget: float, console: Console, db: Path | None) -> Bundle:

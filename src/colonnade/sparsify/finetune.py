@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -116,6 +117,11 @@ def finetune(
     # The state is process-wide and would keep the precision of an earlier call.
     AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
+    if accelerator.num_processes == 1 < int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but Accelerate would let each train on its own: "
+            "without GPUs, set ACCELERATE_USE_CPU=true"
+        )
     set_seed(seed)
     shares: dict[str, Any] = {
         "rank": accelerator.process_index, "processes": accelerator.num_processes, "device": accelerator.device,
