@@ -88,6 +88,53 @@ def test_patterns_by_name(net: Net, x: torch.Tensor) -> None:
     assert found["second"].pattern is None
 
 
+class Stages(nn.Module):
+    """Layers in groups with dotted names, a transposed one, linear ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.layer1 = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1))
+        self.layer2 = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1))
+        self.up = nn.ConvTranspose2d(24, 16, 2, stride=2)
+        self.head = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.up(self.layer2(self.layer1(self.stem(x)))).mean((2, 3)))
+
+
+def test_patterns_by_group_of_layers(x: torch.Tensor, tmp_path: Path) -> None:
+    """The first key that matches counts; what runs afterwards is what torch says."""
+    torch.manual_seed(0)
+    model = Stages().eval()
+    heavy, light, linear = cn.ColumnPattern(0.875, tile=8), cn.ColumnPattern.nm(2, 4, tile=4), cn.ColumnPattern(0.5)
+    layers = {
+        layer.name: layer
+        for layer in cn.sparsify_(
+            model, {"layer2.0": None, "layer2.*": heavy, r"layer\d\..*": light, "head.*": linear}, x
+        )
+    }
+    assert list(layers)[-3:] == ["up", "head.0", "head.2"]
+    assert {name: layer.reason for name, layer in layers.items() if layer.pattern is None} == {
+        "stem": "stem", "layer2.0": "not named", "up": "transposed convolution", "head.2": "classifier",
+    }  # fmt: skip
+    assert {name: layer.sparsity for name, layer in layers.items() if layer.pattern is not None} == {
+        "layer1.0": 0.5, "layer1.2": 0.5, "layer2.2": 0.875, "head.0": 0.5,
+    }  # fmt: skip
+    (tile, *_) = discover(as_matrix(model.head[0].weight.detach().numpy())).tiles
+    assert (len(tile.rows), len(tile.columns)) == (8, 8)
+    bundle = cn.build(cn.export(model, x, tmp_path / "stages.onnx"), out=tmp_path / "bundle")
+    with cn.Session(bundle.path) as session, torch.no_grad():
+        np.testing.assert_allclose(session.run({"input": x.numpy()})["output"], model(x).numpy(), atol=1e-5)
+
+
+def test_transposed_convolutions_stay_dense(x: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=r"layer up is a transposed convolution \(ConvTranspose2d\) and stays dense"):
+        cn.sparsify_(Stages(), {"up": PATTERN}, x)
+    with pytest.raises(UserError, match="has no convolution or linear layer to prune"):
+        cn.sparsify_(nn.Sequential(nn.ConvTranspose2d(8, 8, 2)), PATTERN)
+
+
 def test_exclude(net: Net, x: torch.Tensor) -> None:
     cn.sparsify_(net, PATTERN, x, exclude=["second"])
     assert [name for name, _ in masks(net)] == ["grouped.weight"]

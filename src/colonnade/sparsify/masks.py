@@ -23,6 +23,11 @@ from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
 
 Prunable = (nn.Conv1d, nn.Conv2d, nn.Linear)
+# Listed with what happened, never pruned: the rows of their weights are inputs, or no kernel would use the zeros.
+Unprunable: dict[type[nn.Module], str] = {
+    nn.ConvTranspose1d: "transposed convolution", nn.ConvTranspose2d: "transposed convolution", nn.ConvTranspose3d: "transposed convolution",
+    nn.Conv3d: "three-dimensional convolution",
+}  # fmt: skip
 
 
 class ColumnMask(nn.Module):
@@ -64,9 +69,9 @@ def masks(model: nn.Module) -> Iterator[tuple[str, ColumnMask]]:
 
 
 def _order(model: nn.Module, example_inputs: Any) -> list[str]:
-    """Names of the prunable layers in the order in which they run (without inputs: in which they were registered)."""
+    """Names of the layers with weights in the order in which they run (without inputs: of their registration)."""
     layers: dict[nn.Module, str] = {
-        module: name for name, module in model.named_modules() if isinstance(module, Prunable)
+        module: name for name, module in model.named_modules() if isinstance(module, (*Prunable, *Unprunable))
     }
     if example_inputs is None:
         return list(layers.values())
@@ -92,7 +97,8 @@ def _order(model: nn.Module, example_inputs: Any) -> list[str]:
 
 def _dense_by_default(order: list[str], model: nn.Module) -> dict[str, str]:
     """Layers that stay dense unless they are named: layer -> why."""
-    reasons: dict[str, str] = {}
+    reasons = _never(order, model)
+    order = [name for name in order if name not in reasons]
     convolutions = [name for name in order if not isinstance(model.get_submodule(name), nn.Linear)]
     for name in convolutions:
         convolution = cast(nn.Conv2d, model.get_submodule(name))
@@ -103,6 +109,16 @@ def _dense_by_default(order: list[str], model: nn.Module) -> dict[str, str]:
     if len(order) > 1:
         reasons[order[-1]] = "classifier"
     return reasons
+
+
+def _never(order: list[str], model: nn.Module) -> dict[str, str]:
+    """Layers that cannot be pruned: layer -> why."""
+    return {
+        name: reason
+        for name in order
+        for kind, reason in Unprunable.items()
+        if isinstance(model.get_submodule(name), kind)
+    }
 
 
 def _matches(key: str, name: str) -> bool:
@@ -174,11 +190,17 @@ def sparsify_(
     if score not in SCORES:
         raise UserError(f"score is {score!r}: expected one of {', '.join(SCORES)}")
     order = _order(model, example_inputs)
-    if not order:
+    if len(order) == len(_never(order, model)):
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to prune")
-    reasons = _dense_by_default(order, model)
+    never, reasons = _never(order, model), _dense_by_default(order, model)
     excluded = list(exclude)
     chosen = _choose(order, pattern, reasons)
+    for name in order:
+        if name in never and chosen[name] is not None:
+            raise UserError(
+                f"layer {name} is a {never[name]} ({type(model.get_submodule(name)).__name__}) and stays dense: "
+                "take it out of the patterns"
+            )
     owners: dict[int, str] = {}
     planned: list[tuple[LayerPruning, Tensor | None]] = []
     for name in order:
