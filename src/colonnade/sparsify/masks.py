@@ -25,9 +25,11 @@ from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
 Prunable = (nn.Conv1d, nn.Conv2d, nn.Linear)
 # Listed with what happened, never pruned: the rows of their weights are inputs, or no kernel would use the zeros.
 Unprunable: dict[type[nn.Module], str] = {
-    nn.ConvTranspose1d: "transposed convolution", nn.ConvTranspose2d: "transposed convolution", nn.ConvTranspose3d: "transposed convolution",
+    nn.ConvTranspose1d: "transposed convolution",
+    nn.ConvTranspose2d: "transposed convolution",
+    nn.ConvTranspose3d: "transposed convolution",
     nn.Conv3d: "three-dimensional convolution",
-}  # fmt: skip
+}
 
 
 class ColumnMask(nn.Module):
@@ -70,9 +72,8 @@ def masks(model: nn.Module) -> Iterator[tuple[str, ColumnMask]]:
 
 def _order(model: nn.Module, example_inputs: Any) -> list[str]:
     """Names of the layers with weights in the order in which they run (without inputs: of their registration)."""
-    layers: dict[nn.Module, str] = {
-        module: name for name, module in model.named_modules() if isinstance(module, (*Prunable, *Unprunable))
-    }
+    kinds: tuple[type[nn.Module], ...] = (*Prunable, *Unprunable)
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, kinds)}
     if example_inputs is None:
         return list(layers.values())
     order: list[str] = []
