@@ -82,4 +82,5 @@ def test_equals_onnxruntime(
     files: Any, tmp_path: Path, network: str, percent: int, batch: int, size: tuple[int, int]
 ) -> None:
     share = kept(compare(files(network, percent), tmp_path, batch, size))
-    assert (share == 1) if percent == 0 else (share < 1 - 0.8 * percent / 100 + 0.1)
+    # the real weights of MobileNetV2, once quantised, bring a few zeros of their own
+    assert share > 0.9 if percent == 0 else share < 1.1 - 0.8 * percent / 100
