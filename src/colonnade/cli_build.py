@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from colonnade.bundle import Bundle
     from colonnade.targets import Target as Place
 
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 TOP = 5
 
 
@@ -176,13 +175,14 @@ def _load(path: Path, port: Any, preprocess: Any) -> npt.NDArray[Any]:
     """The array for one input, from an array's file or a photo."""
     import numpy as np
 
-    if path.suffix.lower() in PHOTOS:
+    from colonnade.photo import SUFFIXES, load_photo
+
+    if path.suffix.lower() in SUFFIXES:
         if preprocess is None:
             raise UserError(
                 f"{path}: the bundle does not say how a photo becomes its input; build it with --preprocess imagenet "
                 "or --preprocess FILE.json"
             )
-        from colonnade.photo import load_photo
 
         photo = load_photo(path, preprocess)
         shape = tuple(port["shape"])
@@ -197,7 +197,7 @@ def _load(path: Path, port: Any, preprocess: Any) -> npt.NDArray[Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or 'not an array'})") from error
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: neither an array (.npy) nor a photo ({', '.join(PHOTOS)})") from error
+        raise UserError(f"{path}: neither an array (.npy) nor a photo ({', '.join(SUFFIXES)})") from error
     if not isinstance(loaded, np.ndarray):
         loaded.close()
         raise UserError(f"{path}: several arrays in one file; save each as .npy and give them by name")
