@@ -136,7 +136,7 @@ def test_the_static_ranking_of_rvv():
     call, _ = operands(conv, ColumnPattern(0.75, tile=8), seed=0)
     ranked = registry.candidates(call, isa("rvv"), 1)
     assert ranked[0].kernel == "f32_spconv_8x2v__rvv" and not ranked[0].params["dense"]
-    assert {c.params["prefetch"] for c in ranked} == {0}
+    assert {c.params.get("prefetch", 0) for c in ranked} == {0}
     dense, _ = operands(conv, None, seed=0)
     best = registry.candidates(dense, isa("rvv"), 1)[0]
     rows, lmul = (int(x.rstrip("v")) for x in best.kernel.split("_")[2].split("x"))

@@ -44,7 +44,8 @@ try:
     import numpy as np
 
     with np.load("inputs.npz") as arrays:
-        run, answers, version, options = {name}(Path("model.onnx"), {{n: arrays[n] for n in arrays.files}}, threads)
+        feeds = {{n: arrays[n] for n in arrays.files}}
+    run, answers, version, options = {name}(Path("model.onnx"), feeds, threads, Path())
     if not repeat:
         np.savez("outputs.npz", *answers(run()))
     for _ in range(warmup):
@@ -80,9 +81,12 @@ class BoardPeer:
         self._program.write_text(SCRIPT.format(loader=inspect.getsource(loader), name=loader.__name__))
         self._program.chmod(0o755)
         self._files: dict[str, Path | bytes] = {"model.onnx": model, "inputs.npz": inputs}
-        for end in ("ncnn.param", "ncnn.bin"):
-            if kind == "ncnn" and model.with_suffix(f".{end}").is_file():
-                self._files[f"model.{end}"] = model.with_suffix(f".{end}")
+        if kind == "ncnn":
+            param = model.with_suffix(".ncnn.param")
+            if not param.is_file():  # the converter runs here, not on the board
+                with np.load(inputs) as arrays:
+                    param, _ = peers._pnnx(model, {name: arrays[name] for name in arrays.files}, folder)
+            self._files |= {"model.ncnn.param": param, "model.ncnn.bin": param.with_suffix(".bin")}
         ready, self._answers = self._run(0, 0)
         self.version, self.options = str(ready["version"]), dict(ready["options"])
 
