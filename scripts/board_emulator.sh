@@ -39,11 +39,13 @@ needs() { # PROGRAM PACKAGE ...: install what is missing
         die "apt-get install ${missing[*]} failed"
 }
 
-mirror() { # the Debian mirror that apt uses here, or Debian's own
+mirror() { # the Debian mirror that apt uses here, or the one that BOARD_MIRROR names
     local found
     found=$(apt-get indextargets --format '$(SITE)' 'Origin: Debian' 2>/dev/null |
         grep -v -- '-security' | grep -E '/debian/?$' | head -n 1) || true
-    echo "${found:-http://deb.debian.org/debian}"
+    found=${BOARD_MIRROR:-$found}
+    [ -n "$found" ] || die "apt knows no Debian mirror here: name one, BOARD_MIRROR=… make board-emulator"
+    echo "$found"
 }
 
 interpreter() { # compile board_cpu.c once
