@@ -1,12 +1,14 @@
 """Networks that people deploy, random weights, end to end in kernels against onnxruntime: dense and pruned.
 
-One combination a day is quick, by the date; the others are slow.
+One combination a day is quick, by the date; the others of the small networks are slow, and the large networks (up to
+minutes and gigabytes each) run on demand: COLONNADE_ALL_MODELS=1.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,8 @@ SPARSITIES = (0.0, 0.5, 0.75)
 
 def _share() -> list[Any]:
     small = [(name, sparsity) for sparsity in SPARSITIES for name in sorted(SMALL)]
-    large = [(name, sparsity) for name in sorted(LARGE) for sparsity in SPARSITIES]
+    wanted = sorted(LARGE) if os.environ.get("COLONNADE_ALL_MODELS") else []
+    large = [(name, sparsity) for name in wanted for sparsity in SPARSITIES]
     quick = small[datetime.date.today().toordinal() % len(small)]
     return [pair if pair == quick else pytest.param(*pair, marks=pytest.mark.slow) for pair in small + large]
 
