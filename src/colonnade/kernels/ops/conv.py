@@ -14,6 +14,7 @@ from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import depthwise, packing, winograd
+from colonnade.kernels.ops.shared import Identity
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed
@@ -243,24 +244,11 @@ def tiling(step: Operands, dense_tile: int) -> TiledWeights:
     """The tiles of the step's weights: read off their zeros, or all columns in tiles of ``dense_tile`` rows."""
     conv = step.workload
     assert isinstance(conv, Conv2d)
-    return _tiling(_Identity(step.constants["weight"]), conv.groups, dense_tile)
-
-
-class _Identity:
-    """A weight array as a cache key: equal when it is the same object."""
-
-    def __init__(self, array: npt.NDArray[np.float32]) -> None:
-        self.array = array
-
-    def __hash__(self) -> int:
-        return id(self.array)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.array is self.array
+    return _tiling(Identity(step.constants["weight"]), conv.groups, dense_tile)
 
 
 @lru_cache(maxsize=64)
-def _tiling(weight: _Identity, groups: int, dense_tile: int) -> TiledWeights:
+def _tiling(weight: Identity, groups: int, dense_tile: int) -> TiledWeights:
     rows = matrix(weight.array)
     return TiledWeights.dense_tiles(rows, dense_tile, groups) if dense_tile else discover(rows, groups)
 

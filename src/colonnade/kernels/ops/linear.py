@@ -11,7 +11,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops.conv import TILE, TILE_DTYPE
-from colonnade.kernels.ops.shared import f32, u32
+from colonnade.kernels.ops.shared import Identity, f32, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed, Rows
@@ -57,13 +57,13 @@ def _candidates(operands: Operands, isa: Isa, threads: int) -> Iterator[Candidat
     assert isinstance(linear, Linear)
     lanes = isa.lanes or 8
     weight = operands.constants["weight"]
-    pruned = not _tiling(_Identity(weight), 0).is_dense
+    pruned = not _tiling(Identity(weight), 0).is_dense
     for mb, nv in SHAPES:
         if mb > 1 and mb >= 2 * linear.batch:
             continue
         for dense in (0, 1) if pruned else (1,):
             tile = nv * lanes
-            tiled = _tiling(_Identity(weight), tile if dense else 0)
+            tiled = _tiling(Identity(weight), tile if dense else 0)
             vectors = sum(-(-len(t.rows) // lanes) * len(t.columns) for t in tiled.tiles)
             passes = -(-linear.batch // mb)
             # a multiply-add a vector and image, a weight load a vector and pass; few sums in flight wait for each other
@@ -73,21 +73,8 @@ def _candidates(operands: Operands, isa: Isa, threads: int) -> Iterator[Candidat
             yield Candidate(_symbol(mb, nv, isa), {"dense": dense, "tile": tile if dense else 0}, cost)
 
 
-class _Identity:
-    """A weight array as a cache key: equal when it is the same object."""
-
-    def __init__(self, array: npt.NDArray[np.float32]) -> None:
-        self.array = array
-
-    def __hash__(self) -> int:
-        return id(self.array)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.array is self.array
-
-
 @lru_cache(maxsize=16)
-def _tiling(weight: _Identity, dense_tile: int) -> TiledWeights:
+def _tiling(weight: Identity, dense_tile: int) -> TiledWeights:
     """The tiles read off the zeros, or all columns in tiles of ``dense_tile`` rows."""
     return TiledWeights.dense_tiles(weight.array, dense_tile) if dense_tile else discover(weight.array)
 
@@ -105,7 +92,7 @@ def _bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     linear, y = operands.workload, operands.output
     assert isinstance(linear, Linear) and y is not None
     assert y.rows.width == linear.out_channels
-    tiled = _tiling(_Identity(operands.constants["weight"]), candidate.params["tile"])
+    tiled = _tiling(Identity(operands.constants["weight"]), candidate.params["tile"])
     places, in_image = _inputs(operands.inputs[0])
     records = np.zeros(len(tiled.tiles), TILE_DTYPE)
     row = column = weight = 0
