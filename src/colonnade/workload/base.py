@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -57,27 +58,25 @@ class Epilogue:
 PLAIN = Epilogue()
 
 
-@runtime_checkable
-class Workload(Protocol):
-    """One operator call: shapes, strides, dtype and epilogue, but no data. Frozen dataclasses implement it."""
+class Workload(ABC):
+    """One operator call: shapes, strides, dtype and epilogue, but no data. Its classes are frozen dataclasses."""
 
-    @property
-    def op(self) -> str:
-        """Name of the operator: the kernels that implement it carry it in their registry row."""
-        ...
+    op: ClassVar[str]  # name of the operator: the kernels that implement it carry it in their registry row
 
     @property
     def macs(self) -> int:
         """Multiply-adds of the dense operator (0 where the notion makes no sense)."""
-        ...
+        return 0
 
     def key(self) -> str:
-        """Text that is equal exactly for equal workloads, stable over versions: part of every tuning record."""
-        ...
+        """``op(field=value,...)``, fields in order of declaration: equal exactly for equal workloads, stable over
+        versions, part of every tuning record."""
+        values = ",".join(f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{self.op}({values})"
 
+    @abstractmethod
     def reference(self, *inputs: Any, **constants: Any) -> Array:
         """The operator's definition in numpy: what every kernel is tested against."""
-        ...
 
 
 # constants that ``reference`` takes behind the first input, in this order; all others it takes by name
@@ -98,12 +97,6 @@ def activation_of(workload: Workload) -> Activation:
     found = getattr(holder, "activation", NONE)
     assert isinstance(found, Activation)
     return found
-
-
-def key_of(workload: Any) -> str:
-    """``op(field=value,...)`` of a workload dataclass, fields in order of declaration."""
-    values = ",".join(f"{f.name}={_text(getattr(workload, f.name))}" for f in fields(workload))
-    return f"{workload.op}({values})"
 
 
 def _text(value: Any) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from colonnade.workload.base import PLAIN, Activation, Array, Epilogue, key_of
+from colonnade.workload.base import PLAIN, Activation, Array, Epilogue, Workload
 
 
 @dataclass(frozen=True)
-class Conv2d:
+class Conv2d(Workload):
     """``activation(conv(x, w) + bias + residual)``.
 
     x [N, IC, H, W], w [OC, IC/groups, KH, KW], padding (top, left, bottom, right) in pixels.
@@ -21,6 +21,7 @@ class Conv2d:
     tiles weighted by their rows (``OC * K`` when dense): kept multiply-adds are ``columns * pixels``.
     """
 
+    op: ClassVar[str] = "conv2d"
     batch: int
     in_channels: int
     out_channels: int
@@ -36,11 +37,6 @@ class Conv2d:
     tile: int = 0
     columns: int = -1
     prologue: Activation | None = None
-
-    @property
-    def op(self) -> str:
-        """``conv2d``"""
-        return "conv2d"
 
     @property
     def out_height(self) -> int:
@@ -68,10 +64,6 @@ class Conv2d:
         if self.columns < 0:
             return self.macs
         return self.batch * self.out_height * self.out_width * self.columns
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(
         self,

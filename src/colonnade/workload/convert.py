@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from colonnade.workload.base import Array, key_of
+from colonnade.workload.base import Array, Workload
 
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(Workload):
     """``import``: the user's dense array → planes or rows. ``export``: planes or rows → the user's dense array.
     ``planes``: planes → planes of another pitch or of phases (``kept_phases`` may drop some; step
     ``stride`` picks pixels ``[::sy, ::sx]``). ``flatten``: planes → rows in (channel, row, column) order,
     and ``unflatten`` rows → planes likewise."""
 
+    op: ClassVar[str] = "convert"
     kind: str
     shape: tuple[int, ...]
     stride: tuple[int, int] = (1, 1)
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``convert``"""
-        return "convert"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any) -> Array:
         """The same values: [N, C, H, W] or, for ``flatten``, [N, C*H*W]."""
@@ -48,25 +35,12 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class Zeros:
+class Zeros(Workload):
     """Planes full of zeros [N, C, H, W]: the channels that a channel-padding shortcut appends."""
 
+    op: ClassVar[str] = "zeros"
     shape: tuple[int, ...]
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``zeros``"""
-        return "zeros"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, *_: Any) -> Array:
         """Zeros of ``shape``."""

@@ -10,12 +10,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.workload.base import Array, key_of
+from colonnade.workload.base import Array, Workload
 
 Table = npt.NDArray[np.int64]
 FILL = -(1 << 40)  # in a table: this element is the fill value; sums with other axes stay negative
@@ -35,32 +35,19 @@ def spread(tables: Sequence[Table]) -> Table:
 
 
 @dataclass(frozen=True)
-class Take:
+class Take(Workload):
     """``y[i, j, ...] = x.flat[axis0[i] + axis1[j] + ...]``, or ``fill`` where an entry is ``FILL``.
 
     Transposes, slices, gathers, pads, expansions and nearest resizing are such moves. Constants ``axis0``, ``axis1``,
     ... int64, one an axis of ``target``; ``maps`` is their digest.
     """
 
+    op: ClassVar[str] = "take"
     source: tuple[int, ...]
     target: tuple[int, ...]
     maps: str
     fill: float = 0.0
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``take``"""
-        return "take"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any, **tables: Table) -> Array:
         """``target``"""
@@ -71,26 +58,13 @@ class Take:
 
 
 @dataclass(frozen=True)
-class Join:
+class Join(Workload):
     """Arrays of ``shapes`` one after the other along ``axis``."""
 
+    op: ClassVar[str] = "join"
     shapes: tuple[tuple[int, ...], ...]
     axis: int
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``join``"""
-        return "join"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, *parts: Array) -> Array:
         """The joined array."""
@@ -98,25 +72,12 @@ class Join:
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Workload):
     """A constant ``value`` brought into the arena, where an operator wants a computed operand."""
 
+    op: ClassVar[str] = "constant"
     shape: tuple[int, ...]
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``constant``"""
-        return "constant"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, *_: Any, value: Array) -> Array:
         """``value``"""
@@ -154,9 +115,10 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
 
 
 @dataclass(frozen=True)
-class Elementwise:
+class Elementwise(Workload):
     """``a <kind> b`` (``where``: a ? b : c) with broadcasting as numpy does it; truths are 0 and 1."""
 
+    op: ClassVar[str] = "elementwise"
     kind: str
     shapes: tuple[tuple[int, ...], ...]
     dtype: str = "f32"
@@ -165,20 +127,6 @@ class Elementwise:
     def shape(self) -> tuple[int, ...]:
         """Of the result."""
         return np.broadcast_shapes(*self.shapes)
-
-    @property
-    def op(self) -> str:
-        """``elementwise``"""
-        return "elementwise"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, *operands: Array) -> Array:
         """``shape``"""
@@ -203,28 +151,15 @@ REDUCE: dict[str, Callable[[npt.NDArray[np.float64]], Any]] = {
 
 
 @dataclass(frozen=True)
-class Reduce:
+class Reduce(Workload):
     """``y[o, i] = <kind> over n of x[o, n, i]``."""
 
+    op: ClassVar[str] = "reduce"
     kind: str
     outer: int
     count: int
     inner: int
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``reduce``"""
-        return "reduce"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any) -> Array:
         """[outer, inner]"""
@@ -234,9 +169,10 @@ class Reduce:
 
 
 @dataclass(frozen=True)
-class MatMul:
+class MatMul(Workload):
     """``factor * a @ b``: a [*a_batch, M, K], b [*b_batch, K, N], batches broadcast as numpy does it."""
 
+    op: ClassVar[str] = "matmul"
     a_batch: tuple[int, ...]
     b_batch: tuple[int, ...]
     rows: int
@@ -251,18 +187,9 @@ class MatMul:
         return np.broadcast_shapes(self.a_batch, self.b_batch)
 
     @property
-    def op(self) -> str:
-        """``matmul``"""
-        return "matmul"
-
-    @property
     def macs(self) -> int:
         """Multiply-adds."""
         return prod(self.batch) * self.rows * self.inner * self.columns
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, a: Array, b: Array, *_: Any) -> Array:
         """[*batch, M, N]"""
@@ -272,31 +199,18 @@ class MatMul:
 
 
 @dataclass(frozen=True)
-class Normalise:
+class Normalise(Workload):
     """``(x - mean) / sqrt(variance + epsilon) * scale + shift`` over the last axis of [rows, width].
 
     ``centred``: subtract the mean (LayerNorm) or not (RMSNorm); scale and shift [width].
     """
 
+    op: ClassVar[str] = "normalise"
     rows: int
     width: int
     epsilon: float = 1e-5
     centred: bool = True
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``normalise``"""
-        return "normalise"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, scale: Array, shift: Array, *_: Any) -> Array:
         """[rows, width]"""
@@ -307,32 +221,19 @@ class Normalise:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Workload):
     """``y[o, j, i] = x[o, index[j], i]``: rows of a table by computed indices; negative ones count from the end.
 
     x [outer, size, inner], computed, or the constant ``table``; an index that is out of range is clamped.
     """
 
+    op: ClassVar[str] = "lookup"
     outer: int
     size: int
     inner: int
     count: int
     constant: bool
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``lookup``"""
-        return "lookup"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, index: Array, x: Array | None = None, *_: Any, table: Array | None = None) -> Array:
         """[outer, count, inner]"""
@@ -344,30 +245,17 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Cast:
+class Cast(Workload):
     """The user's array of another type to f32 (``import``) or back (``export``); numpy names.
 
     Whole numbers are exact up to 2^24, the largest that f32 holds.
     """
 
+    op: ClassVar[str] = "cast"
     kind: str
     shape: tuple[int, ...]
     type: str
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``cast``"""
-        return "cast"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Any, *_: Any) -> Any:
         """The same values."""

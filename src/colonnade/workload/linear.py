@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from colonnade.workload.base import PLAIN, Array, Epilogue, key_of
+from colonnade.workload.base import PLAIN, Array, Epilogue, Workload
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Workload):
     """``activation(x @ w.T + bias + residual)``; x [N, IC], w [OC, IC]. Also a 1x1 convolution on 1x1 maps."""
 
+    op: ClassVar[str] = "linear"
     batch: int
     in_channels: int
     out_channels: int
@@ -21,11 +22,6 @@ class Linear:
     dtype: str = "f32"
     tile: int = 0
     columns: int = -1
-
-    @property
-    def op(self) -> str:
-        """``linear``"""
-        return "linear"
 
     @property
     def k(self) -> int:
@@ -41,10 +37,6 @@ class Linear:
     def kept_macs(self) -> int:
         """Multiply-adds on kept weights."""
         return self.macs if self.columns < 0 else self.batch * self.columns
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(
         self, x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None, *_: Any

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from colonnade.workload.base import NONE, Activation, Array, key_of
+from colonnade.workload.base import NONE, Activation, Array, Workload
 from colonnade.workload.function import Function
 
 BINARY: dict[str, Callable[[Array, Array], Any]] = {
@@ -22,29 +22,16 @@ BINARY: dict[str, Callable[[Array, Array], Any]] = {
 
 
 @dataclass(frozen=True)
-class Binary:
+class Binary(Workload):
     """``activation(a <kind> b)``. a is [N, C, H, W] or [N, C]; b has a's shape, or is [N, C] beside planes
     (``broadcast``: one number a channel and image, as squeeze-and-excite scales)."""
 
+    op: ClassVar[str] = "binary"
     kind: str
     shape: tuple[int, ...]
     broadcast: bool = False
     activation: Activation = NONE
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``binary``"""
-        return "binary"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, a: Array, b: Array, *_: Any) -> Array:
         """Shape of a."""
@@ -53,27 +40,14 @@ class Binary:
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(Workload):
     """``activation(x * scale[c] + shift[c])``: a BatchNorm that no convolution could take, a bare activation, a
     multiplication by constants. x [N, C, H, W] or [N, C]; scale and shift [C]."""
 
+    op: ClassVar[str] = "affine"
     shape: tuple[int, ...]
     activation: Activation = NONE
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``affine``"""
-        return "affine"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, scale: Array, shift: Array, *_: Any) -> Array:
         """Shape of x."""
@@ -82,26 +56,13 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Unary:
+class Unary(Workload):
     """``function(x)`` of every element of [N, C, H, W] or [N, C]."""
 
+    op: ClassVar[str] = "unary"
     function: Function
     shape: tuple[int, ...]
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``unary``"""
-        return "unary"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any) -> Array:
         """Shape of x."""
@@ -109,25 +70,12 @@ class Unary:
 
 
 @dataclass(frozen=True)
-class Softmax:
+class Softmax(Workload):
     """Softmax over the last axis of [N, C]."""
 
+    op: ClassVar[str] = "softmax"
     shape: tuple[int, int]
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``softmax``"""
-        return "softmax"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any) -> Array:
         """[N, C]"""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from colonnade.workload.base import Array, key_of
+from colonnade.workload.base import Array, Workload
 from colonnade.workload.conv import out_size
 
 
 @dataclass(frozen=True)
-class Pool2d:
+class Pool2d(Workload):
     """``kind`` is ``max`` or ``avg``; padding (top, left, bottom, right).
 
     Padding never counts in a maximum. In an average it counts as zeros only when ``count_include_pad``;
     pixels beyond the padding (``ceil_mode``) never count.
     """
 
+    op: ClassVar[str] = "pool2d"
     kind: str
     batch: int
     channels: int
@@ -31,11 +32,6 @@ class Pool2d:
     ceil_mode: bool = False
     count_include_pad: bool = False
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``pool2d``"""
-        return "pool2d"
 
     @property
     def out_height(self) -> int:
@@ -55,15 +51,6 @@ class Pool2d:
         out = -(-(size + before + after - (kernel - 1) * dilation - 1) // stride) + 1
         # a window that would start beyond the padded input is dropped
         return out - 1 if (out - 1) * stride >= size + before else out
-
-    @property
-    def macs(self) -> int:
-        """0: a pool multiplies nothing."""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any) -> Array:
         """[N, C, OH, OW]"""
@@ -90,29 +77,16 @@ class Pool2d:
 
 
 @dataclass(frozen=True)
-class GlobalPool:
+class GlobalPool(Workload):
     """Mean (``avg``), ``sum`` or ``max`` over all pixels: [N, C, H, W] → [N, C]."""
 
+    op: ClassVar[str] = "global_pool"
     kind: str
     batch: int
     channels: int
     height: int
     width: int
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``global_pool``"""
-        return "global_pool"
-
-    @property
-    def macs(self) -> int:
-        """0: a pool multiplies nothing."""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any) -> Array:
         """[N, C]"""

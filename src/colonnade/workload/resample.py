@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from colonnade.workload.base import Array, key_of
+from colonnade.workload.base import Array, Workload
 
 
 @dataclass(frozen=True)
-class Resample:
+class Resample(Workload):
     """``y[r, c] = sum over taps of row_weight[r, i] * column_weight[c, j] * x[row[r, i], column[c, j]]``.
 
     Linear and cubic resizing. Constants: ``row`` int64 [OH, taps], ``row_weight`` float32 likewise, ``column`` and
     ``column_weight`` [OW, taps]; ``maps`` is their digest.
     """
 
+    op: ClassVar[str] = "resample"
     batch: int
     channels: int
     source: tuple[int, int]
@@ -25,20 +26,6 @@ class Resample:
     taps: tuple[int, int]
     maps: str
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``resample``"""
-        return "resample"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any, **constants: Any) -> Array:
         """[N, C, OH, OW]"""
@@ -54,29 +41,16 @@ class Resample:
 
 
 @dataclass(frozen=True)
-class Lrn:
+class Lrn(Workload):
     """``x / (bias + alpha / size * sum of squares over ``size`` channels around it) ** beta`` on [N, C, H, W]."""
 
+    op: ClassVar[str] = "lrn"
     shape: tuple[int, int, int, int]
     size: int
     alpha: float
     beta: float
     bias: float
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``lrn``"""
-        return "lrn"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any) -> Array:
         """Shape of x."""

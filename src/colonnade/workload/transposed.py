@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from colonnade.workload.base import Array, Epilogue, key_of
+from colonnade.workload.base import Array, Epilogue, Workload
 
 
 @dataclass(frozen=True)
-class ConvTranspose2d:
+class ConvTranspose2d(Workload):
     """``activation(conv_transpose(x, w) + bias)``: input pixel (i, j) adds ``x * w[kh, kw]`` to output pixel
     (i * sy + kh * dy - top, j * sx + kw * dx - left).
 
@@ -21,6 +21,7 @@ class ConvTranspose2d:
     ``tile`` and ``columns`` as in ``Conv2d``.
     """
 
+    op: ClassVar[str] = "conv_transpose2d"
     batch: int
     in_channels: int
     out_channels: int
@@ -36,11 +37,6 @@ class ConvTranspose2d:
     dtype: str = "f32"
     tile: int = 0
     columns: int = -1
-
-    @property
-    def op(self) -> str:
-        """``conv_transpose2d``"""
-        return "conv_transpose2d"
 
     def _out(self, axis: int) -> int:
         size, window = (self.height, self.width)[axis], (self.kernel[axis] - 1) * self.dilation[axis] + 1
@@ -82,10 +78,6 @@ class ConvTranspose2d:
         shifts = [shift for taps in self.taps(axis).values() for _, shift in taps] or [0]
         return max(0, -min(shifts)), max(0, max(shifts))
 
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
-
     def reference(self, x: Array, weight: Array, bias: Array | None = None, *_: Any) -> Array:
         """[N, OC, OH, OW]; sums in float64."""
         (n, g), (sy, sx), (dy, dx) = (self.batch, self.groups), self.stride, self.dilation
@@ -106,26 +98,13 @@ class ConvTranspose2d:
 
 
 @dataclass(frozen=True)
-class Interleave:
+class Interleave(Workload):
     """Planes in phases → plain planes [N, C, H, W]: pixel (y, x) stands in phase (y % sy, x % sx)."""
 
+    op: ClassVar[str] = "interleave"
     shape: tuple[int, ...]
     phases: tuple[int, int]
     dtype: str = "f32"
-
-    @property
-    def op(self) -> str:
-        """``interleave``"""
-        return "interleave"
-
-    @property
-    def macs(self) -> int:
-        """0"""
-        return 0
-
-    def key(self) -> str:
-        """Stable text, see ``Workload.key``."""
-        return key_of(self)
 
     def reference(self, x: Array, *_: Any) -> Array:
         """The same values."""
