@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import platform
-import selectors
 import signal
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from colonnade.errors import TargetError
 from colonnade.targets import probe
 from colonnade.targets.base import Machine, Outcome
+from colonnade.targets.pipes import drain
 
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -101,30 +101,21 @@ def execute(
     except OSError as error:
         raise TargetError(f"cannot start {command[0]}: {error.strerror}") from error
     assert process.stdout is not None and process.stderr is not None
-    parts: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+    out, err = bytearray(), bytearray()
     handed = 0
-    timed_out = False
+
+    def add(chunk: bytes) -> None:
+        nonlocal handed
+        out.extend(chunk)
+        end = out.rfind(b"\n") + 1
+        if on_line is not None and end > handed:
+            for line in out[handed:end].decode(errors="replace").splitlines():
+                on_line(line)
+            handed = end
+
     deadline = time.monotonic() + timeout
     try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ, "stdout")
-            selector.register(process.stderr, selectors.EVENT_READ, "stderr")
-            while selector.get_map():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    timed_out = True
-                    break
-                for ready, _ in selector.select(left):
-                    chunk = os.read(ready.fd, 1 << 16)
-                    if not chunk:
-                        selector.unregister(ready.fileobj)
-                        continue
-                    parts[ready.data] += chunk
-                    if ready.data == "stdout" and on_line is not None:
-                        end = parts["stdout"].rfind(b"\n") + 1
-                        for line in parts["stdout"][handed:end].decode(errors="replace").splitlines():
-                            on_line(line)
-                        handed = max(handed, end)
+        timed_out = not drain({process.stdout: add, process.stderr: err.extend}, deadline)
         if not timed_out:
             try:
                 process.wait(max(deadline - time.monotonic(), 0.1))
@@ -142,8 +133,8 @@ def execute(
         code=code if code >= 0 else 128 - code,
         signal=-code if code < 0 and not timed_out else 0,
         timed_out=timed_out,
-        stdout=parts["stdout"].decode(errors="replace"),
-        stderr=parts["stderr"].decode(errors="replace"),
+        stdout=out.decode(errors="replace"),
+        stderr=err.decode(errors="replace"),
     )
 
 

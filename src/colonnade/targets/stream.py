@@ -7,14 +7,14 @@ The far side marks its own lines on standard error with a secret word (``TOKEN w
 from __future__ import annotations
 
 import contextlib
-import os
-import selectors
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO
+
+from colonnade.targets.pipes import drain
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,9 @@ def exchange(
     timed_out = held = False
     end = f"{token} end\n".encode()
     try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ, "out")
-            selector.register(process.stderr, selectors.EVENT_READ, "err")
-            while selector.get_map():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    timed_out = True
-                    break
-                for ready, _ in selector.select(left):
-                    chunk = os.read(ready.fd, 1 << 17)
-                    if not chunk:
-                        selector.unregister(ready.fileobj)
-                    elif ready.data == "out":
-                        out.add(chunk)
-                    else:
-                        err += chunk
-                if hold and end in err:
-                    held = True
-                    break
+        pipes = {process.stdout: out.add, process.stderr: err.extend}
+        timed_out = not drain(pipes, deadline, lambda: hold and end in err)
+        held = hold and end in err
         if not timed_out and not held:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
