@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import Arranger, need, run
 
-from colonnade.frontend.importer import counting
+from colonnade.frontend.context import counting
 from colonnade.frontend.ops_resize import Axis, positions, taps
 from colonnade.kernels import registry
 from colonnade.kernels.isa import ISAS, Isa

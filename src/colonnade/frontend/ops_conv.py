@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from colonnade.frontend.context import Unsupported, layer_name
 from colonnade.frontend.draft import Value
-from colonnade.frontend.importer import Handler, Importer, Unsupported, layer_name
+from colonnade.frontend.importer import Handler, Importer
 from colonnade.workload import Array, Conv2d
 
 

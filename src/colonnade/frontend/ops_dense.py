@@ -8,8 +8,9 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
+from colonnade.frontend.context import Unsupported, counting, layer_name
 from colonnade.frontend.draft import Value
-from colonnade.frontend.importer import Handler, Importer, Unsupported, counting, layer_name
+from colonnade.frontend.importer import Handler, Importer
 from colonnade.frontend.ops_pointwise import per_channel_affine
 from colonnade.workload import Array, Elementwise, Function, MatMul, Normalise, Reduce, Softmax, Unary
 

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from colonnade.frontend.context import TYPES, Unsupported, exact, is_vector
 from colonnade.frontend.draft import Value
-from colonnade.frontend.importer import TYPES, Handler, Importer, Unsupported, exact, is_vector
+from colonnade.frontend.importer import Handler, Importer
 from colonnade.workload import FUNCTIONS, RELU, Activation, Affine, Array, Binary, Elementwise, Function, Unary
 
 

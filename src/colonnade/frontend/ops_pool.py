@@ -7,8 +7,9 @@ from math import prod
 
 import onnx_ir as ir
 
+from colonnade.frontend.context import Unsupported, counting
 from colonnade.frontend.draft import Value
-from colonnade.frontend.importer import Handler, Importer, Unsupported, counting
+from colonnade.frontend.importer import Handler, Importer
 from colonnade.frontend.ops_conv import along, padding, pair
 from colonnade.frontend.ops_shape import view
 from colonnade.workload import GlobalPool, Pool2d, Reduce

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from colonnade.frontend.importer import Handler, Importer, Unsupported, counting
+from colonnade.frontend.context import Unsupported, counting
+from colonnade.frontend.importer import Handler, Importer
 from colonnade.workload import Array, Lrn, Resample, digest
 
 Table = npt.NDArray[np.int64]

@@ -7,8 +7,9 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
+from colonnade.frontend.context import Unsupported, counting, exact
 from colonnade.frontend.draft import Draft, Tensor, Value, joined, whole
-from colonnade.frontend.importer import Handler, Importer, Unsupported, counting, exact
+from colonnade.frontend.importer import Handler, Importer
 from colonnade.workload import FILL, Convert, Elementwise, Join, Lookup, Zeros
 
 Table = np.typing.NDArray[np.int64]

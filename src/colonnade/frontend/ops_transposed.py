@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from colonnade.frontend.importer import Handler, Importer, Unsupported, layer_name
+from colonnade.frontend.context import Unsupported, layer_name
+from colonnade.frontend.importer import Handler, Importer
 from colonnade.frontend.ops_conv import pair
 from colonnade.workload import ConvTranspose2d
 

@@ -1,0 +1,303 @@
+"""What handlers of ONNX nodes work with: the values so far, the steps so far, conversions between their layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.plan import Port
+from colonnade.workload import (
+    Array,
+    Constant,
+    Convert,
+    Take,
+    Workload,
+    digest,
+    spread,
+)
+
+# element types of the model's inputs and outputs: numpy's names
+TYPES = {
+    ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.DOUBLE: "float64",
+    ir.DataType.BOOL: "bool",
+    ir.DataType.INT8: "int8", ir.DataType.INT16: "int16", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8", ir.DataType.UINT16: "uint16", ir.DataType.UINT32: "uint32",
+    ir.DataType.UINT64: "uint64",
+}  # fmt: skip
+
+
+class Unsupported(Exception):
+    """A node that cannot be imported; the text says why and what to do. Collected, reported all at once."""
+
+
+class Context:
+    """Values by ONNX value, steps in order, and what was converted already."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.steps: list[Draft] = []
+        self.inputs: list[Port] = []
+        self.outputs: list[Port] = []
+        self._values: dict[ir.Value, Value] = {}
+        self._writer: dict[Tensor, Draft] = {}
+        self._names: set[str] = set()
+        self._planes: dict[tuple[Tensor, tuple[int, ...]], Tensor] = {}
+        self._dense: dict[object, tuple[Tensor, Value]] = {}
+
+    # --- what handlers read -----------------------------------------------------------------------------------------
+
+    def value(self, node: ir.Node, index: int) -> Value:
+        """The imported value of an input."""
+        source = node.inputs[index] if index < len(node.inputs) else None
+        if source is None or source not in self._values:
+            raise Unsupported(f"input {index} must be computed from the model's inputs; it is a constant or missing")
+        ours = self._values[source]
+        return replace(ours, sole=ours.sole and len(source.uses()) == 1 and not source.is_graph_output())
+
+    def shape(self, node: ir.Node, index: int) -> tuple[int, ...]:
+        """Of an input, computed or constant."""
+        constant = self.constant(node, index)
+        return tuple(constant.shape) if constant is not None else self.value(node, index).shape
+
+    def planes(self, node: ir.Node, index: int) -> Value:
+        """The value of an input that must be [N, C, H, W], in planes."""
+        value = self.value(node, index)
+        if len(value.shape) != 4:
+            raise Unsupported(f"expected [N, C, H, W] with pixels, got shape {list(value.shape)}")
+        return self.in_planes(value)
+
+    def in_planes(self, value: Value) -> Value:
+        """[N, C, H, W] in planes, copied there once where it is a dense array."""
+        if not value.is_rows:
+            return value
+        tensor = value.tensors[0]
+        key = (tensor, value.shape)
+        if key not in self._planes:
+            writer = self._writer[tensor]
+            planes = Tensor(f"{tensor.name}.planes", value.shape)
+            name = self.unique(planes.name)
+            if not writer.inputs and isinstance(writer.workload, Convert) and writer.workload.kind == "import":
+                self.add(Draft(name, Convert("import", value.shape), [], planes, external=writer.external))
+            else:
+                self.add(Draft(name, Convert("unflatten", value.shape), [value], planes))
+            self._planes[key] = planes
+        return replace(whole(self._planes[key]), sole=False)
+
+    def dense(self, value: Value, name: str = "") -> Value:
+        """A dense array of the same shape, in row-major order; planes are copied there once."""
+        if value.is_rows:
+            return value
+        key = value.identity()
+        if key not in self._dense:
+            n, c, h, w = value.placed_shape
+            tensor = Tensor(f"{name or value.tensors[0].name}.rows", (n, c * h * w))
+            whole_tensor = value.tensor
+            writer = self._writer.get(whole_tensor) if whole_tensor is not None else None
+            label = self.unique(f"{name or value.tensors[0].name}.flatten")
+            if writer is not None and not writer.inputs and writer.external:
+                self.add(Draft(label, Convert("import", tensor.shape), [], tensor, external=writer.external))
+            else:
+                self.add(Draft(label, Convert("flatten", (n, c, h, w)), [value], tensor))
+            self._dense[key] = (tensor, value)
+        return Value(value.shape, (self._dense[key][0],), sole=False)
+
+    def array(self, node: ir.Node, index: int) -> Value:
+        """An input as a dense array, constants brought into the arena."""
+        constant = self.constant(node, index)
+        if constant is None:
+            return self.dense(self.value(node, index), node.outputs[0].name or "")
+        return self.brought(node.outputs[0].name or "", constant)
+
+    def brought(self, name: str, constant: npt.NDArray[np.generic]) -> Value:
+        """A constant as a dense array in the arena."""
+        numbers = exact(constant)
+        placed = (numbers.shape[0] if numbers.ndim else 1, prod(numbers.shape[1:]))
+        tensor = Tensor(f"{name}.constant", placed)
+        self.add(Draft(self.unique(tensor.name), Constant(placed), [], tensor, {"value": numbers}))
+        return Value(numbers.shape, (tensor,), sole=False)
+
+    def more_outputs(self, node: ir.Node) -> bool:
+        """Does anybody want an output of the node beyond the first?"""
+        return any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+
+    def is_integer(self, node: ir.Node, index: int = 0) -> bool:
+        """Is that input of a type of whole numbers?"""
+        value = node.inputs[index]
+        return value is not None and value.dtype is not None and "int" in TYPES.get(value.dtype, "")
+
+    def constant(self, node: ir.Node, index: int) -> npt.NDArray[np.generic] | None:
+        """The array of an input, or None when that input is absent or no constant."""
+        source = node.inputs[index] if index < len(node.inputs) else None
+        if source is None or source.const_value is None:
+            return None
+        return source.const_value.numpy()
+
+    def has(self, node: ir.Node, index: int) -> bool:
+        """Is that input given?"""
+        return index < len(node.inputs) and node.inputs[index] is not None
+
+    def numbers(self, node: ir.Node, index: int, what: str) -> Array:
+        """A constant float input.
+
+        Raises:
+            Unsupported: it is no constant, or holds NaN or infinity.
+        """
+        array = self.constant(node, index)
+        if array is None:
+            raise Unsupported(f"its {what} must be constant; export the model in inference mode")
+        numbers = np.asarray(array, np.float32)
+        if not np.isfinite(numbers).all():
+            raise Unsupported(f"its {what} holds NaN or infinity; repair the weights")
+        return numbers
+
+    def ints(self, node: ir.Node, attribute: str, index: int | None = None) -> list[int] | None:
+        """Integers given as attribute (older opsets) or as constant input ``index``; None when absent."""
+        if attribute in node.attributes:
+            return [int(i) for i in node.attributes[attribute].as_ints()]
+        if index is None or not self.has(node, index):
+            return None
+        array = self.constant(node, index)
+        if array is None:
+            raise Unsupported(f"its {attribute} must be constant; export the model with fixed shapes")
+        return [int(i) for i in array.reshape(-1)]
+
+    # --- what handlers write ----------------------------------------------------------------------------------------
+
+    def unique(self, name: str) -> str:
+        """``name``, or with a number behind it when it is taken."""
+        candidate, count = name, 1
+        while candidate in self._names:
+            count += 1
+            candidate = f"{name}.{count}"
+        self._names.add(candidate)
+        return candidate
+
+    def add(self, step: Draft) -> None:
+        """Append a step."""
+        self.steps.append(step)
+        if step.output is not None:
+            self._writer[step.output] = step
+
+    def set(self, node: ir.Node, value: Value, index: int = 0) -> None:
+        """The node's output is ``value``."""
+        self._values[node.outputs[index]] = value
+
+    def result(self, node: ir.Node, index: int = 0) -> Value:
+        """What the node's output is by now, for a handler that goes on with it."""
+        return self._values[node.outputs[index]]
+
+    def reshape(self, node: ir.Node, shape: tuple[int, ...]) -> None:
+        """See the node's output, a dense array, with another shape."""
+        self.set(node, self.result(node).seen(shape))
+
+    def emit(
+        self,
+        node: ir.Node,
+        workload: Workload,
+        inputs: list[Value],
+        placed: tuple[int, ...],
+        shape: tuple[int, ...] | None = None,
+        constants: dict[str, Array] | None = None,
+        name: str = "",
+    ) -> Value:
+        """Append the step that computes the node's output, a tensor ``placed`` = (N, C, H, W) or (N, C)."""
+        tensor = Tensor(node.outputs[0].name or node.op_type, placed)
+        name = name or node.name or tensor.name
+        self.add(Draft(self.unique(name), workload, inputs, tensor, constants or {}))
+        value = whole(tensor, shape)
+        self.set(node, value)
+        return value
+
+    def writer(self, value: Value) -> Draft | None:
+        """The step that computed exactly this value when nobody else reads it: it may be changed."""
+        tensor = value.tensor
+        return self._writer.get(tensor) if value.sole and tensor is not None else None
+
+    def dense_step(
+        self, node: ir.Node, workload: Workload, inputs: list[Value], shape: tuple[int, ...],
+        constants: dict[str, Array] | None = None, index: int = 0, name: str = "",
+    ) -> Value:  # fmt: skip
+        """Append a step that writes a dense array of ``shape``, the node's output ``index``."""
+        output = node.outputs[index].name or node.op_type
+        tensor = Tensor(output, (shape[0] if shape else 1, prod(shape[1:])))
+        self.add(Draft(self.unique(name or node.name or output), workload, inputs, tensor, constants or {}))
+        value = Value(shape, (tensor,))
+        self.set(node, value, index)
+        return value
+
+    def take(
+        self, node: ir.Node, x: Value, tables: list[npt.NDArray[np.int64]], fill: float = 0.0, index: int = 0,
+        shape: tuple[int, ...] | None = None,
+    ) -> Value:  # fmt: skip
+        """Append a move of elements (see ``workload.Take``); ``shape`` is the output's when it is not one axis a table.
+
+        Planes stay planes where every row of the output comes from one row of pixels.
+        """
+        target = tuple(len(table) for table in tables)
+        if prod(target) == 0:
+            raise Unsupported(f"its result {list(target)} is empty; remove it from the model")
+        constants: dict[str, Array] = {f"axis{i}": table for i, table in enumerate(tables)}  # type: ignore[misc]
+        planar = shape is None and len(target) == 4 and target[2:] != (1, 1) and not x.is_rows and fill == 0.0
+        if planar and separable(tables, x.shape[-1]):
+            take = Take(x.placed_shape, target, digest(tables), fill)
+            tensor = Tensor(node.outputs[index].name or node.op_type, target)
+            self.add(Draft(self.unique(node.name or tensor.name), take, [x], tensor, constants))
+            value = whole(tensor)
+            self.set(node, value, index)
+            return value
+        dense = self.dense(x, node.outputs[0].name or "")
+        take = Take(dense.shape, target, digest(tables), fill)
+        return self.dense_step(node, take, [dense], target if shape is None else shape, constants, index)
+
+    def to_rows(self, node: ir.Node, value: Value) -> Value:
+        """``value`` as rows: pixels flattened in (channel, row, column) order."""
+        return self.dense(value, node.outputs[0].name or "").matrix(len(value.shape) - 1)
+
+
+def layer_name(node: ir.Node) -> str:
+    """The name of a layer as its author knows it: that of its weight without the ending, if it has one."""
+    weight = node.inputs[1]
+    name = weight.name if weight is not None else None
+    if name and name.endswith(".weight"):
+        return name.removesuffix(".weight")
+    return node.name or node.outputs[0].name or node.op_type
+
+
+def separable(tables: list[npt.NDArray[np.int64]], width: int) -> bool:
+    """Does every row of the result come from one row of ``width`` source elements?"""
+    last, rows = tables[-1], spread(tables[:-1]).reshape(-1)
+    used = last[last >= 0]
+    return bool((used < width).all() and not (rows[rows >= 0] % width).any())
+
+
+def strides(shape: Sequence[int]) -> list[int]:
+    """Elements from one entry of every axis to the next, in row-major order."""
+    return [prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+def counting(shape: Sequence[int]) -> list[npt.NDArray[np.int64]]:
+    """The tables of a move that moves nothing: change them to say what does."""
+    return [np.arange(d, dtype=np.int64) * s for d, s in zip(shape, strides(shape), strict=True)]
+
+
+def exact(constant: npt.NDArray[np.generic]) -> Array:
+    """Constant numbers as float32.
+
+    Raises:
+        Unsupported: whole numbers that float32 does not hold.
+    """
+    numbers = np.asarray(constant).astype(np.float32)
+    if constant.dtype.kind in "iu" and not np.array_equal(numbers.astype(constant.dtype), constant):
+        raise Unsupported(f"holds whole numbers beyond {1 << 24}, which are not computed exactly; use smaller ones")
+    return numbers
+
+
+def is_vector(shape: Sequence[int]) -> bool:
+    """At most one axis behind the batch is longer than 1, so that rows can hold it without reordering."""
+    return len(shape) > 0 and max(shape[1:], default=1) == prod(shape[1:])
