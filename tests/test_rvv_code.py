@@ -110,8 +110,5 @@ def test_inner_loops_of_convolutions_do_nothing_but_the_work(library):
 
 def test_a_block_that_does_not_fit_is_seen_to_spill(tmp_path):
     """The check can fail: 16 rows of LMUL 2 and their column need 34 registers."""
-    variant = Variant(
-        "f32_spconv_16x2v__rvv", "spconv.c.in", {"MR": 16, "NV": 2, "row_counts": [16], "rings": {16: (1, 4)}}
-    )
     assert not conv.legal(16, 2, RVV)
-    assert any(faults(assembly([variant], tmp_path)).values())
+    assert any(faults(assembly([conv.variant(16, 2, RVV)], tmp_path)).values())

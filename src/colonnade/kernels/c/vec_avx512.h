@@ -80,5 +80,17 @@ VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; return _mm512_roun
 VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl) { (void)vl; return _mm512_scalef_ps(v, n); }
 VEC_INLINE float vec1_sum(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_add_ps(v); }
 VEC_INLINE float vec1_top(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_max_ps(v); }
+/* The rows of a tile in the lanes, n of them: rowsN_fma is acc + s * v, as above. */
+#define VEC_ROWS(N, TYPE, PREFIX) \
+    typedef TYPE rows##N##_t; \
+    VEC_INLINE rows##N##_t rows##N##_load(const float *p) { return PREFIX##_loadu_ps(p); } \
+    VEC_INLINE void rows##N##_store(float *p, rows##N##_t v) { PREFIX##_storeu_ps(p, v); } \
+    VEC_INLINE rows##N##_t rows##N##_splat(float x) { return PREFIX##_set1_ps(x); } \
+    VEC_INLINE rows##N##_t rows##N##_fma(rows##N##_t acc, float s, rows##N##_t v) { return PREFIX##_fmadd_ps(PREFIX##_set1_ps(s), v, acc); } \
+    VEC_INLINE rows##N##_t rows##N##_max(rows##N##_t a, rows##N##_t b) { return PREFIX##_max_ps(a, b); } \
+    VEC_INLINE rows##N##_t rows##N##_min(rows##N##_t a, rows##N##_t b) { return PREFIX##_min_ps(a, b); }
+VEC_ROWS(4, __m128, _mm)
+VEC_ROWS(8, __m256, _mm256)
+VEC_ROWS(16, __m512, _mm512)
 VEC_INLINE void vec_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 #endif

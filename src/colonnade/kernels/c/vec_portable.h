@@ -65,5 +65,38 @@ VEC_INLINE float vec1_top(vec1_t v, size_t vl)
     for (int i = 1; i < 8; i++) top = v.at[i] > top ? v.at[i] : top;
     return top;
 }
+/* the rows of a tile in the lanes, N of them */
+#define VEC_ROWS(N) \
+    typedef struct { float at[N]; } rows##N##_t; \
+    VEC_INLINE rows##N##_t rows##N##_load(const float *p) \
+    { \
+        rows##N##_t r; \
+        memcpy(r.at, p, sizeof r.at); \
+        return r; \
+    } \
+    VEC_INLINE void rows##N##_store(float *p, rows##N##_t v) { memcpy(p, v.at, sizeof v.at); } \
+    VEC_INLINE rows##N##_t rows##N##_splat(float x) \
+    { \
+        rows##N##_t r; \
+        for (int i = 0; i < N; i++) r.at[i] = x; \
+        return r; \
+    } \
+    VEC_INLINE rows##N##_t rows##N##_fma(rows##N##_t acc, float s, rows##N##_t v) \
+    { \
+        for (int i = 0; i < N; i++) acc.at[i] += s * v.at[i]; \
+        return acc; \
+    } \
+    VEC_INLINE rows##N##_t rows##N##_max(rows##N##_t a, rows##N##_t b) \
+    { \
+        for (int i = 0; i < N; i++) b.at[i] = a.at[i] > b.at[i] ? a.at[i] : b.at[i]; \
+        return b; \
+    } \
+    VEC_INLINE rows##N##_t rows##N##_min(rows##N##_t a, rows##N##_t b) \
+    { \
+        for (int i = 0; i < N; i++) b.at[i] = a.at[i] < b.at[i] ? a.at[i] : b.at[i]; \
+        return b; \
+    }
+VEC_ROWS(4)
+VEC_ROWS(8)
 VEC_INLINE void vec_prefetch(const void *p) { __builtin_prefetch(p); }
 #endif

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import depthwise, packing, winograd
+from colonnade.kernels.ops import depthwise, packing, strips, winograd
 from colonnade.kernels.ops.shared import Identity
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -50,6 +50,8 @@ CONV = Struct(
         Member("row_count", "u32"),
         Member("lanes", "u32", "lanes up to the last pixel"),
         Member("plane", "u32", "lanes of a whole plane, all of them written"),
+        Member("strips", "u32", "that share out the lanes, where a strip's length is known beforehand"),
+        Member("tail", "u32", "last of the lanes, computed with rows in the lanes of a vector, or 0"),
         Member("strip_block", "u32", "strips that run through all tiles before the next ones start"),
         Member("prefetch", "u32", "kept columns to prefetch ahead; 0: none"),
         Member("split_tiles", "u32", "threads share out 0: strips, 1: tiles"),
@@ -70,12 +72,20 @@ WEIGHTS_AHEAD = 8  # columns by which weights are padded, likewise
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every (MR, NV) worth compiling for ``isa``."""
-    for mr, nv in shapes(isa):
-        counts = row_counts(mr)
-        params = {"MR": mr, "NV": nv, "row_counts": counts, "rings": {m: ring(m, nv) for m in counts}}
-        yield Variant(symbol(mr, nv, isa), "spconv.c.in", params)
+    yield from (variant(mr, nv, isa) for mr, nv in shapes(isa))
     yield from depthwise.variants(isa)
     yield from winograd.variants(isa)
+
+
+def variant(mr: int, nv: int, isa: Isa) -> Variant:
+    """The kernel of ``mr`` rows by ``nv`` vectors."""
+    counts = row_counts(mr)
+    tails = strips.tails(mr, nv, isa)
+    params = {
+        "MR": mr, "NV": nv, "row_counts": counts, "rings": {m: ring(m, nv) for m in counts},
+        "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa),
+    }  # fmt: skip
+    return Variant(symbol(mr, nv, isa), "spconv.c.in", params)
 
 
 def row_counts(mr: int) -> list[int]:
@@ -148,10 +158,9 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             tiled = tiling(step, dense_tile=mr if dense else 0)
             if not worth_trying(mr, tiled, isa):
                 continue
-            work = cost(tiled, lanes, mr, nv, isa)
             if readable:
-                yield from in_place(mr, nv, dense, work, lanes, len(tiled.tiles), isa, threads)
-            packed += _packed(conv, tiled, mr, nv, dense, work, lanes, isa, threads)
+                yield from in_place([tiled], lanes, mr, nv, dense, isa, threads)
+            packed += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
         best = sorted({c.rank for c in packed})[: 2 * PACKED_SHAPES]
         if packing.packable(conv, source) and not (readable and depthwise.applies(conv)):
             yield from (c for c in packed if not readable or c.rank in best)
@@ -160,40 +169,53 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
 PACKED_SHAPES = 2
 
 
+def cuts(tiled: list[TiledWeights], lanes: int, mr: int, nv: int, isa: Isa) -> list[tuple[float, strips.Strips]]:
+    """(static cost, strips) of the ways to cut the lanes, the better one first: whole vectors, or with a tail."""
+    ways = [strips.whole(lanes, nv, isa), strips.tailed(lanes, mr, nv, isa)]
+    found = [(sum(cost(t, cut, lanes, mr, nv, isa) for t in tiled), cut) for cut in ways if cut is not None]
+    return sorted(found, key=lambda way: way[0])
+
+
 def in_place(
-    mr: int, nv: int, dense: int, cost: float, lanes: int, tiles: int, isa: Isa, threads: int
+    tiled: list[TiledWeights], lanes: int, mr: int, nv: int, dense: int, isa: Isa, threads: int
 ) -> Iterator[Candidate]:
-    """The run-time dimensions of one kernel that reads its input in place."""
-    strips = -(-lanes // (nv * (isa.lanes or 8)))
+    """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls."""
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
-    blocks = (1, 4, 0) if strips > 4 else (1, 0) if strips > 1 else (0,)
-    if isa.scalable:  # modelled: strips next to each other share translations, DRAM bursts and the tile's weights
-        blocks = (4, 1, 0) if strips > 4 else (0, 1) if strips > 1 else (0,)
-    for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
-        # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
-        habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
-        shares = tiles if split else strips
-        idle = -(-shares // threads) * threads / shares
-        params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": 0}
-        yield Candidate(symbol(mr, nv, isa), params, cost * habit * idle)
+    tiles = min((len(t.tiles) for t in tiled), default=1)
+    for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa)):
+        blocks = (1, 4, 0) if cut.count > 4 else (1, 0) if cut.count > 1 else (0,)
+        if isa.scalable:  # modelled: strips next to each other share translations, DRAM bursts and the tile's weights
+            blocks = (4, 1, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
+        for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
+            if index and (block != blocks[0] or ahead not in (0, 8)):
+                continue  # the way to cut that promises less is tried as it usually is best
+            # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
+            habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
+            params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": 0}
+            idle = _idle(tiles if split else cut.count, threads)
+            yield Candidate(symbol(mr, nv, isa), {**params, "tail": int(cut.tail > 0)}, work * habit * idle)
 
 
 def _packed(
-    conv: Conv2d, tiled: TiledWeights, mr: int, nv: int, dense: int, cost: float, lanes: int, isa: Isa, threads: int
+    conv: Conv2d, tiled: TiledWeights, lanes: int, mr: int, nv: int, dense: int, isa: Isa, threads: int
 ) -> Iterator[Candidate]:
     """Likewise of one that reads panels. Threads that share out tiles gather the same panels each."""
-    strips = -(-lanes // (nv * (isa.lanes or 8)))
     needed = np.zeros((conv.groups, tiled.shape[1]), bool)
     for tile in tiled.tiles:
         needed[int(tile.rows[0]) * conv.groups // conv.out_channels, tile.columns] = True
     rows = int(needed.sum())
-    gather = rows * strips * (2.0 * nv + 1)
-    for block, split in product((1, 4) if strips > 4 else (1,), (0, 1) if threads > 1 else (0,)):
-        shares = len(tiled.tiles) if split else strips
-        idle = -(-shares // threads) * threads / shares
-        params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
-        rank = (cost * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
-        yield Candidate(symbol(mr, nv, isa), params, rank)
+    for work, cut in cuts([tiled], lanes, mr, nv, isa):
+        gather = rows * sum(2.0 * width + 1 for width in cut.widths)
+        for block, split in product((1, 4) if cut.count > 4 else (1,), (0, 1) if threads > 1 else (0,)):
+            idle = _idle(len(tiled.tiles) if split else cut.count, threads)
+            params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
+            rank = (work * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
+            yield Candidate(symbol(mr, nv, isa), {**params, "tail": int(cut.tail > 0)}, rank)
+
+
+def _idle(shares: int, threads: int) -> float:
+    """By how much the busiest thread has more than an even part."""
+    return -(-shares // threads) * threads / shares
 
 
 def worth_trying(mr: int, tiled: TiledWeights, isa: Isa) -> bool:
@@ -202,16 +224,23 @@ def worth_trying(mr: int, tiled: TiledWeights, isa: Isa) -> bool:
     return mr <= tallest or mr == min((m for m, _ in shapes(isa) if m >= tallest), default=mr)
 
 
-def cost(tiled: TiledWeights, lanes: int, mr: int, nv: int, isa: Isa) -> float:
+def cost(tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, isa: Isa) -> float:
     """Static ranking. Fixed vectors: instructions issued, loads and broadcasts at half the price of a multiply-add."""
     if isa.scalable:
         return _cost_in_order(tiled, lanes, mr, nv)
-    vectors = -(-lanes // isa.lanes)
-    widths = [nv] * (vectors // nv) + ([vectors % nv] if vectors % nv else [])
+    widths = cut.widths
     total = 0.0
     for tile in tiled.tiles:
-        heights = _heights(len(tile.rows), mr)
-        total += len(tile.columns) * sum(m * v + 0.5 * (m + v) + 1 for m in heights for v in widths)
+        column = 0.0
+        for rows in _heights(len(tile.rows), mr):
+            column += sum(rows * v + 0.5 * (rows + v) + 1 for v in widths)
+            if not cut.tail:
+                continue
+            if rows == mr:
+                column += cut.done * (strips.lane_cost(mr, isa) + 0.25) + 0.5
+            else:  # a vector of its own
+                column += rows + 0.5 * (rows + 1) + 1
+        total += len(tile.columns) * column
     return total
 
 
@@ -292,11 +321,12 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     tiled = tiling(step, dense_tile=mr if params["dense"] else 0)
     isa = isa_named(candidate.kernel.rpartition("__")[2])
     panel = packing.Panel.of(conv, tiled) if feed else None
+    cut = strips.taken(candidate, layout.lanes, mr, nv, isa)
     per_group = conv.out_channels // conv.groups
     if panel is None:
         filled = tables(conv.key(), [column_offsets(conv, source, g) for g in range(conv.groups)], tiled, per_group)
     else:
-        scale = 1 if isa.scalable else nv * isa.lanes * layout.itemsize
+        scale = 1 if isa.scalable else cut.lanes(isa) * layout.itemsize
         filled = tables(conv.key(), panel.offsets(conv, scale), tiled, per_group)
     order = np.concatenate([tile.rows for tile in tiled.tiles])
     bias = step.constants.get("bias")
@@ -321,6 +351,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "row_count": len(order),
         "lanes": layout.lanes,
         "plane": layout.plane,
+        "strips": cut.count,
+        "tail": cut.tail,
         "strip_block": params["strip_block"],
         "prefetch": params["prefetch"],
         "split_tiles": params["split_tiles"],
@@ -330,9 +362,10 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     }
     if panel is None:
         return (Call(candidate.kernel, CONV.name, fields),)
-    scratch = packing.thread_bytes(panel, filled.offsets.size, params["strip_block"], nv, isa)
+    row = nv * packing.VLEN_LANES if isa.scalable else cut.lanes(isa)
+    scratch = packing.thread_bytes(panel, filled.offsets.size, params["strip_block"], row, isa)
     fields |= packing.fields(conv, source, layout, panel, step.constants)
-    fields |= {"thread_bytes": scratch, "offset_count": filled.offsets.size}
+    fields |= {"thread_bytes": scratch, "offset_count": filled.offsets.size, "panel_lanes": row}
     return (Call(candidate.kernel, PACKED.name, fields, scratch),)
 
 

@@ -44,6 +44,7 @@ MEMBERS = (
     Member("shift", "const float *"),
     Member("thread_bytes", "u32"),
     Member("panel_rows", "u32"),
+    Member("panel_lanes", "u32", "of a row, where a strip's length is known beforehand"),
     Member("run_count", "u32"),
     Member("offset_count", "u32", "entries of offsets"),
     Member("contiguous", "u32", "lanes of the input are those of the output: a row of a panel is one run of lanes"),
@@ -120,12 +121,11 @@ class Panel:
         return list(table)
 
 
-def thread_bytes(panel: Panel, offset_count: int, strip_block: int, nv: int, isa: Isa) -> int:
+def thread_bytes(panel: Panel, offset_count: int, strip_block: int, row_lanes: int, isa: Isa) -> int:
     """Scratch of one thread: the panels of a block of strips, a vector that may be written beyond them, and where a
     strip's length is known at run time only, the offsets in bytes."""
-    if isa.scalable:
-        return round_up(4 * (offset_count + strip_block * panel.rows * VLEN_LANES * nv), LINE)
-    return round_up(4 * isa.lanes * (strip_block * panel.rows * nv + 1), LINE)
+    lanes = strip_block * panel.rows * row_lanes
+    return round_up(4 * (lanes + (offset_count if isa.scalable else isa.lanes)), LINE)
 
 
 def fields(

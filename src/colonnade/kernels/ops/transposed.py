@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
+from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import conv as gather
+from colonnade.kernels.ops import strips
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -62,9 +64,7 @@ def _candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             phases = [tiled for _, taps, tiled in _phases(step, mr if dense else 0) if taps]
             if phases and not gather.worth_trying(mr, phases[0], isa):
                 continue
-            cost = sum(gather.cost(tiled, lanes, mr, nv, isa) for tiled in phases)
-            tiles = min((len(tiled.tiles) for tiled in phases), default=1)
-            yield from gather.in_place(mr, nv, dense, cost, lanes, tiles, isa, threads)
+            yield from gather.in_place(phases, lanes, mr, nv, dense, isa, threads)
 
 
 Tap = tuple[int, int, int, int]  # kh, kw, and the shift in rows and columns
@@ -116,7 +116,9 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         raise ValueError(f"{conv.key()}: input planes {source.planes.key()} do not match output {layout.key()}")
     if layout.phases != conv.stride or source.planes.phases != (1, 1):
         raise ValueError(f"{conv.key()}: output in phases {layout.phases}, needed {conv.stride} from plain planes")
-    mr = int(candidate.kernel.split("_")[2].split("x")[0])
+    mr, nv = (int(part.removesuffix("v")) for part in candidate.kernel.split("_")[2].split("x"))
+    isa = isa_named(candidate.kernel.rpartition("__")[2])
+    cut = strips.taken(candidate, layout.lanes, mr, nv, isa)
     stored = layout.stored_phases
     planes = output.offsets.reshape(conv.out_channels, len(stored))
     bias = step.constants.get("bias", np.zeros(conv.out_channels, np.float32))
@@ -142,6 +144,8 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "row_count": len(order),
             "lanes": layout.lanes,
             "plane": layout.plane,
+            "strips": cut.count,
+            "tail": cut.tail,
             "strip_block": candidate.params["strip_block"],
             "prefetch": candidate.params["prefetch"],
             "split_tiles": candidate.params["split_tiles"],

@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
+from colonnade.kernels.isa import isa as isa_named
+from colonnade.kernels.ops import strips
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -166,7 +168,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     conv, output, source = step.workload, step.output, step.inputs[0]
     assert isinstance(conv, Conv2d) and output is not None
     m, isa = candidate.params["winograd"], candidate.kernel.rsplit("__", 1)[1]
-    mr = int(candidate.kernel.split("_")[2].split("x")[0])
+    mr, nv = (int(n) for n in candidate.kernel.split("_")[2].removesuffix("v").split("x"))
     kernel = f"f32_spconv_{candidate.kernel.split('_')[2]}__{isa}"
     layout, n2 = output.planes, (m + 2) ** 2
     tile_rows, tile_columns = -(-conv.out_height // m), -(-conv.out_width // m)
@@ -194,17 +196,20 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     }  # fmt: skip
     return (
         Call(f"f32_winograd{m}_input_1v__{isa}", INPUT.name, into, 2 * (m + 2) * room * 4, shared),
-        Call(kernel, "cn_conv", _product(step, m, mr, plane, source_bytes), 0, shared),
+        Call(kernel, "cn_conv", _product(step, m, (mr, nv), isa, plane, source_bytes), 0, shared),
         Call(f"f32_winograd{m}_output_1v__{isa}", OUTPUT.name, back, (m * m + m) * room * 4, shared),
     )
 
 
-def _product(step: Operands, m: int, mr: int, plane: int, source_bytes: int) -> dict[str, Field]:
+def _product(
+    step: Operands, m: int, shape: tuple[int, int], isa: str, plane: int, source_bytes: int
+) -> dict[str, Field]:
     """(m + 2)^2 products of [OC, IC] by [IC, tiles] as one convolution whose tiles each read one position's planes."""
     from colonnade.kernels.ops.conv import PREFETCH_MAX, TILE_DTYPE, WEIGHTS_AHEAD
 
     conv = step.workload
     assert isinstance(conv, Conv2d)
+    mr, nv = shape
     ic, oc, n2 = conv.in_channels, conv.out_channels, (m + 2) ** 2
     transformed = transform(step.constants["weight"], m)
     starts = np.arange(0, oc, mr)
@@ -235,6 +240,8 @@ def _product(step: Operands, m: int, mr: int, plane: int, source_bytes: int) -> 
         "row_count": n2 * oc,
         "lanes": _lanes(conv, m),
         "plane": plane,
+        "strips": strips.whole(_lanes(conv, m), nv, isa_named(isa)).count,
+        "tail": 0,
         # a tile's weights stay near while all its lanes pass; threads share out the many tiles
         "strip_block": 0,
         "packed": 0,
