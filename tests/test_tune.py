@@ -25,12 +25,13 @@ from colonnade.kernels import registry, render
 from colonnade.kernels.isa import isa
 from colonnade.kernels.registry import Candidate
 from colonnade.layout import Planes, place
-from colonnade.plan import Step
+from colonnade.plan import Plan, Step
 from colonnade.targets import Local
 from colonnade.tune import search
 from colonnade.tune.database import Database, Record
 from colonnade.tune.job import Run, problem
 from colonnade.tune.measure import Harness, Measurement
+from colonnade.tune.network import HEATS, NETWORK, Standing, decide, rivals, standing
 from colonnade.tune.tuner import Chooser, Tuner
 from colonnade.tune.tuner import place as where
 from colonnade.workload import RELU, Binary
@@ -46,6 +47,14 @@ BAD = {
     "bad_input": f"{GOOD}(a, t, n); const cn_binary *b = a; ((float *)(b->arena + b->a[0]))[0] += 1;",
     "bad_crash": f"{GOOD}(a, t, n); const cn_binary *b = a; *(volatile char *)(b->arena - 1) = 0;",
     "bad_hang": "(void)a; (void)t; (void)n; for (volatile int i = 1; i;) {}",
+}
+
+
+# kernels that are not alone what they are in a network: they notice other arguments than those of their last call
+MOODY = "static const void *last; const int elsewhere = last && last != a; last = a;"
+BAD_IN_COMPANY = {
+    "moody_slow": f"{MOODY} usleep(elsewhere ? 30000 : 10000); {GOOD}(a, t, n);",
+    "moody_crash": f"{MOODY} usleep(10000); if (elsewhere) abort(); {GOOD}(a, t, n);",
 }
 
 
@@ -68,9 +77,14 @@ def library(sleep_ms: int = 0) -> dict[str, str]:
     files = render.library(PORTABLE, [registry.variants(PORTABLE)[GOOD]])
     # each says in the file $TRACE that it ran
     trace = 'if (!t && getenv("TRACE")) {{ FILE *f = fopen(getenv("TRACE"), "a"); fputs("{0}\\n", f); fclose(f); }}'
-    bodies = BAD | {
-        f"slow_{i}": f"{trace.format(f'slow_{i}')} if (!t) usleep({(sleep_ms + i) * 1000}); {BODY}" for i in range(10)
-    }
+    bodies = (
+        BAD
+        | BAD_IN_COMPANY
+        | {
+            f"slow_{i}": f"{trace.format(f'slow_{i}')} if (!t) usleep({(sleep_ms + i) * 1000}); {BODY}"
+            for i in range(10)
+        }
+    )
     code = "".join(
         f"static void {n}(const void *a, unsigned t, unsigned n) {{ {body} }}\n" for n, body in bodies.items()
     )
@@ -375,3 +389,75 @@ def wait_for(path: Path, count: int, process: subprocess.Popen[str]) -> None:
 
 if __name__ == "__main__":
     tuner(Path(sys.argv[1]), [f"slow_{i}" for i in range(10)], sleep_ms=int(sys.argv[2])).tune(Model((sample(),)), 60)
+
+
+def network(*steps: Step) -> Plan:
+    return Plan("network", (), (), steps, (), 1 << 20)
+
+
+def stages(path: Path, stage: int) -> dict[str, int]:
+    """Repetitions by kernel."""
+    found: dict[str, int] = {}
+    with sqlite3.connect(path) as connection:
+        for kernel, reps in connection.execute("select kernel, reps from measurement where stage = ?", (stage,)):
+            found[kernel] = found.get(kernel, 0) + len(json.loads(reps))
+    return found
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_network_overrules_what_a_layer_is_by_itself(tmp_path: Path, threads: int) -> None:
+    path, plan = tmp_path / "t.db", network(sample("first"), sample("again"))
+    subject = tuner(path, ["moody_slow", "slow_1"], threads, sleep_ms=11)
+    summary = subject.tune(plan, 120)
+    assert summary.walks > 0 and (summary.left, summary.unsettled, summary.failures) == (0, 0, [])
+    assert {c.kernel for c in subject.chooser.choose(plan).candidates} == {"slow_1"}
+    # what is settled is not measured again, nor does a model without a network of its own forget it
+    before = stages(path, NETWORK)
+    assert set(before) == {"moody_slow", "slow_1"}
+    again = subject.tune(plan, 120)
+    assert (again.walks, again.measured, stages(path, NETWORK)) == (0, 0, before)
+    assert subject.chooser.choose(Model((sample(),))).candidates[0].kernel == "slow_1"
+
+
+def test_a_crash_in_the_network_leaves_what_was_known(tmp_path: Path) -> None:
+    path, plan = tmp_path / "t.db", network(sample("first"), sample("again"))
+    subject = tuner(path, ["moody_crash", "slow_1"], sleep_ms=11)
+    summary = subject.tune(plan, 60)
+    assert summary.walks == 0 and "walk through the network failed" in summary.failures[0]
+    assert subject.chooser.choose(plan).candidates[0].kernel == "moody_crash" and not stages(path, NETWORK)
+
+
+def test_heats_shorten_the_list_and_resume(tmp_path: Path) -> None:
+    field = [Candidate(name) for name in ("quick", "near", "far")]
+    records: list[Record] = []
+
+    def walk(name: str, ns: int, count: int) -> None:
+        records.append(Record(name, "", NETWORK, Measurement("ok", "", (ns,) * count)))
+
+    first, second, third = (walks for walks, _ in HEATS)
+    assert standing(field, records) == Standing(tuple(field), first, None)
+    walk("quick", 1000, first)
+    walk("near", 1040, first)
+    walk("far", 1300, first - 1)
+    assert standing(field, records) == Standing(tuple(field), 1, None)
+    walk("far", 1300, 1)
+    assert standing(field, records) == Standing(tuple(field[:2]), second - first, field[0])
+    # a change of places with more walks; whoever fell behind early stays out
+    walk("quick", 1100, 2 * first)
+    walk("near", 1040, second - first)
+    state = standing(field, records)
+    assert (state.running, state.best) == ((), field[1])
+    assert third > second
+
+
+def test_rivals_are_the_best_prefetch_of_every_way_near_the_best(tmp_path: Path) -> None:
+    def one(kernel: str, block: int, prefetch: int, ns: int) -> tuple[Candidate, Record]:
+        candidate = Candidate(kernel, {"strip_block": block, "prefetch": prefetch})
+        return candidate, Record(candidate.key(), "", 1, Measurement("ok", "", (ns,)))
+
+    pairs = [one("a", 1, 0, 105), one("a", 1, 8, 100), one("a", 0, 8, 120), one("b", 1, 8, 130), one("c", 1, 8, 140)]
+    candidates, records = [c for c, _ in pairs], [r for _, r in pairs]
+    assert rivals(candidates, records) == (candidates[1], candidates[2], candidates[3])
+    assert rivals(candidates, records, 2) == (candidates[1], candidates[2])
+    assert rivals(candidates[:2], records[:2]) == ()  # one way alone has nobody to meet
+    assert decide(candidates, records) == candidates[1]

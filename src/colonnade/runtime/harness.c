@@ -1,11 +1,12 @@
 /* Runs kernel calls from a job file, checks what they write, and times them. The tuner's and the tests' hands on a target.
  *
  *   harness JOB [FIRST_RUN [SKIPPED_CANDIDATE...]]
+ *   harness JOB walk WALKS
  *
  * JOB is written by colonnade.tune.job: little-endian, tables of u64 in the order of `struct job`, then blobs.
  * Prints one line an event, unbuffered, so that a crash or a kill loses the run in flight and nothing before it:
  *
- *   begin RUN CANDIDATE       check RUN ok|wrong ERROR SPACE OFFSET       times RUN NS...       done
+ *   begin RUN CANDIDATE       check RUN ok|wrong ERROR SPACE OFFSET       times RUN NS...       done       walk NS...
  *
  * `check` compares every byte: expected regions within their tolerance (where the expectation is NaN the lane must
  * be exactly zero), all other bytes of arena and externals unchanged. ERROR is the largest absolute difference,
@@ -16,6 +17,10 @@
  * A repetition is timed as it would be inside a model: each thread's share of `flush` bytes of other memory
  * is read first, which drives weights out of the near caches, then the inputs are touched, as if just written.
  * Threads meet at a barrier before the first call, between calls and after the last one.
+ *
+ * A walk is a whole model: a list of candidates, one a step, run one after another on the same arena as a model would,
+ * with nothing flushed or touched in between; its line has the time of every step. WALKS is u64: how many seconds one
+ * may take, the number of steps, then the candidates of every walk in turn.
  * Exit codes: 0 done, 3 bad job file, 4 out of memory, 5 unknown kernel.
  */
 #define _GNU_SOURCE
@@ -42,6 +47,7 @@ typedef struct { const char *symbol; cn_kernel *kernel; } cn_entry;
 extern const cn_entry CN_KERNELS[];
 
 #define MAGIC 0x31424f4a4e43ull /* "CNJOB1" */
+#define HUGE_PAGE (2u << 20)
 
 struct job {
     uint64_t magic, bytes, threads, arena, flush;
@@ -86,13 +92,17 @@ static void *memory(size_t bytes)
     return p;
 }
 
-/* whole pages between two inaccessible ones */
+/* whole pages between two inaccessible ones; huge pages where a model would ask for them */
 static char *guarded(size_t bytes)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page + page * !bytes;
-    char *p = mmap(0, size + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED || mprotect(p + page, size, PROT_READ | PROT_WRITE)) die(4, "out of memory");
-    return p + page;
+    size_t align = size >= HUGE_PAGE ? HUGE_PAGE : page;
+    char *p = mmap(0, size + page + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) die(4, "out of memory");
+    p = (char *)(((uintptr_t)p + page + align - 1) / align * align);
+    if (mprotect(p, size, PROT_READ | PROT_WRITE)) die(4, "out of memory");
+    if (align == HUGE_PAGE) madvise(p, size, MADV_HUGEPAGE); /* a hint: it may be refused */
+    return p;
 }
 
 static void poison(char *p, size_t bytes)
@@ -133,13 +143,35 @@ static void touch(const char *p, size_t bytes)
     sink += sum;
 }
 
-struct task { const struct candidate *candidate; int cold, stop; uint64_t ns; };
+struct task {
+    const struct candidate *candidate;
+    int cold, stop;
+    uint64_t ns;
+    const uint64_t *walk; /* null, or the candidate of every step */
+    uint64_t steps, *ends;
+};
 static struct task task;
 static char **flushed; /* one buffer a thread */
+
+static void call(const struct candidate *candidate, unsigned thread)
+{
+    for (uint64_t i = 0; i < candidate->calls; i++) {
+        struct bound *b = &bound[candidate->first_call + i];
+        b->kernel(b->args, thread, (unsigned)job->threads);
+        barrier();
+    }
+}
 
 static void work(unsigned thread)
 {
     unsigned threads = (unsigned)job->threads;
+    if (task.walk) {
+        for (uint64_t i = 0; i < task.steps; i++) {
+            call(&candidates[task.walk[i]], thread);
+            if (thread == 0) task.ends[i] = now();
+        }
+        return;
+    }
     if (task.cold) {
         touch(flushed[thread], job->flush);
         for (uint64_t i = 0; i < job->segments; i++) {
@@ -149,11 +181,7 @@ static void work(unsigned thread)
     }
     barrier();
     uint64_t start = now();
-    for (uint64_t i = 0; i < task.candidate->calls; i++) {
-        struct bound *b = &bound[task.candidate->first_call + i];
-        b->kernel(b->args, thread, threads);
-        barrier();
-    }
+    call(task.candidate, thread);
     if (thread == 0) task.ns = now() - start;
 }
 
@@ -180,16 +208,24 @@ static uint64_t once(const struct candidate *candidate, int cold)
 
 /* ---- job file ---- */
 
-static void load(const char *path)
+static const char *mapped(const char *path, size_t least, size_t *bytes)
 {
     int fd = open(path, O_RDONLY);
     struct stat status;
-    if (fd < 0 || fstat(fd, &status) || (size_t)status.st_size < sizeof *job) die(3, "cannot read the job file");
-    file = mmap(0, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (file == MAP_FAILED) die(3, "cannot map the job file");
+    if (fd < 0 || fstat(fd, &status) || (size_t)status.st_size < least) die(3, "cannot read the job file");
+    const char *at = mmap(0, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (at == MAP_FAILED) die(3, "cannot map the job file");
     close(fd);
+    *bytes = (size_t)status.st_size;
+    return at;
+}
+
+static void load(const char *path)
+{
+    size_t bytes;
+    file = mapped(path, sizeof *job, &bytes);
     job = (const struct job *)file;
-    if (job->magic != MAGIC || job->bytes != (uint64_t)status.st_size) die(3, "bad or truncated job file");
+    if (job->magic != MAGIC || job->bytes != bytes) die(3, "bad or truncated job file");
     const char *p = file + sizeof *job;
 #define TABLE(name) name = (const void *)p, p += job->name * sizeof *name
     TABLE(externals);
@@ -328,10 +364,35 @@ static void perform(uint64_t index)
     printf("\n");
 }
 
+static void perform_walks(const char *path)
+{
+    size_t bytes;
+    const uint64_t *words = (const uint64_t *)mapped(path, 2 * sizeof *words, &bytes);
+    const uint64_t limit_s = words[0], steps = words[1], all = bytes / sizeof *words - 2;
+    if (steps == 0 || all % steps) die(3, "bad or truncated walks");
+    for (uint64_t i = 0; i < all; i++)
+        if (words[2 + i] >= job->candidates) die(3, "a walk without its candidate");
+    task.steps = steps;
+    task.ends = memory(steps * sizeof *task.ends);
+    for (uint64_t first = 0; first < all; first += steps) {
+        alarm((unsigned)limit_s);
+        task.walk = words + 2 + first;
+        barrier();
+        uint64_t before = now();
+        work(0);
+        barrier();
+        alarm(0);
+        printf("walk");
+        for (uint64_t i = 0; i < steps; before = task.ends[i++])
+            printf(" %llu", (unsigned long long)(task.ends[i] - before));
+        printf("\n");
+    }
+}
+
 int main(int argc, char **argv)
 {
     setvbuf(stdout, 0, _IOLBF, 1 << 16);
-    if (argc < 2) die(3, "usage: harness JOB [FIRST_RUN [SKIPPED_CANDIDATE...]]");
+    if (argc < 2) die(3, "usage: harness JOB [FIRST_RUN [SKIPPED_CANDIDATE...]] | JOB walk WALKS");
     load(argv[1]);
     allocate();
     bind();
@@ -340,7 +401,8 @@ int main(int argc, char **argv)
         pthread_t thread;
         if (pthread_create(&thread, 0, worker, (void *)(uintptr_t)i)) die(4, "cannot create threads");
     }
-    for (uint64_t i = argc > 2 ? strtoull(argv[2], 0, 10) : 0; i < job->runs; i++) {
+    if (argc == 4 && !strcmp(argv[2], "walk")) perform_walks(argv[3]);
+    else for (uint64_t i = argc > 2 ? strtoull(argv[2], 0, 10) : 0; i < job->runs; i++) {
         int skipped = 0;
         for (int a = 3; a < argc; a++) skipped |= strtoull(argv[a], 0, 10) == runs[i].candidate;
         if (!skipped) perform(i);

@@ -96,6 +96,25 @@ class Harness:
             while first < len(runs):
                 first = self._once(job, runs, first, skipped, record)
 
+    def walk(self, job: Path, walks: bytes, timeout: float) -> list[list[int]]:
+        """Perform the ``walks`` (a file of the harness) on ``job``: ns of every step, walk by walk.
+
+        Raises ``TargetError`` when they do not come to their end.
+        """
+        found: list[list[int]] = []
+
+        def line(text: str) -> None:
+            word, *rest = text.split()
+            if word == "walk":
+                found.append([int(n) for n in rest])
+
+        outcome = self.target.run(
+            self.program, ["job", "walk", "walks"], {"job": job, "walks": walks}, timeout=timeout, on_line=line
+        )
+        if not outcome.ok:
+            raise TargetError(f"{self.target.name}: a walk through the network failed: {outcome.describe()}")
+        return found
+
     def _once(
         self, job: Path, runs: Sequence[Run], first: int, skipped: set[int], record: Callable[[int, Measurement], None]
     ) -> int:

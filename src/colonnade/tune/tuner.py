@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from colonnade.build.toolchain import Toolchain
-from colonnade.errors import UserError
+from colonnade.errors import TargetError, UserError
 from colonnade.kernels import registry, render
 from colonnade.kernels.call import Call
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
+from colonnade.plan import Plan
 from colonnade.targets.base import Machine, Target
+from colonnade.tune import walks
 from colonnade.tune.database import Database, Place, Record
 from colonnade.tune.job import Problem, Run, Tunable, problem
 from colonnade.tune.measure import Harness, Measurement
-from colonnade.tune.search import DUEL, FINAL, Duel, decide, duel, next_batch, valid
+from colonnade.tune.network import decide
+from colonnade.tune.search import DUEL, FINAL, Duel, duel, next_batch, valid
 
 CHUNK = 16  # candidates a process: the deadline is looked at in between
 SCREEN = (3, 15, 8_000_000)  # least and most repetitions, ns: a first impression
 FINALS = (3, 25, 12_000_000)
 TURNS = {FINAL: 5, DUEL: 9}
+ALONE = 0.7  # share of the time for layers by themselves, where their network is walked through afterwards
 MS = 1_000_000
 
 
@@ -67,12 +71,15 @@ class Choices:
 @dataclass
 class Summary:
     """``measured``: visits made now; ``known``: workloads that needed none; ``left``: workloads whose search the budget
-    cut short; ``outcomes``: visits by outcome; times in seconds; ``choices`` by all that is known at the end."""
+    cut short; ``walks``: runs of the whole network, ``unsettled``: workloads whose contest in it the budget cut short;
+    ``outcomes``: visits by outcome; times in seconds; ``choices`` by all that is known at the end."""
 
     workloads: int = 0
     known: int = 0
     measured: int = 0
     left: int = 0
+    walks: int = 0
+    unsettled: int = 0
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -198,7 +205,10 @@ class Tuner:
             if progress is not None:
                 progress(0.0, "compiling kernels")
             _ = self.harness.program
-        deadline = time.monotonic() + budget_s
+        end = time.monotonic() + budget_s
+        # on a modelled core a whole network takes minutes
+        networked = isinstance(plan, Plan) and not getattr(self.harness.target, "modelled", "")
+        deadline = end - (1 - ALONE) * budget_s if networked else end
         left = open_
         # first everyone's share of the time, then whatever is left to those who could not finish
         for fair in (True, False):
@@ -214,6 +224,14 @@ class Tuner:
             if not left:
                 break
         summary.left = len(left)
+        if networked:
+            assert isinstance(plan, Plan)
+            try:
+                summary.walks, summary.unsettled = walks.hold(
+                    plan, self.harness, self.chooser, self.bind, end, progress
+                )
+            except TargetError as error:  # what was measured before stands
+                summary.failures.append(str(error))
         summary.seconds = time.monotonic() - started
         if progress is not None:
             progress(1.0, "")

@@ -1,0 +1,76 @@
+"""The last word of a search: the leaders of every step compared inside the whole network.
+
+By itself a layer meets caches that somebody emptied or filled on purpose; in a network it meets what its neighbours
+left there, and its rank may be another. Here is who meets whom, and who wins, as pure functions of candidates and
+records; ``walks`` does the measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from colonnade.kernels.registry import Candidate
+from colonnade.tune import search
+from colonnade.tune.database import Record
+from colonnade.tune.search import FINAL, times
+
+NETWORK = 4  # the stage of records taken in walks
+NEAR = 1.35  # of the best time by itself, to be a rival at all: loop orders change places by as much
+RIVALS = 10
+# (walks that a rival has to its name, factor of the best median within which it stays): shorter and shorter lists
+HEATS = ((8, 1.12), (24, 1.05), (60, 1.02))
+
+
+def rivals(candidates: Sequence[Candidate], records: Sequence[Record], most: int = RIVALS) -> tuple[Candidate, ...]:
+    """Who may meet in the network: near the best by itself, the best prefetch distance of each kernel and loop order.
+
+    In the order of their times by themselves; empty where fewer than two were measured.
+    """
+    found = times(records, (0, 1))
+    found.update(times(records, (FINAL,)))
+    ordered = sorted((c for c in candidates if c.key() in found), key=lambda c: found[c.key()])
+    ways: dict[tuple[object, ...], Candidate] = {}
+    for c in ordered:
+        if found[c.key()] <= NEAR * found[ordered[0].key()]:
+            ways.setdefault((c.kernel, *sorted((k, v) for k, v in c.params.items() if k != "prefetch")), c)
+    picked = tuple(ways.values())[:most]
+    return picked if len(picked) > 1 else ()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """``running``: rivals that still need walks, ``walks`` at most; ``best``: the leader of those still in when the
+    last heat ended that all of them finished, None before the first. Running is empty when the contest is over."""
+
+    running: tuple[Candidate, ...]
+    walks: int
+    best: Candidate | None
+
+
+def standing(field: Sequence[Candidate], records: Sequence[Record]) -> Standing:
+    """Where the contest of ``field`` is by the records of its walks; a pure function, so it resumes anywhere."""
+    reps: dict[str, list[int]] = {c.key(): [] for c in field}
+    for record in records:
+        if record.stage == NETWORK and record.candidate in reps:
+            reps[record.candidate] += record.measurement.reps
+    best: Candidate | None = None
+    left = tuple(field)
+    for walks, near in HEATS:
+        if len(left) < 2:
+            break
+        fewest = min(len(reps[c.key()]) for c in left)
+        if fewest < walks:
+            return Standing(left, walks - fewest, best)
+        at = {c.key(): median(reps[c.key()]) for c in left}
+        best = min(left, key=lambda c: at[c.key()])
+        left = tuple(c for c in left if at[c.key()] <= near * at[best.key()])
+    return Standing((), 0, best)
+
+
+def decide(candidates: Sequence[Candidate], records: Sequence[Record]) -> Candidate | None:
+    """The best by all that is known: in the network where that was measured, by itself where it was not."""
+    walked = {r.candidate for r in records if r.stage == NETWORK}
+    field = [c for c in rivals(candidates, records, len(candidates)) if c.key() in walked]
+    return standing(field, records).best or search.decide(candidates, records)
