@@ -68,6 +68,7 @@ PACKED = Struct(
 )
 PREFETCH_MAX = 16  # the offset table is padded by this many entries, so looking ahead needs no test
 WEIGHTS_AHEAD = 8  # columns by which weights are padded, likewise
+WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: measured beside 512 and 2048
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
@@ -83,7 +84,7 @@ def variant(mr: int, nv: int, isa: Isa) -> Variant:
     tails = strips.tails(mr, nv, isa)
     params = {
         "MR": mr, "NV": nv, "row_counts": counts, "rings": {m: ring(m, nv) for m in counts},
-        "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa),
+        "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa), "weights_ahead": WEIGHTS_FETCHED,
     }  # fmt: skip
     return Variant(symbol(mr, nv, isa), "spconv.c.in", params)
 
