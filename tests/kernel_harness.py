@@ -23,7 +23,19 @@ from colonnade.build.toolchain import Toolchain, host
 from colonnade.kernels import registry, render
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.isa import Isa, available, isa
-from colonnade.layout import LINE, Layout, Placed, Planes, Rows, place, read_planes, round_up, write_planes
+from colonnade.layout import (
+    LINE,
+    Layout,
+    Panels,
+    Placed,
+    Planes,
+    Rows,
+    panel_lanes,
+    place,
+    read_planes,
+    round_up,
+    write_planes,
+)
 from colonnade.workload import Workload, evaluate
 
 SLACK = 4096  # bytes after the last plane that a strip of several vectors may read, never write
@@ -165,11 +177,12 @@ def run(
     """
     calls = registry.bind(case, candidate)
     wanted = expected(case, inputs)
+    vector = target.vlen // 32 if isinstance(target, Emulated) else target.lanes
     if case.output is not None:
         wanted = wanted.reshape(case.output.shape)  # dense arrays have any shape
     with guarded(case.arena + slack, LINE, poison) as (base, arena):
         for tensor, values in zip(case.inputs, inputs, strict=False):
-            write_planes(arena, tensor, np.asarray(values, np.float32).reshape(tensor.shape))
+            write_planes(arena, tensor, np.asarray(values, np.float32).reshape(tensor.shape), vector)
         before = arena.copy()
         external = _external(case, inputs, wanted)
         with guarded(external.nbytes, 4, poison) as (user, user_bytes):
@@ -184,11 +197,11 @@ def run(
             user_after = user_bytes.view(np.float32).reshape(external.shape).copy()
         result = user_after
         if case.output is not None:
-            result = read_planes(arena, case.output)
+            result = read_planes(arena, case.output, vector)
             if case.external:
                 np.testing.assert_array_equal(user_after, external, "the user's input was written")
-            _check_zeros(arena, case.output)
-            _forget(before, arena, case.output)
+            _check_zeros(arena, case.output, vector)
+            _forget(before, arena, case.output, vector)
         changed = np.flatnonzero(before != arena)
         assert not changed.size, f"{candidate.key()} wrote {changed.size} bytes it does not own, first at {changed[0]}"
     with np.errstate(invalid="ignore"):
@@ -252,13 +265,17 @@ def _run_call(
             np.testing.assert_array_equal(place, data, f"constant {name} was written")
 
 
-def _check_zeros(arena: np.ndarray, output: Placed) -> None:
+def _check_zeros(arena: np.ndarray, output: Placed, vector: int) -> None:
     """Every lane of the output that is no pixel is exactly zero."""
     layout = output.layout
     if isinstance(layout, Rows):
         return
     lead = arena[output.lead_offset : output.lead_offset + output.lead_bytes].view(np.float32)
     assert not np.count_nonzero(lead), "the lead is not zero"
+    if isinstance(layout, Panels):
+        holes = panel_lanes(output, vector)[:, ~layout.planes.valid()[: layout.planes.lanes]]
+        assert not np.count_nonzero(arena.view(np.float32)[holes]), "halo lanes of panels are not zero"
+        return
     phases = layout.stored_phases
     for index, offset in enumerate(output.offsets):
         lanes = arena[offset : offset + 4 * layout.plane].view(np.float32)
@@ -266,9 +283,15 @@ def _check_zeros(arena: np.ndarray, output: Placed) -> None:
         assert not wrong.size, f"plane {index}: {wrong.size} halo lanes are not zero"
 
 
-def _forget(before: np.ndarray, after: np.ndarray, output: Placed) -> None:
+def _forget(before: np.ndarray, after: np.ndarray, output: Placed, vector: int) -> None:
     """Make ``before`` equal to ``after`` where the output may be written."""
     layout = output.layout
+    if isinstance(layout, Panels):
+        lanes = panel_lanes(output, vector)
+        whole = -(-layout.planes.lanes // vector) * vector  # the last vector may be written as a whole
+        lanes = np.concatenate([lanes, lanes[:, -1:] + np.arange(1, whole - layout.planes.lanes + 1)], axis=1)
+        before.view(np.float32)[lanes] = after.view(np.float32)[lanes]
+        return
     stretches = [(output.lead_offset, output.lead_bytes)]
     size = 4 * (layout.plane if isinstance(layout, Planes) else layout.batch * layout.width)
     stretches += [(int(offset), size) for offset in output.offsets]

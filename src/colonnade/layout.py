@@ -1,4 +1,4 @@
-"""Where the elements of a tensor stand in memory: channel planes with shared zero halos, or rows.
+"""Where the elements of a tensor stand in memory: channel planes with shared zero halos, panels, or rows.
 
 Planes (``CNHW`` order: channel, image, row, column) feed convolutions without im2col. One plane
 holds all images of one channel (or of one phase of it)::
@@ -10,6 +10,9 @@ image are zero. The right halo of a row is the left halo of the next one, and th
 image (or plane) is the top halo of the next; the first plane of a buffer has ``lead`` zero lanes in
 front of it. Whoever writes a tensor writes all ``plane`` lanes of its planes, zeros included, and
 clears the lead: the arena is reused, nothing may rely on what lay there before.
+
+Panels have the same lanes, cut into strips: ``[strip][channel][lanes of a strip]``. One block of memory holds all
+that a pointwise convolution reads for a strip, where planes are a memory page each.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy.typing as npt
 
 LINE = 64  # bytes: planes start and end on whole cache lines
 ALIAS = 4096  # bytes: a plane stride that is a multiple of this maps all planes to the same L1 sets
+VECTOR_LANES = 32  # f32 lanes of a register at VLEN 1024, the longest that memory is laid out for
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -129,7 +133,39 @@ class Rows:
         return f"rows{self.batch}x{self.width}"
 
 
-Layout = Planes | Rows
+@dataclass(frozen=True)
+class Panels:
+    """The lanes of ``planes`` strip by strip: ``[strip][channel][lanes of a strip]``, without lead and phases.
+
+    A strip is ``vectors`` vector registers wide, the same as in the kernels that write and read it, so where a lane
+    stands depends on the machine; lanes beyond the last pixel's vector are neither written nor read. The room is
+    enough for every vector length up to VLEN 1024: one plan serves them all.
+    """
+
+    planes: Planes
+    vectors: int
+
+    def __post_init__(self) -> None:
+        if self.vectors not in (1, 2):  # wider strips are of unequal widths where vectors are fixed
+            raise ValueError(f"panels of {self.vectors} registers: expected 1 or 2")
+        if self.planes.lead or self.planes.phases != (1, 1):
+            raise ValueError("panels have neither lead nor phases")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.planes.itemsize
+
+    def buffer_bytes(self, channels: int) -> int:
+        """Bytes of a buffer of ``channels`` channels, for the longest strips."""
+        return round_up(channels * round_up(self.planes.lanes, self.vectors * VECTOR_LANES) * self.itemsize, LINE)
+
+    def key(self) -> str:
+        """Short text that is equal exactly for equal geometry (part of a tuning key)."""
+        return f"{self.planes.key()}panels{self.vectors}"
+
+
+Layout = Planes | Panels | Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +174,7 @@ class Placed:
 
     ``offsets`` int64: byte offset from the arena's base of lane 0 (row 0, column 0 of image 0) of every
     plane, channel-major, stored phases inner; any planes of any buffers may stand in the list, so concat,
-    channel split and shuffle cost nothing. For ``Rows`` there is one offset: that of element [0, 0].
+    channel split and shuffle cost nothing. For ``Rows`` and ``Panels`` there is one offset: that of the buffer.
     ``shape`` is the logical shape (N, C, H, W) or (N, C). ``lead_offset`` is the first byte of the zero
     lead that the writer of this tensor clears (``lead_bytes`` long; 0 when there is none).
     """
@@ -157,6 +193,11 @@ class Placed:
         return self.layout
 
     @property
+    def grid(self) -> Planes:
+        """Which pixel each lane holds, in planes or in panels."""
+        return self.layout.planes if isinstance(self.layout, Panels) else self.planes
+
+    @property
     def rows(self) -> Rows:
         """The layout, which must be rows."""
         assert isinstance(self.layout, Rows), f"{self.name} is not in rows"
@@ -165,7 +206,7 @@ class Placed:
 
 def place(name: str, shape: tuple[int, ...], layout: Layout, offset: int) -> Placed:
     """A tensor that fills a buffer of its own, whose first byte stands at ``offset`` in the arena."""
-    if isinstance(layout, Rows):
+    if isinstance(layout, Rows | Panels):
         return Placed(name, shape, layout, np.array([offset], np.int64))
     lead = layout.lead_lanes * layout.itemsize
     count = shape[1] * len(layout.stored_phases)
@@ -173,11 +214,22 @@ def place(name: str, shape: tuple[int, ...], layout: Layout, offset: int) -> Pla
     return Placed(name, shape, layout, offsets, offset, lead)
 
 
-def write_planes(arena: npt.NDArray[np.uint8], tensor: Placed, values: npt.NDArray[np.float32]) -> None:
-    """Put ``values`` [N, C, H, W] (or [N, C] for rows) into ``arena``, zeros in halos and lead, as writers do."""
+def write_planes(
+    arena: npt.NDArray[np.uint8], tensor: Placed, values: npt.NDArray[np.float32], vector: int = 0
+) -> None:
+    """Put ``values`` [N, C, H, W] (or [N, C] for rows) into ``arena``, zeros in halos and lead, as writers do.
+
+    ``vector``: f32 lanes of a vector register, on which panels depend.
+    """
     layout = tensor.layout
     if isinstance(layout, Rows):
         _lanes(arena, int(tensor.offsets[0]), layout.batch * layout.width)[:] = values.reshape(-1)
+        return
+    if isinstance(layout, Panels):
+        for channel, lanes in enumerate(panel_lanes(tensor, vector)):
+            whole = np.zeros(layout.planes.plane, np.float32)
+            whole[layout.planes.valid()] = values[:, channel].reshape(-1)
+            arena.view(np.float32)[lanes] = whole[: len(lanes)]
         return
     arena[tensor.lead_offset : tensor.lead_offset + tensor.lead_bytes] = 0
     phases = layout.stored_phases
@@ -188,18 +240,35 @@ def write_planes(arena: npt.NDArray[np.uint8], tensor: Placed, values: npt.NDArr
         lanes[layout.valid((py, px))] = values[:, channel, py :: layout.phases[0], px :: layout.phases[1]].reshape(-1)
 
 
-def read_planes(arena: npt.NDArray[np.uint8], tensor: Placed) -> npt.NDArray[np.float32]:
+def read_planes(arena: npt.NDArray[np.uint8], tensor: Placed, vector: int = 0) -> npt.NDArray[np.float32]:
     """The values [N, C, H, W] (or [N, C]) that stand in ``arena``; pixels of phases that are not stored read as 0."""
     layout = tensor.layout
     if isinstance(layout, Rows):
         return _lanes(arena, int(tensor.offsets[0]), layout.batch * layout.width).reshape(tensor.shape).copy()
-    values = np.zeros((layout.batch, tensor.shape[1], layout.height, layout.width), np.float32)
+    grid = tensor.grid
+    values = np.zeros((grid.batch, tensor.shape[1], grid.height, grid.width), np.float32)
+    if isinstance(layout, Panels):
+        for channel, lanes in enumerate(panel_lanes(tensor, vector)):
+            pixels = lanes[grid.valid()[: len(lanes)]]
+            values[:, channel] = arena.view(np.float32)[pixels].reshape(values[:, channel].shape)
+        return values
     phases = layout.stored_phases
     for index, offset in enumerate(tensor.offsets):
         channel, (py, px) = index // len(phases), phases[index % len(phases)]
         part = values[:, channel, py :: layout.phases[0], px :: layout.phases[1]]
         part[...] = _lanes(arena, int(offset), layout.plane)[layout.valid((py, px))].reshape(part.shape)
     return values
+
+
+def panel_lanes(tensor: Placed, vector: int) -> npt.NDArray[np.int64]:
+    """int64 [C, lanes]: index into the arena as float32 of every lane up to the last pixel, where registers have
+    ``vector`` lanes."""
+    layout = tensor.layout
+    assert isinstance(layout, Panels) and vector > 0, f"{tensor.name}: panels of registers with {vector} lanes"
+    strip, channels = layout.vectors * vector, tensor.shape[1]
+    number, lane = np.divmod(np.arange(layout.planes.lanes), strip)
+    start = int(tensor.offsets[0]) // layout.itemsize
+    return start + number * channels * strip + lane + np.arange(channels)[:, None] * strip
 
 
 def _lanes(arena: npt.NDArray[np.uint8], offset: int, count: int) -> npt.NDArray[np.float32]:

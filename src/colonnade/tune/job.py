@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.registry import Operands, structs
-from colonnade.layout import Placed, Planes, round_up, write_planes
+from colonnade.layout import Panels, Placed, Planes, panel_lanes, round_up, write_planes
 from colonnade.workload import Array, Convert, evaluate
 
 MAGIC = int.from_bytes(b"CNJOB1", "little")
@@ -92,8 +92,11 @@ def reference(step: Operands, inputs: Sequence[Array]) -> Array:
     return evaluate(step.workload, inputs, step.constants)
 
 
-def problem(step: Tunable) -> Problem:
-    """Random inputs for ``step``, its reference result, and where all of it stands. Deterministic by the step's key."""
+def problem(step: Tunable, vector: int = 0) -> Problem:
+    """Random inputs for ``step``, its reference result, and where all of it stands. Deterministic by the step's key.
+
+    ``vector``: f32 lanes of a vector register on the target, which steps on panels need.
+    """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(step.key().encode()).digest()[:8], "little"))
     moved, arena = _move(step)
     image = np.full(arena, 0xFF, np.uint8)
@@ -108,8 +111,8 @@ def problem(step: Tunable) -> Problem:
     spans = []
     for x, values in zip(moved.inputs, inputs, strict=False):
         spans += _zero_leads(image, x)
-        write_planes(image, x, values)
-        spans += _extents(x)
+        write_planes(image, x, values, vector)
+        spans += _extents(x, vector)
     segments += [Segment(0, a, image[a:b].tobytes()) for a, b in _merged(spans)]
     result = reference(step, inputs)
     tolerance = TOLERANCE * max(
@@ -120,7 +123,8 @@ def problem(step: Tunable) -> Problem:
         expected = [Expected(len(externals), 0, result.astype(np.float32).tobytes(), tolerance)]
     else:
         expected = [
-            Expected(0, a, image[a:b].tobytes(), tolerance) for a, b in _write_expected(image, moved.output, result)
+            Expected(0, a, image[a:b].tobytes(), tolerance)
+            for a, b in _write_expected(image, moved.output, result, vector)
         ]
     return Problem(moved, arena, tuple(externals), tuple(segments), tuple(expected))
 
@@ -221,23 +225,37 @@ class _Blobs:
 Span = tuple[int, int]
 
 
-def _item(tensor: Placed) -> int:
+def _extents(tensor: Placed, vector: int) -> list[Span]:
+    """First and last byte of everything the tensor's writer writes: planes and lead; of panels, all up to the last
+    pixel."""
     layout = tensor.layout
-    return (layout.plane if isinstance(layout, Planes) else layout.batch * layout.width) * layout.itemsize
-
-
-def _extents(tensor: Placed) -> list[Span]:
-    """First and last byte of everything the tensor's writer writes: planes and lead."""
-    size = _item(tensor)
+    if isinstance(layout, Panels):
+        lanes = panel_lanes(tensor, vector)
+        strip = layout.vectors * vector
+        whole = layout.planes.lanes // strip * strip
+        spans = [(int(lanes[0, 0]), int(lanes[0, 0]) + whole * tensor.shape[1])] if whole else []
+        if whole < layout.planes.lanes:
+            spans += [(int(a), int(b) + 1) for a, b in zip(lanes[:, whole], lanes[:, -1], strict=True)]
+        return [(4 * a, 4 * b) for a, b in spans]
+    size = (layout.plane if isinstance(layout, Planes) else layout.batch * layout.width) * layout.itemsize
     spans = [(int(o), int(o) + size) for o in tensor.offsets]
     if tensor.lead_bytes:
         spans.append((tensor.lead_offset, tensor.lead_offset + tensor.lead_bytes))
     return spans
 
 
+def _room(tensor: Placed) -> list[Span]:
+    """Likewise for every vector length."""
+    if not isinstance(tensor.layout, Panels):
+        return _extents(tensor, 0)
+    start = int(tensor.offsets[0])
+    return [(start, start + tensor.layout.buffer_bytes(tensor.shape[1]))]
+
+
 def _needed(tensor: Placed) -> Span:
+    """From the first to the last byte of its room, zeros in front of its planes included."""
     lead = tensor.layout.lead_lanes * tensor.layout.itemsize if isinstance(tensor.layout, Planes) else 0
-    spans = _extents(tensor)
+    spans = _room(tensor)
     return min(0 if lead > a else a - lead for a, _ in spans), max(b for _, b in spans)
 
 
@@ -274,8 +292,8 @@ def _move(step: Operands) -> tuple[Operands, int]:
     if not tensors:
         return step, PAGE
     if output is not None and step.inputs:
-        inputs = _merged([s for x in step.inputs for s in _extents(x)])
-        if any(a < d and c < b for a, b in inputs for c, d in _extents(output)):
+        inputs = _merged([s for x in step.inputs for s in _room(x)])
+        if any(a < d and c < b for a, b in inputs for c, d in _room(output)):
             end = max(_needed(x)[1] for x in tensors)
             output = _shifted(output, round_up(end + SLACK, PAGE))
             tensors[-1] = output
@@ -291,10 +309,13 @@ def _move(step: Operands) -> tuple[Operands, int]:
     ), arena
 
 
-def _write_expected(image: npt.NDArray[np.uint8], output: Placed, result: Array) -> list[Span]:
+def _write_expected(image: npt.NDArray[np.uint8], output: Placed, result: Array, vector: int) -> list[Span]:
     """Put the expectation into ``image``, halo and lead as NaN (exactly zero); its spans."""
-    write_planes(image, output, result)
+    write_planes(image, output, result, vector)
     layout = output.layout
+    if isinstance(layout, Panels):
+        lanes = panel_lanes(output, vector)
+        image.view(np.float32)[lanes[:, ~layout.planes.valid()[: layout.planes.lanes]]] = np.nan
     if isinstance(layout, Planes):
         phases = layout.stored_phases
         valid = {phase: layout.valid(phase) for phase in phases}
@@ -302,4 +323,4 @@ def _write_expected(image: npt.NDArray[np.uint8], output: Placed, result: Array)
             lanes = image[int(offset) : int(offset) + layout.plane * 4].view(np.float32)
             lanes[~valid[phases[index % len(phases)]]] = np.nan
         image[output.lead_offset : output.lead_offset + output.lead_bytes] = 0xFF
-    return _merged(_extents(output))
+    return _merged(_extents(output, vector))

@@ -55,6 +55,11 @@ class Harness:
         """What the target's probe found."""
         return self.target.probe()
 
+    @property
+    def vector(self) -> int:
+        """f32 lanes of a vector register."""
+        return self.isa.lanes or self.machine.vlenb // 4
+
     @cached_property
     def program(self) -> Path:
         """The static program, compiled when first asked for."""

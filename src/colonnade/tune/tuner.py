@@ -245,7 +245,7 @@ class Tuner:
         while (batch := next_batch(candidates, self.chooser.records(step, candidates, sources))) is not None:
             if time.monotonic() >= until:
                 return False
-            prepared = prepared or problem(step)
+            prepared = prepared or problem(step, self.harness.vector)
             turns = TURNS.get(batch.stage, 0)
             chunk = batch.candidates if turns else batch.candidates[:CHUNK]
             least, most, budget = FINALS if turns else SCREEN

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import depthwise, packing, strips, winograd
-from colonnade.kernels.ops.shared import Identity
+from colonnade.kernels.ops import depthwise, packing, panels, strips, winograd
+from colonnade.kernels.ops.shared import Identity, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import Placed
+from colonnade.layout import VECTOR_LANES, Panels, Placed
 from colonnade.pattern import TiledWeights, discover
 from colonnade.workload import Conv2d, matrix
 
@@ -34,14 +34,14 @@ TILE = Struct(
 )
 CONV = Struct(
     "cn_conv",
-    "Convolution from planes to planes: out[row] = clip(bias + residual + sum over kept columns).",
+    "Convolution from planes or panels to such: out[row] = clip(bias + residual + sum over kept columns).",
     (
         Member("arena", "char *", "all offsets are bytes from here"),
         Member("offsets", "const uint32_t *", "of every kept column at lane 0"),
         Member("weights", "const float *"),
         Member("bias", "const float *", "in the order of rows"),
-        Member("rows", "const uint32_t *", "offset of the output plane of every row, tile by tile"),
-        Member("residual", "const uint32_t *", "likewise of the plane to add, or null"),
+        Member("rows", "const uint32_t *", "offset of the output's lane 0 of every row, tile by tile"),
+        Member("residual", "const uint32_t *", "likewise of what is added, or null"),
         Member("tiles", "const cn_tile *"),
         Member("mask", "const uint8_t *", "a bit a lane: is it a pixel?"),
         Member("lead", "char *", "zero lanes in front of the output's first plane"),
@@ -58,12 +58,13 @@ CONV = Struct(
         Member("packed", "u32", "is this the head of a cn_packed_conv?"),
         Member("low", "f32"),
         Member("high", "f32"),
+        *panels.MEMBERS,
     ),
 )
 PACKED = Struct(
     "cn_packed_conv",
-    "A cn_conv whose offsets count from the panel of a strip: in bytes, or in rows where a strip's length is known at "
-    "run time only. Input planes may have any pitch, halo and phases.",
+    "A cn_conv whose offsets count from a panel that is gathered for every strip: in bytes, or in rows where a strip's "
+    "length is known at run time only. Input planes may have any pitch, halo and phases.",
     (*CONV.members, *packing.MEMBERS),
 )
 PREFETCH_MAX = 16  # the offset table is padded by this many entries, so looking ahead needs no test
@@ -140,11 +141,14 @@ def legal(mr: int, nv: int, isa: Isa) -> bool:
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     """MR x NV, strips in a block, prefetch distance, split over threads, feed; for pruned weights also the dense self.
 
-    ``feed`` 0 reads the input in place, 1 gathers panels. Where the input stands as it should, panels are tried with
-    the few shapes that promise most.
+    ``feed`` 0 reads the input in place, 1 gathers panels, 2 reads panels that the step in front wrote. Where the input
+    stands as it should, panels are tried with the few shapes that promise most. A tensor in panels fixes NV.
     """
     conv = step.workload
     assert isinstance(conv, Conv2d) and step.output is not None
+    if fixed := panels.vectors(*step.inputs, step.output):
+        yield from _through_panels(step, fixed, isa, threads)
+        return
     source, layout = step.inputs[0].planes, step.output.planes
     readable = packing.direct(conv, source, layout)
     if readable and depthwise.applies(conv):
@@ -157,7 +161,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         packed: list[Candidate] = []
         for mr, nv in shapes(isa):
             tiled = tiling(step, dense_tile=mr if dense else 0)
-            if not worth_trying(mr, tiled, isa):
+            if not worth_trying(mr, tiled, shapes(isa)):
                 continue
             if readable:
                 yield from in_place([tiled], lanes, mr, nv, dense, isa, threads)
@@ -170,6 +174,24 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
 PACKED_SHAPES = 2
 
 
+def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> Iterator[Candidate]:
+    """The kernels whose strips are those of the panels that the step reads or writes; none where these disagree."""
+    conv, output, source = step.workload, step.output, step.inputs[0]
+    assert isinstance(conv, Conv2d) and output is not None
+    stored, lanes = isinstance(source.layout, Panels), output.grid.lanes
+    direct = panels.readable(conv, source, output.grid) if stored else packing.direct(conv, source.planes, output.grid)
+    pruned = not tiling(step, dense_tile=0).is_dense
+    own = [(mr, nv) for mr, nv in shapes(isa) if {nv} == fixed]
+    for dense, (mr, nv) in product((0, 1) if pruned else (1,), own):
+        tiled = tiling(step, dense_tile=mr if dense else 0)
+        if not worth_trying(mr, tiled, own):
+            continue
+        found = list(in_place([tiled], lanes, mr, nv, dense, isa, threads, 2 if stored else 0)) if direct else []
+        if not stored and packing.packable(conv, source.planes):
+            found += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
+        yield from (c for c in found if not c.params["tail"])  # a tail belongs to no strip
+
+
 def cuts(tiled: list[TiledWeights], lanes: int, mr: int, nv: int, isa: Isa) -> list[tuple[float, strips.Strips]]:
     """(static cost, strips) of the ways to cut the lanes, the better one first: whole vectors, or with a tail."""
     ways = [strips.whole(lanes, nv, isa), strips.tailed(lanes, mr, nv, isa)]
@@ -178,7 +200,7 @@ def cuts(tiled: list[TiledWeights], lanes: int, mr: int, nv: int, isa: Isa) -> l
 
 
 def in_place(
-    tiled: list[TiledWeights], lanes: int, mr: int, nv: int, dense: int, isa: Isa, threads: int
+    tiled: list[TiledWeights], lanes: int, mr: int, nv: int, dense: int, isa: Isa, threads: int, feed: int = 0
 ) -> Iterator[Candidate]:
     """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls."""
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
@@ -192,7 +214,7 @@ def in_place(
                 continue  # the way to cut that promises less is tried as it usually is best
             # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
             habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
-            params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": 0}
+            params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": feed}
             idle = _idle(tiles if split else cut.count, threads)
             yield Candidate(symbol(mr, nv, isa), {**params, "tail": int(cut.tail > 0)}, work * habit * idle)
 
@@ -219,10 +241,10 @@ def _idle(shares: int, threads: int) -> float:
     return -(-shares // threads) * threads / shares
 
 
-def worth_trying(mr: int, tiled: TiledWeights, isa: Isa) -> bool:
-    """Is ``mr`` not taller than the tiles, or the smallest kernel that is?"""
+def worth_trying(mr: int, tiled: TiledWeights, among: list[tuple[int, int]]) -> bool:
+    """Is ``mr`` not taller than the tiles, or the smallest kernel ``among`` these shapes that is?"""
     tallest = max(len(tile.rows) for tile in tiled.tiles)
-    return mr <= tallest or mr == min((m for m, _ in shapes(isa) if m >= tallest), default=mr)
+    return mr <= tallest or mr == min((m for m, _ in among if m >= tallest), default=mr)
 
 
 def cost(tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, isa: Isa) -> float:
@@ -283,12 +305,16 @@ def _tiling(weight: Identity, groups: int, dense_tile: int) -> TiledWeights:
     return TiledWeights.dense_tiles(rows, dense_tile, groups) if dense_tile else discover(rows, groups)
 
 
-def column_offsets(conv: Conv2d, source: Placed, group: int) -> npt.NDArray[np.int64]:
+def column_offsets(conv: Conv2d, source: Placed, group: int, strip: int = 0) -> npt.NDArray[np.int64]:
     """int64 [K]: byte offset from the arena's base of column k = (kh, kw, ic) of ``group`` at output lane 0.
+    Of an input in panels: see ``panels.offsets``.
 
     Tap (kh, kw) of output pixel (0, 0) is pixel (kh * dh - top, kw * dw - left) of the input. With stride s that is
     pixel ``floor(. / s)`` of phase ``. mod s``: one lane further in the output is one lane further in the phase.
     """
+    if isinstance(source.layout, Panels):
+        channels = conv.in_channels // conv.groups
+        return panels.offsets(source, strip)[group * channels : (group + 1) * channels]
     layout = source.planes
     if layout.phases != conv.stride:
         raise ValueError(f"{conv.key()}: input in phases {layout.phases}, needed {conv.stride}")
@@ -309,10 +335,11 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """One call: of a ``cn_conv``, a ``cn_packed_conv`` or a ``cn_dwconv``."""
     conv, output = step.workload, step.output
     assert isinstance(conv, Conv2d) and output is not None
-    source, layout = step.inputs[0], output.planes
+    source, layout = step.inputs[0], output.grid
     feed = candidate.params.get("feed", 0)
-    if not feed and (source.planes.pitch, source.planes.image_rows) != (layout.pitch, layout.image_rows):
-        raise ValueError(f"{conv.key()}: input planes {source.planes.key()} do not match output {layout.key()}")
+    for tensor in step.inputs[1:] if feed == 1 else step.inputs:
+        if (tensor.grid.pitch, tensor.grid.image_rows) != (layout.pitch, layout.image_rows):
+            raise ValueError(f"{conv.key()}: {tensor.name} {tensor.grid.key()} does not match output {layout.key()}")
     if candidate.kernel.startswith("f32_dwconv_"):
         return depthwise.bind(step, candidate)
     if "winograd" in candidate.params:
@@ -321,29 +348,31 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     mr, nv = (int(part.removesuffix("v")) for part in candidate.kernel.split("_")[2].split("x"))
     tiled = tiling(step, dense_tile=mr if params["dense"] else 0)
     isa = isa_named(candidate.kernel.rpartition("__")[2])
-    panel = packing.Panel.of(conv, tiled) if feed else None
+    panel = packing.Panel.of(conv, tiled) if feed == 1 else None
     cut = strips.taken(candidate, layout.lanes, mr, nv, isa)
+    if (stored := panels.vectors(*step.inputs, output)) and (stored != {nv} or cut.tail):
+        raise ValueError(f"{conv.key()}: {candidate.key()} does not have the strips of its panels")
+    strip = 0 if isa.scalable else nv * isa.lanes
     per_group = conv.out_channels // conv.groups
     if panel is None:
-        filled = tables(conv.key(), [column_offsets(conv, source, g) for g in range(conv.groups)], tiled, per_group)
+        full = [column_offsets(conv, source, g, strip) for g in range(conv.groups)]
     else:
-        scale = 1 if isa.scalable else cut.lanes(isa) * layout.itemsize
-        filled = tables(conv.key(), panel.offsets(conv, scale), tiled, per_group)
+        full = panel.offsets(conv, 1 if isa.scalable else cut.lanes(isa) * layout.itemsize)
+    filled = tables(conv.key(), full, tiled, per_group)
     order = np.concatenate([tile.rows for tile in tiled.tiles])
     bias = step.constants.get("bias")
-    residual = None
-    if conv.epilogue.residual:
-        addend = step.inputs[1]
-        if (addend.planes.pitch, addend.planes.image_rows) != (layout.pitch, layout.image_rows):
-            raise ValueError(f"{conv.key()}: residual planes {addend.planes.key()} do not match output {layout.key()}")
-        residual = Const(addend.offsets[order].astype(np.uint32))
+    residual = step.inputs[1] if conv.epilogue.residual else None
+    row = nv * VECTOR_LANES if isa.scalable else cut.lanes(isa)
+    gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
+    places = (source if panel is None else None, output, residual)
+    through, scratch = panels.fields(*places, gathered, filled.offsets.size, isa)
     fields: dict[str, Field] = {
         "arena": Arena(),
         "offsets": Const(filled.offsets),
         "weights": Const(filled.weights),
         "bias": Const(np.zeros(len(order), np.float32) if bias is None else bias[order].astype(np.float32)),
-        "rows": Const(output.offsets[order].astype(np.uint32)),
-        "residual": residual,
+        "rows": u32(panels.offsets(output, strip)[order]),
+        "residual": None if residual is None else u32(panels.offsets(residual, strip)[order]),
         "tiles": Const(filled.tiles),
         "mask": Const(layout.mask()),
         "lead": Arena(output.lead_offset),
@@ -360,13 +389,12 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "packed": int(panel is not None),
         "low": float(conv.epilogue.activation.low),
         "high": float(conv.epilogue.activation.high),
+        **through,
     }
     if panel is None:
-        return (Call(candidate.kernel, CONV.name, fields),)
-    row = nv * packing.VLEN_LANES if isa.scalable else cut.lanes(isa)
-    scratch = packing.thread_bytes(panel, filled.offsets.size, params["strip_block"], row, isa)
+        return (Call(candidate.kernel, CONV.name, fields, scratch),)
     fields |= packing.fields(conv, source, layout, panel, step.constants)
-    fields |= {"thread_bytes": scratch, "offset_count": filled.offsets.size, "panel_lanes": row}
+    fields |= {"panel_lanes": row}
     return (Call(candidate.kernel, PACKED.name, fields, scratch),)
 
 

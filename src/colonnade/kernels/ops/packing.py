@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Const, Field, Scratch
+from colonnade.kernels.call import Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops.shared import f32, u32
 from colonnade.kernels.structs import Member, Struct
@@ -36,17 +36,14 @@ TAP = Struct(
 )
 TAP_DTYPE = np.dtype([("source", "<i4"), ("top", "<u4"), ("bottom", "<u4"), ("left", "<u4"), ("right", "<u4")])
 MEMBERS = (
-    Member("panels", "char *", "thread_bytes for every thread"),
     Member("taps", "const cn_tap *"),
     Member("runs", "const uint32_t *", "tap and number of panel rows [run_count][2]"),
     Member("planes", "const uint32_t *", "offset of the plane of every panel row"),
     Member("scale", "const float *", "of every panel row, or null: pixels are taken as they are"),
     Member("shift", "const float *"),
-    Member("thread_bytes", "u32"),
     Member("panel_rows", "u32"),
     Member("panel_lanes", "u32", "of a row, where a strip's length is known beforehand"),
     Member("run_count", "u32"),
-    Member("offset_count", "u32", "entries of offsets"),
     Member("contiguous", "u32", "lanes of the input are those of the output: a row of a panel is one run of lanes"),
     Member("in_image", "u32"),
     Member("in_row", "u32"),
@@ -58,7 +55,6 @@ MEMBERS = (
     Member("before_low", "f32", "limits of what is scaled and shifted"),
     Member("before_high", "f32"),
 )
-VLEN_LANES = 32  # f32 lanes of a register at VLEN 1024, the longest that scratch is laid out for
 
 
 def direct(conv: Conv2d, source: Planes, target: Planes) -> bool:
@@ -121,11 +117,9 @@ class Panel:
         return list(table)
 
 
-def thread_bytes(panel: Panel, offset_count: int, strip_block: int, row_lanes: int, isa: Isa) -> int:
-    """Scratch of one thread: the panels of a block of strips, a vector that may be written beyond them, and where a
-    strip's length is known at run time only, the offsets in bytes."""
-    lanes = strip_block * panel.rows * row_lanes
-    return round_up(4 * (lanes + (offset_count if isa.scalable else isa.lanes)), LINE)
+def panel_bytes(panel: Panel, strip_block: int, row_lanes: int, isa: Isa) -> int:
+    """Scratch of one thread: the panels of a block of strips, and a vector that may be written beyond them."""
+    return round_up(4 * (strip_block * panel.rows * row_lanes + isa.lanes), LINE)
 
 
 def fields(
@@ -156,7 +150,6 @@ def fields(
     planes = source.offsets.reshape(conv.in_channels, len(phases))
     scaled, plain = conv.prologue is not None, replace(conv, prologue=None)
     return {
-        "panels": Scratch(),
         "taps": Const(taps),
         "runs": u32(np.stack([tap[starts], lengths], axis=1)),
         "planes": u32(planes[channel, phase_of[tap]]),

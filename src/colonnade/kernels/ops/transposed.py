@@ -17,7 +17,7 @@ from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import conv as gather
-from colonnade.kernels.ops import strips
+from colonnade.kernels.ops import panels, strips
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -62,7 +62,7 @@ def _candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     for dense in (0, 1) if pruned else (1,):
         for mr, nv in gather.shapes(isa):
             phases = [tiled for _, taps, tiled in _phases(step, mr if dense else 0) if taps]
-            if phases and not gather.worth_trying(mr, phases[0], isa):
+            if phases and not gather.worth_trying(mr, phases[0], gather.shapes(isa)):
                 continue
             yield from gather.in_place(phases, lanes, mr, nv, dense, isa, threads)
 
@@ -152,6 +152,7 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "packed": 0,
             "low": float(conv.epilogue.activation.low),
             "high": float(conv.epilogue.activation.high),
+            **panels.NONE,
         }
         calls.append(Call(candidate.kernel, gather.CONV.name, fields))
     return tuple(calls)
