@@ -26,7 +26,7 @@ from colonnade.errors import UserError
 from colonnade.kernels.call import Call, Const
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
-from colonnade.layout import Placed
+from colonnade.layout import Panels, Placed, Rows
 from colonnade.plan import Plan
 
 FORMAT = 1
@@ -222,10 +222,13 @@ def _constants(calls: Sequence[Call]) -> int:
 
 
 def _bytes(tensor: Placed) -> int:
-    """Bytes of a tensor's planes (or rows): what a step that reads or writes all of it moves."""
+    """Bytes of a tensor's planes, panels or rows: what a step that reads or writes all of it moves."""
     layout = tensor.layout
-    per_place = getattr(layout, "plane", None) or layout.batch * getattr(layout, "width", 0)
-    return len(tensor.offsets) * int(per_place) * layout.itemsize
+    if isinstance(layout, Rows):
+        return layout.batch * layout.width * layout.itemsize
+    if isinstance(layout, Panels):
+        return tensor.shape[1] * layout.planes.lanes * layout.itemsize
+    return len(tensor.offsets) * layout.plane * layout.itemsize
 
 
 def _build_script(toolchain: Toolchain, arch: str, isa: Isa) -> str:

@@ -84,8 +84,9 @@ def _inputs(x: Placed) -> tuple[npt.NDArray[np.int64], int]:
     if isinstance(x.layout, Rows):
         itemsize = x.layout.itemsize
         return x.offsets[0] + np.arange(x.layout.width, dtype=np.int64) * itemsize, x.layout.width * itemsize
-    assert x.layout.height == x.layout.width == 1, f"{x.name}: a linear layer reads rows or 1x1 maps"
-    return x.offsets, x.layout.image_rows * x.layout.pitch * x.layout.itemsize
+    layout = x.planes
+    assert layout.height == layout.width == 1, f"{x.name}: a linear layer reads rows or 1x1 maps"
+    return x.offsets, layout.image_rows * layout.pitch * layout.itemsize
 
 
 def _bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
