@@ -339,7 +339,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     feed = candidate.params.get("feed", 0)
     for tensor in step.inputs[1:] if feed == 1 else step.inputs:
         if (tensor.grid.pitch, tensor.grid.image_rows) != (layout.pitch, layout.image_rows):
-            raise ValueError(f"{conv.key()}: {tensor.name} {tensor.grid.key()} does not match output {layout.key()}")
+            raise ValueError(f"{conv.key()}: lanes {tensor.grid.key()} do not match output {layout.key()}")
     if candidate.kernel.startswith("f32_dwconv_"):
         return depthwise.bind(step, candidate)
     if "winograd" in candidate.params:
