@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,22 @@ class Port:
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+
+
+class Variants(Protocol):
+    """One model as plans that differ in what stands in panels instead of planes.
+
+    ``edges``: by choice, the names of the steps that it concerns; ``default``: the choices for panels that are taken
+    where nothing was measured.
+    """
+
+    @property
+    def edges(self) -> tuple[tuple[str, ...], ...]: ...
+    @property
+    def default(self) -> frozenset[int]: ...
+    def plan(self, stored: Collection[int] | None = None) -> Plan:
+        """The plan with these choices for panels; the default ones where None."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,5 @@
 """ONNX → cleaned ONNX → Plan: fusion, layout assignment, memory."""
 
-from colonnade.frontend.load import examine, load
+from colonnade.frontend.load import examine, imported, load
 
-__all__ = ["examine", "load"]
+__all__ = ["examine", "imported", "load"]

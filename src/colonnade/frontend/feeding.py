@@ -17,7 +17,7 @@ from colonnade.workload import Activation, Affine, Conv2d, Reach
 
 @dataclass(frozen=True)
 class LayoutCosts:
-    """What moving a byte costs, in ns: only their ratios count. ``bench/feeding.py`` measures them on a machine.
+    """What moving a byte costs, in ns: only their ratios count.
 
     copy:   a step that copies planes to another layout, per byte read or written.
     scale:  a step that scales, shifts and clips, likewise.
@@ -25,6 +25,8 @@ class LayoutCosts:
     pick:   ... or that are every second or third one of a row ...
     scaled: ... or that are scaled, shifted and clipped on the way.
     mac:    a multiply-add on a kept weight, where a wide halo makes a convolution compute lanes that are no pixels.
+    plane:  what a multiply-add of a pointwise convolution costs more where its input stands in planes, a page each,
+            than where it stands in panels; 0 where that makes no difference.
     """
 
     copy: float = 0.02
@@ -33,6 +35,12 @@ class LayoutCosts:
     pick: float = 0.065
     scaled: float = 0.05
     mac: float = 0.018
+    plane: float = 0.0
+
+    @classmethod
+    def of(cls, isa: str) -> LayoutCosts:
+        """What is known without measuring: ``docs/feeding.md`` says from where."""
+        return cls(plane=0.03) if isa == "rvv" else cls()
 
 
 def fuse_prologues(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:

@@ -10,12 +10,13 @@ copy that is tied to its output; the model's input is imported into phases direc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from colonnade.frontend.draft import Draft, Tensor, Value, whole
 from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, is_depthwise, panels_for_strides
-from colonnade.layout import Layout, Planes, Rows
+from colonnade.frontend.panels import VECTORS
+from colonnade.layout import Layout, Panels, Planes, Rows
 from colonnade.workload import Affine, Binary, Conv2d, Convert, ConvTranspose2d, Interleave, Lrn, Reach, Unary
 
 POINTWISE = (Affine, Binary, Unary, Lrn)  # read and write the same lanes of their planes
@@ -191,8 +192,11 @@ def tie_all(steps: list[Draft]) -> Regions:
     return regions
 
 
-def assign(steps: list[Draft]) -> tuple[dict[Tensor, Layout], int]:
-    """The layout of every tensor, and the largest distance in lanes that a convolution reads past a pixel."""
+def assign(steps: list[Draft], stored: Collection[Tensor] = ()) -> tuple[dict[Tensor, Layout], int]:
+    """The layout of every tensor, and the largest distance in lanes that a convolution reads past a pixel.
+
+    ``stored``: the tensors that are kept in panels (see ``frontend.panels``).
+    """
     regions = tie_all(steps)
     for tensor in (tensor for step in steps for tensor in (*_tensors(step.inputs), *_output(step))):
         if not tensor.is_rows:
@@ -219,6 +223,9 @@ def assign(steps: list[Draft]) -> tuple[dict[Tensor, Layout], int]:
                 continue
             n, _, h, w = tensor.shape
             pitch, rows = regions.size(tensor)
+            if tensor in stored:
+                layouts[tensor] = Panels(Planes(n, h, w, pitch, rows), VECTORS)
+                continue
             layouts[tensor] = Planes(n, h, w, pitch, rows, leads.get(tensor, 0), tensor.phases, tensor.kept_phases)
     return layouts, after
 

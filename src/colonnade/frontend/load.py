@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from colonnade.errors import UserError
-from colonnade.frontend import layouts, memory
+from colonnade.frontend import layouts, memory, panels
 from colonnade.frontend.clean import clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts
@@ -40,12 +40,23 @@ def load(
 
     ``batch`` replaces the first size of every input (1 where it is free and none is given), ``input_shapes`` the
     whole shape of the inputs it names; ``outputs`` cuts the graph at these values.
-    ``layout_costs`` decide between copies and panels; the defaults were measured on one machine.
+    ``layout_costs`` decide between copies, planes and panels; the defaults were measured on one machine.
 
     Raises:
         UserError: the file cannot be read, a size stays free, a name is unknown, or operators are not supported:
             then all of them are named at once, a line each.
     """
+    return imported(model, batch=batch, input_shapes=input_shapes, outputs=outputs).arrange(layout_costs).plan()
+
+
+def imported(
+    model: str | Path | ir.Model | onnx.ModelProto,
+    *,
+    batch: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    outputs: Sequence[str] | None = None,
+) -> Imported:
+    """``load`` up to where layouts are assigned, for which the target should be known."""
     if batch is not None and batch < 1:
         raise UserError(f"batch {batch}: expected at least 1")
     source = read(model)
@@ -53,8 +64,49 @@ def load(
     graph = clean(source, batch, input_shapes, outputs).graph
     importer = Importer(graph, HANDLERS)
     importer.run()
-    steps = layouts.arrange(importer.steps, layout_costs or LayoutCosts())
-    return place_all(name, importer, _needed(steps))
+    return Imported(name, importer)
+
+
+@dataclass(eq=False)
+class Imported:
+    """A model as steps without layouts; ``arrange`` may be called once."""
+
+    name: str
+    importer: Importer
+
+    def arrange(self, costs: LayoutCosts | None = None) -> Arranged:
+        """Assign layouts by what moving data costs; ``LayoutCosts.of(isa)`` knows that of an ISA."""
+        costs = costs or LayoutCosts()
+        drafts = _needed(layouts.arrange(self.importer.steps, costs))
+        for draft in drafts:
+            draft.workload = _with_sparsity(draft)
+        found = panels.edges(drafts)
+        return Arranged(self.name, self.importer, drafts, found, panels.chosen(found, costs))
+
+
+@dataclass(eq=False)
+class Arranged:
+    """A model whose layouts are assigned but for the choice between planes and panels; a ``plan.Variants``.
+
+    ``default``: which of ``found`` are in panels where nothing was measured.
+    """
+
+    name: str
+    importer: Importer
+    drafts: list[Draft]
+    found: list[panels.Edges]
+    default: frozenset[int]
+
+    @property
+    def edges(self) -> tuple[tuple[str, ...], ...]:
+        """By choice, the steps that it concerns."""
+        return tuple(edge.steps for edge in self.found)
+
+    def plan(self, stored: Collection[int] | None = None) -> Plan:
+        """The plan with the choices ``stored`` in panels and all others in planes; by the costs where None."""
+        wanted = self.default if stored is None else stored
+        tensors = {tensor for i in wanted for tensor in self.found[i].tensors}
+        return _place_all(self.name, self.importer, self.drafts, tensors)
 
 
 def examine(
@@ -85,9 +137,9 @@ def _needed(steps: list[Draft]) -> list[Draft]:
     return result[::-1]
 
 
-def place_all(name: str, importer: Importer, drafts: list[Draft]) -> Plan:
-    """Give every tensor its layout and its place in the arena."""
-    chosen, reach = layouts.assign(drafts)
+def _place_all(name: str, importer: Importer, drafts: list[Draft], stored: Collection[Tensor]) -> Plan:
+    """Give every tensor its layout and its place in the arena; those ``stored`` are in panels."""
+    chosen, reach = layouts.assign(drafts, stored)
     first: dict[Tensor, int] = {}
     last: dict[Tensor, int] = {}
     for index, draft in enumerate(drafts):
@@ -103,7 +155,7 @@ def place_all(name: str, importer: Importer, drafts: list[Draft]) -> Plan:
     steps = tuple(
         Step(
             draft.name,
-            _with_sparsity(draft),
+            draft.workload,
             tuple(_placed(value, placed, chosen) for value in draft.inputs),
             placed[draft.output] if draft.output is not None else None,
             draft.constants,

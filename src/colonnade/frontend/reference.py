@@ -12,9 +12,11 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.layout import Placed, Planes, read_planes, write_planes
+from colonnade.layout import Panels, Placed, Planes, read_planes, write_planes
 from colonnade.plan import Plan, Step
 from colonnade.workload import Array, Cast, Conv2d, Reach, evaluate, im2col
+
+VECTOR = 8  # lanes of the registers that panels are read and written with here
 
 
 def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> dict[str, Array]:
@@ -32,24 +34,26 @@ def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> 
             assert step.output is not None
             given = np.asarray(inputs[step.external])
             shaped = given if isinstance(step.workload, Cast) else given.astype(np.float32).reshape(step.output.shape)
-            write_planes(arena, step.output, step.workload.reference(shaped))
+            write_planes(arena, step.output, step.workload.reference(shaped), VECTOR)
             continue
-        values = [read_planes(arena, tensor) for tensor in step.inputs]
+        values = [read_planes(arena, tensor, VECTOR) for tensor in step.inputs]
         if isinstance(step.workload, Conv2d) and check_feeding and _in_place(step):
             _check_feeding(arena, step, values[0])
         result = evaluate(step.workload, values, step.constants)
         if step.output is None:
             outputs[step.external] = result.reshape(shapes[step.external]).copy()
         else:
-            write_planes(arena, step.output, result.reshape(step.output.shape))
+            write_planes(arena, step.output, result.reshape(step.output.shape), VECTOR)
     return outputs
 
 
 def _in_place(step: Step) -> bool:
     """Does this convolution read in place? Not where a stride meets plain planes, a prologue, or another pitch."""
-    conv, source, target = step.workload, step.inputs[0].planes, step.output
+    conv, source, target = step.workload, step.inputs[0].grid, step.output
     assert isinstance(conv, Conv2d) and target is not None
-    same = (source.pitch, source.image_rows) == (target.planes.pitch, target.planes.image_rows)
+    if isinstance(step.inputs[0].layout, Panels):
+        return False
+    same = (source.pitch, source.image_rows) == (target.grid.pitch, target.grid.image_rows)
     down, right = Reach.of(conv, 0), Reach.of(conv, 1)
     same &= source.pitch >= source.columns + right.before and source.image_rows >= source.rows + down.before
     return conv.prologue is None and source.phases == conv.stride and (same or conv.dilation == (1, 1))
@@ -59,11 +63,11 @@ def _check_feeding(arena: npt.NDArray[np.uint8], step: Step, x: Array) -> None:
     """Every element of the im2col matrix must stand where the layout rule says it does."""
     conv, source, target = step.workload, step.inputs[0], step.output
     assert isinstance(conv, Conv2d) and target is not None
-    lanes = np.flatnonzero(target.planes.valid())
+    lanes = np.flatnonzero(target.grid.valid())
     expected = im2col(x, conv)  # [N, groups, K, P]
     expected = expected.transpose(1, 2, 0, 3).reshape(conv.groups, conv.k, -1)
     floats = arena.view(np.float32)
-    assert (source.planes.pitch, source.planes.image_rows) == (target.planes.pitch, target.planes.image_rows), step.name
+    assert (source.planes.pitch, source.planes.image_rows) == (target.grid.pitch, target.grid.image_rows), step.name
     for group in range(conv.groups):
         for k, offset in enumerate(offsets(conv, source, group)):
             where = offset // 4 + lanes
@@ -71,7 +75,7 @@ def _check_feeding(arena: npt.NDArray[np.uint8], step: Step, x: Array) -> None:
             found = floats[where]
             assert np.array_equal(found, expected[group, k]), f"{step.name}: group {group}, column {k} is not in place"
         # vectors run on past the last pixel, to the end of the plane and beyond it
-        assert offset + 4 * (target.planes.plane + 256) <= arena.size, f"{step.name}: reads past the arena"
+        assert offset + 4 * (target.grid.plane + 256) <= arena.size, f"{step.name}: reads past the arena"
 
 
 def offsets(conv: Conv2d, source: Placed, group: int) -> list[int]:

@@ -1,0 +1,104 @@
+"""Which tensors could stand in panels instead of planes: those between convolutions, read by pointwise ones.
+
+Both ends of an edge must agree, and what one step reads, writes and adds is best alike; so tensors that meet at a step
+are decided together: an ``Edges``. In a network of bottlenecks that is everything in a stage but what its 3x3
+convolutions read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from colonnade.frontend.draft import Draft, Tensor, Value
+from colonnade.frontend.feeding import LayoutCosts, is_depthwise
+from colonnade.workload import Conv2d
+
+VECTORS = 2  # registers of a strip: every ISA has kernels of this width, and on RVV they are the best ones
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """Tensors that go into panels together, and the names of the steps that this concerns."""
+
+    tensors: frozenset[Tensor]
+    steps: tuple[str, ...]
+    macs: int  # multiply-adds on kept weights of those that read them
+
+
+def edges(steps: list[Draft]) -> list[Edges]:
+    """All that could be in panels, in the order of the steps."""
+    readers: dict[Tensor, list[tuple[Draft, int, Value]]] = {}
+    for step in steps:
+        for index, value in enumerate(step.inputs):
+            for tensor in value.tensors:
+                readers.setdefault(tensor, []).append((step, index, value))
+    found = [
+        step.output
+        for step in steps
+        if step.output is not None and _writes(step) and _all_read(step.output, readers.get(step.output, []))
+    ]
+    parent = {tensor: tensor for tensor in found}
+
+    def root(tensor: Tensor) -> Tensor:
+        while parent[tensor] is not tensor:
+            tensor = parent[tensor]
+        return tensor
+
+    for step in steps:
+        met = [t for t in (step.output, *(v.tensor for v in step.inputs)) if t in parent]
+        for tensor in met[1:]:
+            parent[root(tensor)] = root(met[0])
+    groups: dict[Tensor, list[Tensor]] = {}
+    for tensor in found:
+        groups.setdefault(root(tensor), []).append(tensor)
+    result = []
+    for tensors in groups.values():
+        mine = frozenset(tensors)
+        concerned = [s for s in steps if s.output in mine or any(v.tensor in mine for v in s.inputs)]
+        reading = [s for s in concerned if s.inputs and s.inputs[0].tensor in mine]
+        result.append(Edges(mine, tuple(s.name for s in concerned), sum(map(_kept, reading))))
+    return result
+
+
+def chosen(found: list[Edges], costs: LayoutCosts) -> frozenset[int]:
+    """Those that gain by the costs: what a plane costs more to read, over the multiply-adds of its readers."""
+    return frozenset(i for i, edge in enumerate(found) if costs.plane * edge.macs > 0)
+
+
+def _writes(step: Draft) -> bool:
+    """Can the step store panels?"""
+    conv, output = step.workload, step.output
+    return (
+        isinstance(conv, Conv2d)
+        and not is_depthwise(conv)
+        and conv.epilogue.activation.function is None  # it works on planes, in place
+        and output is not None
+        and output.phases == (1, 1)
+    )
+
+
+def _all_read(tensor: Tensor, readers: list[tuple[Draft, int, Value]]) -> bool:
+    """Does every reader take the whole tensor, by pointwise convolution or as a residual, and one by the former?"""
+    return any(index == 0 for _, index, _ in readers) and all(
+        value.tensor is tensor and (index == 1 or _pointwise(step)) and isinstance(step.workload, Conv2d)
+        and not is_depthwise(step.workload)
+        for step, index, value in readers
+    )  # fmt: skip
+
+
+def _pointwise(step: Draft) -> bool:
+    conv = step.workload
+    return (
+        isinstance(conv, Conv2d)
+        and not step.panels
+        and conv.prologue is None
+        and (conv.kernel, conv.stride) == ((1, 1), (1, 1))
+        and not any(conv.padding)
+    )
+
+
+def _kept(step: Draft) -> int:
+    """Multiply-adds on weights that are not zero."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d)
+    return int((step.constants["weight"] != 0).sum()) * conv.batch * conv.out_height * conv.out_width
