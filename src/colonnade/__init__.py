@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from colonnade.accuracy import compare as compare
     from colonnade.accuracy import evaluate as evaluate
     from colonnade.api import build as build
+    from colonnade.fitting.road import fit as fit
     from colonnade.pattern import ColumnPattern as ColumnPattern
     from colonnade.runtime.session import Session as Session
     from colonnade.sparsify.finetune import finetune as finetune
@@ -29,14 +30,15 @@ _PLACES = {
     "evaluate": "colonnade.accuracy",
     "export": "colonnade.sparsify.torch_model",
     "finetune": "colonnade.sparsify.finetune",
+    "fit": "colonnade.fitting.road",
     "reconstruct_": "colonnade.sparsify.reconstruct",
     "remove_masks": "colonnade.sparsify.masks",
     "sparsify_": "colonnade.sparsify.masks",
 }
 
 __all__ = [
-    "ColumnPattern", "Session", "build", "compare", "evaluate", "export", "finetune", "reconstruct_", "remove_masks",
-    "sparsify_",
+    "ColumnPattern", "Session", "build", "compare", "evaluate", "export", "finetune", "fit", "reconstruct_",
+    "remove_masks", "sparsify_",
 ]  # fmt: skip
 
 

@@ -31,6 +31,10 @@ VERBS = {
     "demo": Verb("colonnade.cli_demo", "demo", "The whole road on bundled real data, in a few minutes."),
     "inspect": Verb("colonnade.cli_inspect", "inspect", "List layers, and what can be pruned."),
     "prune": Verb("colonnade.cli_prune", "prune", "Prune an ONNX model column-wise; the result is plain ONNX."),
+    "plan": Verb("colonnade.cli_fit", "plan", "Choose what every layer loses, for a latency; `prune --plan` takes it."),
+    "fit": Verb(
+        "colonnade.cli_fit", "fit", "All in one: a frontier of ready bundles, the one that meets a budget marked."
+    ),
     "finetune": Verb("colonnade.cli_finetune", "finetune", "Train a pruned torch model further, its zeros frozen."),
     "tune": Verb("colonnade.cli_tune", "tune", "Measure the candidates for every layer on the target."),
     "build": Verb("colonnade.cli_build", "build", "Turn an ONNX model into a native bundle."),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from colonnade.cli_prune import parse_pattern
+from colonnade.cli_pattern import Exclude, Group, GroupRows, Pattern, Score, Sparsity, Tile, parse_pattern
 from colonnade.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,21 +39,13 @@ def finetune(
     model_args: Annotated[
         str | None, typer.Option("--model-args", metavar="JSON", help="Arguments of the function, as an object.")
     ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Share of columns to remove; without a pattern, zeros that are there are held.")
-    ] = None,
-    group: Annotated[
-        int | None, typer.Option(help="M: consecutive columns chosen among; the whole row if left out.")
-    ] = None,
-    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="Keep N of every M columns, such as 1:4.")] = None,
-    tile: Annotated[int, typer.Option(help="Rows that keep the same columns.")] = 8,
-    score: Annotated[str, typer.Option(metavar="l1|l2", help="A column's score: sum of |w| or of w².")] = "l1",
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Layers to leave dense; may be repeated.")
-    ] = None,
-    group_rows: Annotated[
-        bool, typer.Option("--group-rows/--no-group-rows", help="Put similar rows into one tile.")
-    ] = True,
+    sparsity: Sparsity = None,
+    group: Group = None,
+    pattern: Pattern = None,
+    tile: Tile = 8,
+    score: Score = "l1",
+    exclude: Exclude = None,
+    group_rows: GroupRows = True,
     epochs: Annotated[int, typer.Option(min=0, help="0 only prunes and writes.")] = 10,
     lr: Annotated[float, typer.Option(help="The highest learning rate; it falls to 0 along half a cosine.")] = 0.01,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a step, all processes together.")] = 128,
@@ -83,7 +75,10 @@ def finetune(
     seed: Annotated[int, typer.Option()] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the outputs.")] = False,
 ) -> None:
-    """Prune a torch model and train it further with its zeros frozen; under `accelerate launch`, on many processes."""
+    """Prune a torch model and train it further with its zeros frozen; under `accelerate launch`, on many processes.
+
+    Without --sparsity or --pattern, the zeros that the weights bring are held.
+    """
     wanted = None
     if sparsity is not None or pattern is not None:
         wanted = parse_pattern(sparsity, group, pattern, tile)

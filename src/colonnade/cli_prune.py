@@ -7,47 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from colonnade.cli_pattern import Exclude, Group, GroupRows, Pattern, Score, Sparsity, Tile, parse_pattern
+
 if TYPE_CHECKING:
-    from colonnade.pattern import ColumnPattern
     from colonnade.sparsify.onnx_file import PruneReport
-
-
-def parse_pattern(sparsity: float | None, group: int | None, nm: str | None, tile: int) -> ColumnPattern:
-    """The pattern of `--sparsity` (with `--group`) or of `--pattern N:M`. Raises UserError unless it is exactly one."""
-    import re
-
-    from colonnade.errors import UserError
-    from colonnade.pattern import ColumnPattern
-
-    if (sparsity is None) == (nm is None):
-        raise UserError("give either --sparsity (such as 0.75) or --pattern (such as 1:4)")
-    if nm is None:
-        assert sparsity is not None
-        return ColumnPattern(sparsity, tile, group)
-    if group is not None:
-        raise UserError("--group belongs to --sparsity: --pattern N:M says its M itself")
-    match = re.fullmatch(r"(\d+):(\d+)", nm.strip())
-    if not match:
-        raise UserError(f"--pattern is {nm!r}: expected N:M with whole numbers, such as 1:4")
-    return ColumnPattern.nm(int(match[1]), int(match[2]), tile)
 
 
 def prune(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The trained model.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.onnx", help="The pruned model to write.")],
-    sparsity: Annotated[float | None, typer.Option(help="Share of columns to remove, such as 0.75.")] = None,
-    group: Annotated[
-        int | None, typer.Option(help="M: consecutive columns chosen among; the whole row if left out.")
+    sparsity: Sparsity = None,
+    group: Group = None,
+    pattern: Pattern = None,
+    tile: Tile = 8,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE.toml", help="The pattern of every layer, from `plan` or `fit`."),
     ] = None,
-    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="Keep N of every M columns, such as 1:4.")] = None,
-    tile: Annotated[int, typer.Option(help="Rows that keep the same columns.")] = 8,
-    score: Annotated[str, typer.Option(metavar="l1|l2", help="A column's score: sum of |w| or of w².")] = "l1",
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Layers or weights to leave dense; may be repeated.")
-    ] = None,
-    group_rows: Annotated[
-        bool, typer.Option("--group-rows/--no-group-rows", help="Put similar rows into one tile.")
-    ] = True,
+    score: Score = "l1",
+    exclude: Exclude = None,
+    group_rows: GroupRows = True,
     method: Annotated[
         str, typer.Option(metavar="magnitude|obs", help="obs fits what is kept to calibration inputs; no labels.")
     ] = "magnitude",
@@ -61,12 +40,16 @@ def prune(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
 ) -> None:
     """Prune an ONNX model column-wise, N of every M inside tiles of rows; the result is plain ONNX."""
-    chosen = parse_pattern(sparsity, group, pattern, tile)
+    from colonnade.errors import UserError
+
+    if plan is not None and (sparsity, group, pattern) != (None, None, None):
+        raise UserError("--plan says what every layer loses: leave --sparsity, --group and --pattern out")
+    chosen = parse_pattern(sparsity, group, pattern, tile) if plan is None else None
 
     from rich.console import Console
     from rich.progress import Progress
 
-    from colonnade.errors import UserError
+    from colonnade.sparsify.allocate import PrunePlan
     from colonnade.sparsify.onnx_file import prune_file
 
     inputs = None
@@ -78,6 +61,7 @@ def prune(
         inputs = calibration_inputs(calibration, preprocess=preprocess, limit=images)
     elif calibration is not None:
         raise UserError("--calibration belongs to --method obs: magnitudes need no inputs")
+    patterns = PrunePlan.read(plan).layers if plan is not None else None
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("pruning", total=None)
         report = prune_file(
@@ -90,6 +74,7 @@ def prune(
             force=force,
             method=method,
             calibration=inputs,
+            patterns=patterns,
             progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
         )
     _print(report, method)
@@ -99,7 +84,7 @@ def _print(report: PruneReport, method: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.source.name} → {report.destination.name}, {report.pattern}")
+    table = Table(title=f"{report.source.name} → {report.destination.name}, {report.pattern or 'by plan'}")
     table.add_column("layer", overflow="fold")
     table.add_column("weights", no_wrap=True)
     for heading in ("kept columns", "retained score" if method == "magnitude" else "retained output"):

@@ -55,11 +55,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What became of every layer, in the order of the graph."""
+    """What became of every layer, in the order of the graph. pattern: of layers without one of their own."""
 
     source: Path
     destination: Path
-    pattern: ColumnPattern
+    pattern: ColumnPattern | None
     layers: tuple[LayerReport, ...]
 
     @property
@@ -91,7 +91,7 @@ class _Layer:
 def prune_file(
     source: Path | str,
     destination: Path | str,
-    pattern: ColumnPattern,
+    pattern: ColumnPattern | None,
     *,
     score: str = "l1",
     group_rows: bool = True,
@@ -113,7 +113,8 @@ def prune_file(
                  Needs float32 weights and onnxruntime. Layers whose statistics cannot be gathered go by magnitude.
     calibration: samples of the model's inputs by name, axis 0 the samples; a few hundred. Labels are not needed.
     options:     settings of "obs".
-    patterns:    the pattern of single layers by name, in the place of `pattern`; None leaves one dense.
+    patterns:    the pattern of single layers by name, in the place of `pattern`; None leaves one dense. Without a
+                 `pattern` (None) all others stay dense.
 
     Raises UserError for a bad file, a pattern in `exclude` that is invalid or matches nothing, a weight that is not
     finite, and an output that exists without `force` or cannot be written; nothing is written then.
@@ -182,6 +183,29 @@ def read_layers(
     return found
 
 
+def read_targets(source: Path | str, model: "onnx.ModelProto", exclude: Sequence[str] = ()) -> list[Target]:
+    """The layers that would be pruned and whose statistics can be gathered, for an `OnnxChain`.
+
+    Raises UserError for a model without weights, and for weights that are not finite or not float32.
+    """
+    layers, weights = _read(model.graph)
+    if not layers:
+        raise UserError(f"{source}: no Conv, Gemm or MatMul with weights in it: nothing to prune")
+    _keep_dense(model.graph, layers)
+    _exclude(layers, exclude)
+    for weight in weights:
+        _settle(weight)
+    return _targets(model, _fitted(Path(source), model.graph, [layer for layer in layers if layer.reason is None]))
+
+
+def _targets(model: "onnx.ModelProto", layers: Sequence[_Layer]) -> list[Target]:
+    return [
+        Target(layer.name, model.graph.node[layer.position], layer.weight.tensor, layer.transposed, layer.groups)
+        for layer in layers
+        if layer.weight is not None
+    ]
+
+
 def _report(layer: _Layer, pruned: tuple[int, int, int, float] | None) -> LayerReport:
     shape = tuple(layer.weight.tensor.dims) if layer.weight else ()
     name = layer.weight.name if layer.weight else ""
@@ -193,13 +217,15 @@ def _report(layer: _Layer, pruned: tuple[int, int, int, float] | None) -> LayerR
 
 
 def _patterns(
-    layers: Sequence[_Layer], pattern: ColumnPattern, own: Mapping[str, ColumnPattern | None]
+    layers: Sequence[_Layer], pattern: ColumnPattern | None, own: Mapping[str, ColumnPattern | None]
 ) -> dict[str, ColumnPattern]:
     """The pattern of every layer that is pruned; layers with the pattern None are marked dense."""
-    known = {layer.name for layer in layers}
-    for name in own:
+    known = {layer.name: layer for layer in layers}
+    for name, wanted in own.items():
         if name not in known:
             raise UserError(f"there is no layer {name!r}; {_names(list(layers))}")
+        if wanted is not None and (reason := known[name].reason):
+            raise UserError(f"layer {name} stays dense ({reason}): take it out of the plan, or call it dense there")
     chosen = {}
     for layer in layers:
         if layer.reason is None:
@@ -239,12 +265,7 @@ def _fit(
     progress: Callable[[int, int, str], None] | None,
 ) -> dict[int, tuple[int, int, int, float]]:
     """Prune layers by second order, in place; K, kept columns, tiles and explained variance of each."""
-    targets = [
-        Target(layer.name, model.graph.node[layer.position], layer.weight.tensor, layer.transposed, layer.groups)
-        for layer in layers
-        if layer.weight is not None
-    ]
-    chain = OnnxChain(model, targets, calibration)
+    chain = OnnxChain(model, _targets(model, layers), calibration)
     by_name = {layer.name: layer for layer in layers}
     reports = {}
     for result in prune_chain(chain, patterns, options, progress):

@@ -1,0 +1,219 @@
+"""How long every layer takes at every pattern, from the tuner's records; what they lack is measured, within a budget.
+
+A layer's time depends on its pattern and not on which columns are kept, so the network is pruned by magnitude, without
+grouping rows, once for each pattern, and only the layers' workloads are looked at. The same records serve the build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from colonnade.build.toolchain import Toolchain
+from colonnade.frontend.load import load
+from colonnade.kernels.isa import Isa
+from colonnade.pattern import ColumnPattern
+from colonnade.plan import Plan, Step
+from colonnade.sparsify.calibrate_onnx import Target as Layer
+from colonnade.sparsify.select import as_matrix, from_matrix, select
+from colonnade.targets import Target
+from colonnade.tune.database import Database
+from colonnade.tune.search import decide, duel, times
+from colonnade.tune.tuner import Chooser, place
+from colonnade.tune.tuner import tune as measure
+
+if TYPE_CHECKING:
+    import onnx
+
+ESTIMATED = "estimated"
+# A larger tile must save this share of a layer's time to be preferred to a smaller one, which keeps more accuracy.
+TILE_GAIN = 0.03
+
+
+@dataclass(frozen=True)
+class Time:
+    """seconds of one layer in one inference; source: ``measured``, ``modelled on …``, or ``estimated``: the static
+    ranking beside what was measured of this layer."""
+
+    seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """dense: of every layer by name; pruned: by name and pattern; rest: seconds of all other steps; untimed: layers
+    that no step of the network is known to compute, which stay dense."""
+
+    dense: Mapping[str, Time]
+    pruned: Mapping[str, Mapping[ColumnPattern, Time]]
+    rest: float
+    untimed: Sequence[str] = ()
+
+    @property
+    def total(self) -> float:
+        """Seconds of the dense network, step by step."""
+        return self.rest + sum(time.seconds for time in self.dense.values())
+
+
+@dataclass(frozen=True)
+class _Steps:
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where is measured, with what, and for how long at most (seconds; 0: not at all)."""
+
+    target: Target
+    isa: Isa
+    threads: int
+    toolchain: Toolchain
+    db: Path | None = None
+    budget: float = 0.0
+    batch: int | None = None
+
+
+def layer_times(
+    model: onnx.ModelProto,
+    layers: Sequence[Layer],
+    patterns: Mapping[str, Sequence[ColumnPattern]],
+    where: Place,
+    progress: Callable[[float, str], None] | None = None,
+) -> LayerTimes:
+    """Times of every layer, dense and at each of its `patterns` (by the layer's name).
+
+    Raises UserError for a model that cannot be imported, a target whose times mean nothing, or an unusable database.
+    """
+    whole = load(model, batch=where.batch)
+    steps = {step.name: step for step in whole.steps}
+    names = {name: step for name, step in step_names(layers, whole).items() if step is not None}
+    own: dict[tuple[str, ColumnPattern], Step] = {}
+    for pattern in dict.fromkeys(p for row in patterns.values() for p in row):
+        alike = {step.name: step for step in load(pruned_alike(model, layers, pattern), batch=where.batch).steps}
+        for name in [name for name in names if pattern in patterns.get(name, ())]:
+            if names[name] in alike:
+                own[name, pattern] = alike[names[name]]
+    # A pruned copy may be fused in another way; a layer that is lost there stays dense.
+    names = {name: step for name, step in names.items() if all((name, p) in own for p in patterns.get(name, ()))}
+    wanted = {step.key(): step for step in (*whole.steps, *own.values())}
+    if where.budget:
+        measure(
+            _Steps(tuple(wanted.values())), where.target, where.isa, where.threads, where.budget, where.db, progress,
+            where.toolchain,
+        )  # fmt: skip
+    found = _known(wanted, where, getattr(where.target, "modelled", "") or "measured")
+    dense = {name: found[steps[step].key()] for name, step in names.items()}
+    pruned = {name: {p: found[own[name, p].key()] for p in patterns.get(name, ())} for name in names}
+    mine = set(names.values())
+    rest = sum(found[step.key()].seconds for step in whole.steps if step.name not in mine)
+    return LayerTimes(dense, pruned, rest, [layer.name for layer in layers if layer.name not in names])
+
+
+def pruned_alike(model: onnx.ModelProto, layers: Sequence[Layer], pattern: ColumnPattern) -> onnx.ModelProto:
+    """A copy of the model with every layer pruned by magnitude in tiles of neighbours; only for its times."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensors = _tensors(copy)
+    for layer in layers:
+        tensor = tensors[layer.tensor.name]
+        stored = onnx.numpy_helper.to_array(tensor)
+        rows_first = stored.T if layer.rows_last else stored
+        mask = from_matrix(
+            select(as_matrix(rows_first), pattern, groups=layer.groups, similar_rows=False).mask, rows_first.shape
+        )
+        # Zeros that are there by accident would look like a pattern of their own.
+        full = np.where(rows_first == 0, np.float32(1e-6), rows_first)
+        kept = np.where(mask, full, np.float32(0)).astype(np.float32)
+        tensor.CopyFrom(
+            onnx.numpy_helper.from_array(np.ascontiguousarray(kept.T if layer.rows_last else kept), tensor.name)
+        )
+    return copy
+
+
+def _tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                found[attribute.t.name] = attribute.t
+    return found
+
+
+def step_names(layers: Sequence[Layer], plan: Plan) -> dict[str, str | None]:
+    """The step of the plan that computes each layer: it is called as the layer's weight or its node; None: unknown."""
+    known = {step.name for step in plan.steps}
+    found: dict[str, str | None] = {}
+    for layer in layers:
+        own = (layer.node.input[1].removesuffix(".weight"), layer.tensor.name.removesuffix(".weight"), layer.name)
+        found[layer.name] = next((name for name in own if name in known), None)
+    return found
+
+
+def _known(wanted: Mapping[str, Step], where: Place, source: str) -> dict[str, Time]:
+    """The time of every step by its key: measured, or estimated from the static ranking beside what is measured."""
+    database = Database(where.db)
+    try:
+        spot = place(where.target.probe(), where.isa, where.threads, where.toolchain)
+        chooser = Chooser(database, spot, where.isa)
+        found: dict[str, Time] = {}
+        ranks: dict[str, float] = {}
+        scales: dict[str, list[float]] = {}
+        for key, step in wanted.items():
+            candidates, _ = chooser.listed(step)
+            ranks[key] = candidates[0].rank
+            ns = chosen_ns(chooser, step)
+            if ns is not None:
+                found[key] = Time(ns / 1e9, source)
+                if candidates[0].rank > 0:
+                    scales.setdefault(step.workload.op, []).append(ns / 1e9 / candidates[0].rank)
+    finally:
+        database.close()
+    for key, step in wanted.items():
+        if key not in found:
+            scale = scales.get(step.workload.op)
+            guess = ranks[key] * median(scale) if scale and ranks[key] > 0 else _roughly(step)
+            found[key] = Time(guess, ESTIMATED)
+    return found
+
+
+def chosen_ns(chooser: Chooser, step: Step) -> float | None:
+    """Median ns of the candidate that a build would take for a step; None where nothing was measured."""
+    candidates, sources = chooser.listed(step)
+    records = chooser.records(step, candidates, sources)
+    best = decide(candidates, records)
+    if best is None:
+        return None
+    fought = duel(candidates, records)
+    if fought is not None and best == fought.sparse:
+        return fought.sparse_ns
+    if fought is not None and best == fought.dense:
+        return fought.dense_ns
+    last = times(records, (2,))
+    return last[best.key()] if best.key() in last else times(records, (0, 1))[best.key()]
+
+
+def _roughly(step: Step) -> float:
+    """Seconds by multiply-adds on kept weights and bytes touched, where nothing of this operator was measured."""
+    macs = getattr(step.workload, "kept_macs", step.workload.macs)
+    places = [*step.inputs, *([step.output] if step.output is not None else [])]
+    return float(macs) / 5e10 + sum(p.layout.buffer_bytes(p.shape[1]) for p in places) / 1e10
+
+
+def best_tiles(times_of: LayerTimes, tiles: Sequence[int], sparsity: float) -> dict[str, int]:
+    """The tile of every layer: the quickest at this sparsity; a larger one must be quicker by TILE_GAIN."""
+    chosen = {}
+    for name, row in times_of.pruned.items():
+        best = min(tiles)
+        for tile in sorted(tiles):
+            now, other = (row[ColumnPattern(sparsity, t)].seconds for t in (best, tile))
+            if other < now * (1 - TILE_GAIN):
+                best = tile
+        chosen[name] = best
+    return chosen

@@ -1,0 +1,217 @@
+"""`colonnade fit` and `colonnade plan` on the bundled digits, and the choice of the next point."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import colonnade as cn
+from colonnade.cli import run_verb
+from colonnade.cli_fit import NOT_MET, parse_latency
+from colonnade.demo.network import SmallResNet, digits
+from colonnade.errors import UserError
+from colonnade.fitting.goal import Goal, Point, next_budget
+from colonnade.fitting.road import Settings, split
+from colonnade.sparsify.allocate import PrunePlan
+
+QUICK = (
+    "--budget",
+    "4s",
+    "--calibration-images",
+    "96",
+    "--test-images",
+    "200",
+    "--tiles",
+    "8",
+    "--sparsities",
+    "0.5,0.75",
+)
+
+
+def simulate(goal: Goal, loss_at: object, limit: int, factor: float = 1.15, fastest: float = 0.2) -> list[Point]:
+    """The points of a network that takes `factor` times the sum of its layers, and a little more the more is pruned."""
+    points = [Point("dense", 1.0, factor, 0.0, {})]
+    for _ in range(limit):
+        wanted = next_budget(goal, points, fastest)
+        if wanted is None:
+            break
+        assert fastest <= wanted < 1
+        latency = wanted * factor * (1 + 0.1 * (1 - wanted))
+        points.append(Point(f"{wanted:.3f}", wanted, latency, loss_at(wanted), {}))  # type: ignore[operator]
+    return points
+
+
+def test_the_search_for_a_latency() -> None:
+    goal = Goal(latency=0.5)
+    points = simulate(goal, lambda budget: (1 - budget) ** 2 / 10, 4)
+    best = goal.best(points)
+    assert best is not None and 0.95 * 0.5 <= best.latency <= 0.5
+    assert len(points) == 5  # what is left of the limit fills the gaps
+    assert max(a.budget / b.budget for a in points for b in points if a.budget > b.budget) <= 5
+
+
+@pytest.mark.parametrize("drop", [0.002, 0.01, 0.03])
+def test_the_search_for_a_drop(drop: float) -> None:
+    goal = Goal(max_drop=drop)
+    points = simulate(goal, lambda budget: (1 - budget) ** 3 / 10, 7)
+    best = goal.best(points)
+    exact = max(1 - (10 * drop) ** (1 / 3), 0.2)
+    assert best is not None and exact <= best.budget <= exact * 1.12
+
+
+def test_a_frontier_without_a_goal_is_even() -> None:
+    points = simulate(Goal(), lambda budget: 0.0, 3)
+    marks = sorted(math.log(p.budget) for p in points)
+    assert np.diff(marks).max() / np.diff(marks).min() < 2.1
+    assert Goal().best(points) is None
+
+
+def test_what_cannot_be_reached() -> None:
+    goal = Goal(latency=0.1)
+    points = simulate(goal, lambda budget: 1 - budget, 3)
+    assert goal.best(points) is None
+    assert goal.closest(points) is min(points, key=lambda p: p.latency)
+    assert min(p.budget for p in points) == pytest.approx(0.2)
+    assert next_budget(Goal(latency=0.1), points[:1], 0.99) is None  # nothing can be pruned
+
+
+def test_goals_and_times_that_are_none() -> None:
+    for wrong in ({"latency": 0.0}, {"latency": 1.0, "max_drop": 0.1}, {"max_drop": 1.0}, {"max_drop": -0.1}):
+        with pytest.raises(UserError):
+            Goal(**wrong)
+    assert parse_latency("40ms") == pytest.approx(0.04) and parse_latency("1.5s") == 1.5
+    for text in ("40", "fast", "0ms", "-1ms"):
+        with pytest.raises(UserError, match="such as 40ms"):
+            parse_latency(text)
+    with pytest.raises(UserError, match="'obs' or 'magnitude'"):
+        Settings("best")
+
+
+def test_images_are_shared_out() -> None:
+    from colonnade.accuracy import Samples
+
+    x = np.arange(100, dtype=np.float32)[:, None]
+    for count, calibration, test, sizes in ((100, 40, 50, (40, 50)), (100, 90, 90, (50, 50)), (30, 256, 500, (15, 15))):
+        a, b, notes = split(Samples(x[:count], np.arange(count)), calibration, test, 0)
+        assert (len(a), len(b)) == sizes
+        assert not set(a.inputs.ravel()) & set(b.inputs.ravel())
+        assert a.labels is not None and np.array_equal(a.labels, a.inputs.ravel())
+        assert notes
+    with pytest.raises(UserError, match="15 images are too few"):
+        split(Samples(x[:15]), 8, 8, 0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A network that knows the digits, images with labels, and a tuning database."""
+    folder = tmp_path_factory.mktemp("fit")
+    (x, y), (tx, ty) = digits()
+    torch.manual_seed(0)
+    model = SmallResNet((16, 16, 24))
+    train = DataLoader(TensorDataset(x[:600], y[:600]), 50, shuffle=True)
+    cn.finetune(model, train, epochs=3, lr=0.1, progress=False)
+    cn.export(model, x[:1], folder / "digits.onnx")
+    np.savez(folder / "digits.npz", inputs=tx[:300].numpy(), labels=ty[:300].numpy())
+    return folder / "digits.onnx", folder / "digits.npz", folder / "tuning.db"
+
+
+def fit(trained: tuple[Path, Path, Path], out: Path, *words: str) -> int:
+    model, images, db = trained
+    given = ["fit", str(model), "--images", str(images), "-o", str(out), "--db", str(db), *QUICK, *words]
+    return run_verb(given)
+
+
+@pytest.mark.slow
+def test_from_a_file_to_bundles_and_on(
+    trained: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert fit(trained, out, "--max-drop", "60", "--points", "2") == 0
+    said = capsys.readouterr().out
+    assert "at most 60 points lost" in said and "→" in said
+    found = json.loads((out / "fit.json").read_text())
+    assert found["met"] and found["labelled"] and found["latency_is"] == "measured"
+    points = found["points"]
+    assert points[0]["name"] == "dense" and len(points) == 3
+    assert all(a["budget"] > b["budget"] for a, b in itertools.pairwise(points))
+    assert points[0]["record"]["top1"] > 0.7
+    # Every row is a bundle that answers as its pruned file does, and the plan beside it is what was pruned.
+    from colonnade.accuracy import samples
+
+    pictures = samples(trained[1])
+    for point in points[1:]:
+        at = point["record"]
+        bundle = cn.evaluate(at["bundle"], pictures)
+        assert np.array_equal(bundle.answers, cn.evaluate(at["onnx"], pictures).answers)
+        plan = PrunePlan.read(at["plan_file"])
+        assert any(pattern is not None for pattern in plan.layers.values())
+        again = tmp_path / "again.onnx"
+        assert run_verb(
+            ["prune", str(trained[0]), "-o", str(again), "--plan", at["plan_file"], "--force"]
+        ) == 0  # fmt: skip
+        assert at["kept"] < 1 and point["loss"] == pytest.approx(points[0]["record"]["top1"] - at["top1"])
+    # A second call finds both points there, and makes no third that is not needed.
+    times = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("*x-*/pruned.onnx")}
+    assert len(times) == 2
+    assert fit(trained, out, "--latency", "1us", "--points", "1") == NOT_MET
+    said = capsys.readouterr().out
+    assert "not reachable; closest is" in said
+    after = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("*x-*/pruned.onnx")}
+    assert len(after) == 3 and all(after[name] == time for name, time in times.items())
+    # Another method is another fit.
+    assert fit(trained, out, "--method", "magnitude") == 2
+    assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_only_the_plan(trained: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, images, db = trained
+    plan = tmp_path / "plan.toml"
+    words = ["plan", str(model), "--images", str(images), "-o", str(plan), "--db", str(db), "--budget", "0s"]
+    assert run_verb([*words, "--speedup", "1.3", "--tiles", "8", "--sparsities", "0.5,0.75"]) == 0
+    assert "layers pruned, layer times" in capsys.readouterr().out
+    assert PrunePlan.read(plan).layers
+    assert run_verb([*words, "--latency", "1us", "--force"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be reached" in error and error.count("\n") == 1
+    assert run_verb([*words, "--force"]) == 2
+    assert "either --latency" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--latency", "40"), "expected a time such as 40ms"),
+        (("--latency", "1ms", "--speedup", "2"), "one of --latency, --speedup and --max-drop"),
+        (("--speedup", "0.5"), "expected at least 1"),
+        (("--tiles", "a,b"), "expected numbers with commas"),
+        (("--sparsities", "0.5,1.5"), "sparsity is 1.5"),
+        (("--target", "qemu"), "model:x60"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    trained: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...],
+    message: str,
+) -> None:  # fmt: skip
+    assert fit(trained, tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    trained: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    assert fit(trained, out, "--force") == 2
+    assert "no folder of `colonnade fit`" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
