@@ -18,7 +18,8 @@ from colonnade.cli_fit import NOT_MET, parse_latency
 from colonnade.demo.network import SmallResNet, digits
 from colonnade.errors import UserError
 from colonnade.fitting.goal import Goal, Point, next_budget
-from colonnade.fitting.road import Settings, split
+from colonnade.fitting.plans import Settings
+from colonnade.fitting.road import split
 from colonnade.sparsify.allocate import PrunePlan
 
 QUICK = (

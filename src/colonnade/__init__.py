@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from colonnade.sparsify.finetune import finetune as finetune
     from colonnade.sparsify.masks import remove_masks as remove_masks
     from colonnade.sparsify.masks import sparsify_ as sparsify_
+    from colonnade.sparsify.rechoose import Rechoose as Rechoose
     from colonnade.sparsify.reconstruct import reconstruct_ as reconstruct_
     from colonnade.sparsify.torch_model import export as export
 
 _PLACES = {
     "ColumnPattern": "colonnade.pattern",
+    "Rechoose": "colonnade.sparsify.rechoose",
     "Session": "colonnade.runtime.session",
     "compare": "colonnade.accuracy",
     "evaluate": "colonnade.accuracy",
@@ -37,7 +39,7 @@ _PLACES = {
 }
 
 __all__ = [
-    "ColumnPattern", "Session", "build", "compare", "evaluate", "export", "finetune", "fit", "reconstruct_",
+    "ColumnPattern", "Rechoose", "Session", "build", "compare", "evaluate", "export", "finetune", "fit", "reconstruct_",
     "remove_masks", "sparsify_",
 ]  # fmt: skip
 

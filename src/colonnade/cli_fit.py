@@ -137,7 +137,7 @@ def plan(
     settings = _settings("obs", tiles, sparsities, exclude, budget, 0)
     from rich.console import Console
 
-    from colonnade.fitting.road import make_plan
+    from colonnade.fitting.plans import make_plan
 
     console = Console(stderr=True)
     with Stages(console) as progress:
@@ -155,7 +155,7 @@ def plan(
 
 
 def _settings(method: str, tiles: str, sparsities: str, exclude: list[str] | None, budget: str, seed: int) -> Any:
-    from colonnade.fitting.road import Settings
+    from colonnade.fitting.plans import Settings
 
     return Settings(
         method, parse_numbers(tiles, "--tiles", int), parse_numbers(sparsities, "--sparsities", float),

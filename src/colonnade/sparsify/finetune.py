@@ -1,4 +1,4 @@
-"""Fine-tuning with frozen masks, on HF Accelerate: one script for a laptop, several GPUs, several nodes.
+"""Fine-tuning with masks frozen or chosen anew, on HF Accelerate: one script for a laptop, several GPUs, several nodes.
 
 Every random decision of an epoch follows from (seed, epoch), and the learning rate from the step, so a run that was
 stopped and resumed gives the weights of one that was not. Checkpoints are safetensors and JSON: data, no code.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,40 +20,17 @@ import accelerate
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, set_seed
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from colonnade.errors import UserError
+from colonnade.sparsify.averaging import Average
+from colonnade.sparsify.checkpoints import Checkpoints, Epoch, History
+from colonnade.sparsify.distil import BlockOutputs, answers_distance, blocks_distance, chosen_blocks
 from colonnade.sparsify.parallel import Batches, synchronized_batchnorm
+from colonnade.sparsify.rechoose import Rechoose, Rechooser, freeze
 
 FORMAT = 1
 Loss = Callable[[Any, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch: its number from 1, mean training loss, share of validation samples that were right (None: no
-    validation), learning rate at its end, seconds."""
-
-    number: int
-    loss: float
-    accuracy: float | None
-    lr: float
-    seconds: float
-
-
-@dataclass
-class History:
-    """What a run did. ``best``: the epoch whose weights the model now has."""
-
-    epochs: list[Epoch] = field(default_factory=list)
-    best: int = 0
-
-    @property
-    def accuracy(self) -> float | None:
-        """Validation accuracy of the weights that were kept."""
-        return self.epochs[self.best - 1].accuracy if self.best else None
 
 
 def finetune(
@@ -69,12 +44,17 @@ def finetune(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     warmup: float = 0.0,
+    decay_epochs: int | None = None,
     loss: Loss | None = None,
     label_smoothing: float = 0.0,
     clip_norm: float | None = None,
     teacher: nn.Module | None = None,
     teacher_share: float = 0.5,
     temperature: float = 2.0,
+    block_weight: float = 0.0,
+    blocks: Iterable[str] = (),
+    ema: float | None = None,
+    rechoose: Rechoose | None = None,
     sync_batchnorm: bool = True,
     mixed_precision: str = "no",
     checkpoint_dir: str | Path | None = None,
@@ -83,19 +63,25 @@ def finetune(
     progress: bool = True,
     title: str = "fine-tuning",
 ) -> History:
-    """Train ``model`` in place; masks (see ``sparsify_``) stay as they are, so a pruned weight stays zero.
+    """Train ``model`` in place; masks (see ``sparsify_``) stay as they are, so a pruned weight stays zero, unless
+    ``rechoose`` says when they are chosen anew; at the end they are fixed in any case.
 
     train_loader, val_loader: DataLoaders, or lists, of (inputs, targets) batches. Under ``accelerate launch`` each
         batch is shared out among the processes, so their number changes neither the batches nor the steps, and what
         a sample draws at random follows from (seed, epoch, index) alone.
     epochs:          all in all, also after a resume.
     lr:              the highest learning rate; after ``warmup`` (share of all steps) it falls to 0 along half a cosine.
+    decay_epochs:    instead of the cosine, a tenth of the rate after so many epochs, again and again.
     optimizer:       "sgd" (Nesterov), "adamw", or a function from parameters to an optimizer. Norms and biases get no
                      weight decay.
     loss:            (model's outputs, targets) -> scalar, a mean over the batch; default: cross entropy with
                      ``label_smoothing``.
     teacher:         a model (the dense one, say) whose answers are learned too, by ``teacher_share`` of the loss:
                      "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531) at this ``temperature``.
+    block_weight:    added to the loss: so many times the relative squared error of the blocks' outputs from the
+                     teacher's; ``blocks``: globs of the modules that are compared, by default the residual blocks.
+    ema:             decay (such as 0.999) of a moving average of the weights, which is validated and kept instead.
+    rechoose:        masks of ``sparsify_(…, movable=True)`` move while training, see ``Rechoose``.
     sync_batchnorm:  with several processes, BatchNorm uses the statistics of the whole batch, as one process would;
                      otherwise each uses its share, and those of the first are kept.
     mixed_precision: "no", "bf16" or "fp16".
@@ -114,6 +100,12 @@ def finetune(
         raise UserError(
             f"teacher_share={teacher_share}, temperature={temperature}: expected 0 to 1, and a temperature above 0"
         )
+    if block_weight < 0 or (block_weight and teacher is None):
+        raise UserError(f"block_weight is {block_weight}: expected at least 0, and a teacher to learn blocks from")
+    if ema is not None and not 0 < ema < 1:
+        raise UserError(f"ema is {ema}: expected a share between 0 and 1, such as 0.999")
+    if decay_epochs is not None and decay_epochs < 1:
+        raise UserError(f"decay_epochs is {decay_epochs}: expected at least 1")
     # The state is process-wide and would keep the precision of an earlier call.
     AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(mixed_precision=mixed_precision)
@@ -132,26 +124,37 @@ def finetune(
     steps = len(train)
     if steps == 0:
         raise UserError("the training loader has no batch: give it data, or a smaller batch with drop_last")
+    moving = Rechooser(model, rechoose, epochs * steps) if rechoose is not None else None
+    if moving is None:
+        freeze(model)
+    average = Average(model, ema) if ema is not None else None
     built = _optimizer(model, optimizer, lr, momentum, weight_decay)
     options = {
         "format": FORMAT, "epochs": epochs, "lr": lr, "optimizer": type(built).__name__, "momentum": momentum,
         "weight_decay": weight_decay, "warmup": warmup, "label_smoothing": label_smoothing, "clip_norm": clip_norm,
         "mixed_precision": mixed_precision, "seed": seed, "steps": steps,
         "teacher": [teacher_share, temperature] if teacher is not None else None,
+        # None where they are not used, so that checkpoints from before they were known fit
+        "decay_epochs": decay_epochs, "block_weight": block_weight or None, "ema": ema,
+        "rechoose": asdict(rechoose) if rechoose is not None else None,
     }  # fmt: skip
     wrapped, ready = accelerator.prepare(model, built)
-    keeper = _Checkpoints(Path(checkpoint_dir), options) if checkpoint_dir is not None else None
+    keeper = Checkpoints(Path(checkpoint_dir), options) if checkpoint_dir is not None else None
     history = History()
     best: dict[str, Tensor] | None = None
-    if keeper is not None and resume and (found := keeper.load(model, built)) is not None:
+    if keeper is not None and resume and (found := keeper.load(model, built, average)) is not None:
         history, best = found
     elif keeper is not None and accelerator.is_main_process:
         keeper.clear()
     criterion: Loss = loss or nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     if teacher is not None:
         teacher = copy.deepcopy(teacher).to(accelerator.device).requires_grad_(False).eval()
+    if average is not None:
+        average.model.to(accelerator.device)
     total, processes = epochs * steps, accelerator.num_processes
+    falls = None if decay_epochs is None else decay_epochs * steps
     with (
+        _compared(model, teacher if block_weight else None, blocks) as compared,
         _bar(total, title, progress and accelerator.is_main_process) as tell,
         synchronized_batchnorm(model, processes if sync_batchnorm else 1),
     ):
@@ -162,7 +165,11 @@ def finetune(
             wrapped.train()
             summed, seen = 0.0, 0.0
             for index, (inputs, targets, count) in enumerate(train.epoch(epoch)):
-                _set_lr(ready, _rate(epoch * steps + index, total, lr, warmup))
+                step = epoch * steps + index
+                rate = _rate(step, total, lr, warmup, falls)
+                _set_lr(ready, rate)
+                if moving is not None:
+                    moving.before(step)
                 ready.zero_grad()
                 with accelerator.autocast():
                     outputs = wrapped(inputs)
@@ -170,7 +177,9 @@ def finetune(
                     if teacher is not None:
                         with torch.no_grad():
                             wanted = teacher(inputs)
-                        value = torch.lerp(value, _distance(outputs, wanted, temperature), teacher_share)
+                        value = torch.lerp(value, answers_distance(outputs, wanted, temperature), teacher_share)
+                    if compared is not None:
+                        value = value + block_weight * blocks_distance(*compared)
                 # Known to every process before any goes on: they all stop at a bad loss, or none.
                 sums = value.detach().to(torch.promote_types(value.dtype, torch.float32)) * count
                 sums = cast(Tensor, accelerator.reduce(torch.stack([sums, torch.full_like(sums, count)])))
@@ -184,35 +193,41 @@ def finetune(
                 if clip_norm is not None:
                     accelerator.clip_grad_norm_(wrapped.parameters(), clip_norm)
                 ready.step()
+                if moving is not None:
+                    moving.after(rate)
+                if average is not None:
+                    average.update(model)
                 summed, seen = summed + mean * whole, seen + whole
                 tell(epoch * steps + index + 1, f"loss {mean:.3f}")
             if processes > 1 and not sync_batchnorm:
                 broadcast(list(model.buffers()))
-            accuracy = _accuracy(model, validation, accelerator) if validation is not None else None
+            if moving is not None and epoch + 1 == epochs:
+                moving.settle()
+                if average is not None:
+                    average.take_masks(model)
+            kept = model if average is None else average.model
+            accuracy = _accuracy(kept, validation, accelerator) if validation is not None else None
             history.epochs.append(
-                Epoch(epoch + 1, summed / seen, accuracy, _rate((epoch + 1) * steps, total, lr, warmup),
+                Epoch(epoch + 1, summed / seen, accuracy, _rate((epoch + 1) * steps, total, lr, warmup, falls),
                       time.monotonic() - began)
             )  # fmt: skip
             before = history.accuracy
-            if accuracy is None or before is None or accuracy >= before:
+            # Before its masks are settled a model may be better than what the pattern allows.
+            settled = moving is None or (epoch + 1) * steps > moving.last or epoch + 1 == epochs
+            if settled and (accuracy is None or before is None or accuracy >= before):
                 history.best = epoch + 1
-                best = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+                best = {key: value.detach().cpu().clone() for key, value in kept.state_dict().items()}
             if keeper is not None and accelerator.is_main_process:
-                keeper.save(model, built, history, best or {})
+                keeper.save(model, built, history, best or {}, average)
             accelerator.wait_for_everyone()
     if best is not None:
         model.load_state_dict(best)
+    freeze(model)
     # Mixed precision had put a wrapper around the model's forward.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     model.eval()
     return history
-
-
-def _distance(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Divergence of the softened answers, per sample; the factor keeps gradients at the size of the other loss's."""
-    ours, theirs = (functional.log_softmax(logits.float() / temperature, dim=1) for logits in (outputs, wanted))
-    return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _optimizer(
@@ -239,12 +254,34 @@ def _optimizer(
     raise UserError(f"optimizer is {kind!r}: expected 'sgd', 'adamw' or a function")
 
 
-def _rate(step: int, total: int, lr: float, warmup: float) -> float:
-    """Learning rate at ``step``: a straight rise, then half a cosine down to 0."""
+def _rate(step: int, total: int, lr: float, warmup: float, falls: int | None = None) -> float:
+    """Learning rate at ``step``: a straight rise, then half a cosine down to 0, or tenths after ``falls`` steps."""
     rise = round(warmup * total)
     if step < rise:
         return lr * (step + 1) / rise
+    if falls is not None:
+        return float(lr * 0.1 ** (step // falls))
     return lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+@contextlib.contextmanager
+def _compared(
+    model: nn.Module, teacher: nn.Module | None, blocks: Iterable[str]
+) -> Iterator[tuple[BlockOutputs, BlockOutputs] | None]:
+    """What the blocks of both models return, in each step; None without a teacher to learn them from."""
+    if teacher is None:
+        yield None
+        return
+    names = chosen_blocks(model, blocks)
+    missing = [name for name in names if name not in dict(teacher.named_modules())]
+    if missing:
+        raise UserError(f"the teacher has no block {missing[0]!r}: it must have the model's architecture")
+    ours, theirs = BlockOutputs(model, names), BlockOutputs(teacher, names)
+    try:
+        yield ours, theirs
+    finally:
+        ours.close()
+        theirs.close()
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -264,101 +301,6 @@ def _accuracy(model: nn.Module, batches: Batches, accelerator: accelerate.Accele
             right[1] += count
     right = cast(Tensor, accelerator.reduce(right))
     return float(right[0].double() / right[1].double())
-
-
-class _Checkpoints:
-    """``DIR/epoch-NNNN/`` {model, optimizer, best}.safetensors and state.json: whole, or not there (renamed last)."""
-
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self.folder, self.options = folder, options
-
-    def _found(self) -> list[Path]:
-        return sorted(self.folder.glob("epoch-????")) if self.folder.is_dir() else []
-
-    def clear(self) -> None:
-        for old in self._found():
-            shutil.rmtree(old)
-
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, best: dict[str, Tensor]
-    ) -> None:
-        number = len(history.epochs)
-        aside, final = self.folder / f"epoch-{number:04d}.partial", self.folder / f"epoch-{number:04d}"
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            tensors, scalars = _flatten(optimizer.state_dict()["state"])
-            save_file(_contiguous(model.state_dict()), aside / "model.safetensors")
-            save_file(_contiguous(best), aside / "best.safetensors")
-            save_file(tensors, aside / "optimizer.safetensors")
-            state = {
-                "options": self.options, "epochs": [asdict(epoch) for epoch in history.epochs], "best": history.best,
-                "optimizer": scalars,
-            }  # fmt: skip
-            (aside / "state.json").write_text(json.dumps(state, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(f"{final}: the checkpoint cannot be written ({error.strerror or error})") from error
-        for old in self._found():
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[History, dict[str, Tensor]] | None:
-        """Put the newest checkpoint into model and optimizer. Raises UserError if it is broken or another run's."""
-        found = self._found()
-        if not found:
-            return None
-        newest = found[-1]
-        try:
-            state = json.loads((newest / "state.json").read_text())
-            different = [key for key, value in self.options.items() if state["options"].get(key) != value]
-            if different:
-                said = ", ".join(f"{key} was {state['options'].get(key)!r}" for key in different)
-                raise UserError(
-                    f"{newest} is of a run with other options ({said}): give another folder, or resume=False"
-                )
-            model.load_state_dict(load_file(newest / "model.safetensors"))
-            current = optimizer.state_dict()
-            current["state"] = _unflatten(load_file(newest / "optimizer.safetensors"), state["optimizer"])
-            optimizer.load_state_dict(current)
-            history = History([Epoch(**epoch) for epoch in state["epochs"]], state["best"])
-            return history, load_file(newest / "best.safetensors")
-        except UserError:
-            raise
-        except Exception as error:
-            line = str(error).strip().splitlines()
-            raise UserError(
-                f"{newest}: not a checkpoint of this model ({line[0] if line else type(error).__name__}): "
-                "give another folder, or resume=False"
-            ) from error
-
-
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Cloned: safetensors refuses tensors that share memory, as tied weights do.
-    return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-
-
-def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors and plain values, both under "index.name"."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for index, entries in state.items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
-            else:
-                values[f"{index}.{name}"] = value
-    return tensors, values
-
-
-def _unflatten(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *values.items()]:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    return state
 
 
 @contextlib.contextmanager

@@ -163,6 +163,7 @@ def sparsify_(
     exclude: Iterable[str] = (),
     method: str = "magnitude",
     calibration: Any = None,
+    movable: bool = False,
 ) -> list[LayerPruning]:
     """Prune ``model`` column-wise, in place, and hold the zeros there by masks.
 
@@ -178,6 +179,7 @@ def sparsify_(
     method:         "magnitude", or "obs": columns by second order, kept weights and biases (or BatchNorm's means)
                     fitted to the dense layers' outputs on calibration inputs, layer after layer. Layers that run more
                     than once go by magnitude.
+    movable:        keep the values of removed weights, so that `finetune(…, rechoose=…)` may choose anew.
     calibration:    for "obs": a tensor of a few hundred inputs, or batches of them ((inputs, targets) will do).
 
     Returns what happened, layer by layer in running order. Raises UserError for unknown options, weights that are not
@@ -227,8 +229,10 @@ def sparsify_(
     if method == "obs":
         planned = _fit(model, planned, calibration, group_rows)
     for layer, chosen_mask in planned:
-        if chosen_mask is not None:
+        if chosen_mask is not None and not movable:
             set_mask(model.get_submodule(layer.name), chosen_mask)
+        elif layer.pattern is not None and movable:
+            set_movable_mask(model.get_submodule(layer.name), chosen_mask, layer.pattern)
     return [layer for layer, _ in planned]
 
 
@@ -266,6 +270,21 @@ def set_mask(module: nn.Module, mask: Tensor, weight: Tensor | None = None) -> N
         with torch.no_grad():
             cast(Tensor, module.weight).copy_(weight)
     parametrize.register_parametrization(module, "weight", ColumnMask(mask))
+
+
+def set_movable_mask(module: nn.Module, mask: Tensor | None, pattern: ColumnPattern) -> None:
+    """Give ``module.weight`` a mask that may move, over all its values; None: the mask that it has already."""
+    from colonnade.sparsify.rechoose import MovableMask
+
+    groups = int(getattr(module, "groups", 1))
+    if parametrize.is_parametrized(module, "weight"):
+        parts = cast(nn.ModuleDict, module.parametrizations)["weight"]
+        for at, part in enumerate(cast(Iterable[nn.Module], parts)):
+            if isinstance(part, ColumnMask):
+                cast(nn.ModuleList, parts)[at] = MovableMask(part.mask if mask is None else mask, pattern, groups)
+                return
+    assert mask is not None
+    parametrize.register_parametrization(module, "weight", MovableMask(mask, pattern, groups))
 
 
 def mask_zeros_(model: nn.Module, *, least: float = 0.05) -> list[str]:

@@ -92,7 +92,8 @@ def _input_mean(layer: Layer, held: Sequence[Values]) -> Floats:
     """Mean of every input channel, [C]."""
     axis = 1 if layer.weight.ndim > 2 else -1
     sums = [np.moveaxis(np.asarray(batch[layer.input], np.float32), axis, 0) for batch in held]
-    return np.mean([part.reshape(len(part), -1).mean(1) for part in sums], axis=0).astype(np.float32)
+    mean = np.mean([part.reshape(len(part), -1).mean(1) for part in sums], axis=0)
+    return np.asarray(mean, np.float32)
 
 
 def _bias_of(layer: Layer, lost: Floats, mean: Floats) -> Floats:

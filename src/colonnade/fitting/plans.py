@@ -1,0 +1,230 @@
+"""What every layer may become, with its measured time and loss; and the plan that meets a latency: `colonnade plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from colonnade import accuracy
+from colonnade.errors import UserError
+from colonnade.fitting.kept import digest, read_json, write_json
+from colonnade.fitting.times import Place, best_tiles, layer_times
+from colonnade.pattern import ColumnPattern
+from colonnade.sparsify import allocate
+from colonnade.sparsify.allocate import Choice, PrunePlan
+
+if TYPE_CHECKING:
+    import onnx
+
+Progress = Callable[[str, float, str], None]  # stage, share done (0 .. 1), what is at hand
+
+SPARSITIES = (0.25, 0.5, 0.625, 0.75, 0.875)
+TILES = (4, 8, 16)
+TILE_SPARSITY = 0.75  # at which tiles are compared
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How points are made. method: ``obs`` or ``magnitude``; tiles, sparsities: what layers may get; budget: seconds of
+    tuning for the layers' times, and for each bundle what they leave open."""
+
+    method: str = "obs"
+    tiles: Sequence[int] = TILES
+    sparsities: Sequence[float] = SPARSITIES
+    exclude: Sequence[str] = ()
+    budget: float = 180.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("obs", "magnitude"):
+            raise UserError(f"method is {self.method!r}: expected 'obs' or 'magnitude'")
+        if not self.tiles or not self.sparsities:
+            raise UserError("expected at least one tile and one sparsity to choose from")
+        for tile in self.tiles:
+            for sparsity in self.sparsities:
+                ColumnPattern(sparsity, tile)
+
+
+def choices_of(
+    source: Path,
+    model: onnx.ModelProto,
+    inputs: Mapping[str, npt.NDArray[Any]],
+    where: Place,
+    settings: Settings,
+    progress: Progress | None = None,
+    keep: Path | None = None,
+) -> tuple[dict[str, list[Choice]], float, list[str]]:
+    """Every prunable layer's choices, the seconds of everything else, and remarks.
+
+    inputs: calibration samples by input name; as many as the work allows are used for the losses.
+    keep:   a file that losses are read from and written to.
+
+    Raises UserError for a model without prunable layers.
+    """
+    from colonnade.frontend.load import load
+    from colonnade.sparsify.onnx_file import read_targets
+    from colonnade.sparsify.sensitivity import inputs_for, sensitivities
+
+    tell = progress or (lambda *_: None)
+    targets = read_targets(source, model, settings.exclude)
+    if not targets:
+        raise UserError(f"{source}: no layer can be pruned; `colonnade inspect {source}` says why")
+    tell("layer times", 0.0, "reading the model")
+    first = {t.name: [ColumnPattern(TILE_SPARSITY, tile) for tile in settings.tiles] for t in targets}
+    half = Place(**{**vars(where), "budget": where.budget / 2})
+    coarse = layer_times(model, targets, first, half, lambda done, text: tell("layer times", done / 2, text))
+    tiles = best_tiles(coarse, settings.tiles, TILE_SPARSITY)
+    wanted = {name: [ColumnPattern(s, tile) for s in settings.sparsities] for name, tile in tiles.items()}
+    times = layer_times(model, targets, wanted, half, lambda done, text: tell("layer times", 0.5 + done / 2, text))
+
+    macs = sum(float(step.workload.macs) for step in load(model, batch=where.batch).steps)
+    some = inputs_for(macs, len(targets), len(settings.sparsities))
+    few = {name: array[:some] for name, array in inputs.items()}
+    losses = _losses(keep, few, wanted, lambda: sensitivities(
+        model, targets, few, wanted, lambda done, text: tell("layer losses", done, text)
+    ))  # fmt: skip
+    tell("layer losses", 1.0, "")
+    choices = {
+        name: [Choice(None, dense.seconds, 0.0, dense.source)]
+        + [
+            Choice(
+                pattern, times.pruned[name][pattern].seconds, losses[name][pattern], times.pruned[name][pattern].source
+            )
+            for pattern in wanted[name]
+        ]
+        for name, dense in times.dense.items()
+        if name in wanted
+    }
+    notes = []
+    guessed = sum(choice.source == "estimated" for row in choices.values() for choice in row)
+    if guessed:
+        count = sum(map(len, choices.values()))
+        notes.append(f"{guessed} of {count} layer times are estimated, not measured: a larger --budget measures them")
+    if times.untimed:
+        notes.append(f"stay dense, as no step of the program is known to compute them: {', '.join(times.untimed)}")
+    return choices, times.rest, notes
+
+
+def _losses(
+    keep: Path | None,
+    inputs: Mapping[str, npt.NDArray[Any]],
+    wanted: Mapping[str, Sequence[ColumnPattern]],
+    make: Callable[[], dict[str, dict[ColumnPattern, float]]],
+) -> dict[str, dict[ColumnPattern, float]]:
+    """Losses as kept, where the kept ones are of these inputs and patterns; else made, and kept."""
+    key = digest(inputs)
+    content = read_json(keep) if keep is not None else {}
+    if content.get("inputs") == key:
+        known = content["losses"]
+        if all(str(p) in known.get(n, {}) for n, row in wanted.items() for p in row):
+            return {name: {p: known[name][str(p)] for p in row} for name, row in wanted.items()}
+    made = make()
+    if keep is not None:
+        rows = {name: {str(p): loss for p, loss in row.items()} for name, row in made.items()}
+        write_json(keep, {"inputs": key, "losses": rows})
+    return made
+
+
+@dataclass(frozen=True)
+class MadePlan:
+    """A plan that was written. pruned of layers; seconds of the layer times with it and dense; notes: remarks."""
+
+    plan: PrunePlan
+    pruned: int
+    layers: int
+    seconds: float
+    dense: float
+    notes: Sequence[str]
+
+
+def make_plan(
+    model: str | Path,
+    images: Any,
+    out: str | Path,
+    target: str = "local",
+    *,
+    latency: float | None = None,
+    speedup: float | None = None,
+    settings: Settings | None = None,
+    calibration: int = 128,
+    preprocess: str | Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    cpus: str | None = None,
+    isa: str | None = None,
+    batch: int | None = None,
+    db: str | Path | None = None,
+    cc: str = "zig",
+    force: bool = False,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> MadePlan:
+    """Only the plan of `fit`, written to `out`: layer times that add up to `latency` seconds, or to the dense network's
+    divided by `speedup`, with the smallest sum of losses. Arguments and errors as there."""
+    from colonnade.onnx_io import check_writable, load_onnx
+
+    if (latency is None) == (speedup is None) or not (speedup or latency or 0) > 0:
+        raise UserError(f"latency is {latency}, speedup {speedup}: expected one of them, above 0")
+    settings = settings or Settings()
+    check_writable(Path(out), force=force)
+    source = Path(model)
+    proto = load_onnx(source)
+    where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice)
+    pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration, seed=settings.seed)
+    inputs = {only_input(source, proto): pictures.inputs}
+    choices, rest, notes = choices_of(source, proto, inputs, where, settings, progress)
+    dense = rest + sum(row[0].seconds for row in choices.values())
+    wanted = latency if latency is not None else dense / (speedup or 1)
+    least = rest + allocate.seconds(allocate.fastest(choices))
+    if least > wanted:
+        raise UserError(
+            f"{1e3 * wanted:.3g} ms cannot be reached: layer times add up to {1e3 * dense:.3g} ms dense and "
+            f"{1e3 * least:.3g} ms at the least, of which {1e3 * rest:.3g} ms are layers that stay dense"
+        )
+    chosen = allocate.allocate(choices, wanted - rest)
+    plan = PrunePlan.of(choices, chosen, plan_head(source, choices, chosen, rest, where))
+    plan.write(out, force=force)
+    pruned = sum(pattern is not None for pattern in plan.layers.values())
+    return MadePlan(plan, pruned, len(plan.layers), rest + allocate.seconds(chosen), dense, notes)
+
+
+def plan_head(
+    source: Path, choices: allocate.Choices, chosen: Mapping[str, Choice], rest: float, where: Place
+) -> list[str]:
+    """What a plan says about itself."""
+    total, dense = rest + allocate.seconds(chosen), rest + sum(row[0].seconds for row in choices.values())
+    return [
+        f"Which layers of {source.name} lose how much. Edit it and pass it back:",
+        f"    colonnade prune {source.name} --plan THIS -o OUT.onnx",
+        f"Layer times add up to {1e3 * total:.2f} ms of {1e3 * dense:.2f} ms dense on {where.target.name} "
+        f"({where.isa.name}, {where.threads} thread(s)).",
+        "loss: divergence of the answers when only this layer is pruned, by magnitude (nats an image).",
+    ]
+
+
+def place_of(
+    target: str, threads: int | None, cpus: str | None, isa: str | None, batch: int | None, db: str | Path | None,
+    cc: str, budget: float, notice: Callable[[str], None] | None,
+) -> Place:  # fmt: skip
+    """Where layers are timed. Raises UserError for a target whose times mean nothing."""
+    from colonnade import targets
+    from colonnade.build.toolchain import Toolchain
+
+    place = targets.parse(target)
+    if place.untimed:
+        raise UserError(f"{place.name}: {place.untimed}; take a board (ssh://…), local, or a machine model (model:x60)")
+    place, count = targets.settle(place, threads, cpus)
+    toolchain = Toolchain(cc, notice=notice)
+    return Place(place, place.probe().pick_isa(isa), count, toolchain, Path(db) if db else None, budget, batch)
+
+
+def only_input(source: Path, model: onnx.ModelProto) -> str:
+    """The name of the only input of a model. Raises UserError where it has none or several."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in stored]
+    if len(names) != 1:
+        raise UserError(f"{source}: takes {len(names)} inputs ({', '.join(names)}): fit supports one")
+    return str(names[0])
