@@ -269,13 +269,13 @@ def test_block_distances(dense: nn.Module) -> None:
         for parameter in other.parameters():
             parameter.mul_(1.1)
     other(x)
-    whole = float(blocks_distance(ours, theirs))
+    whole = blocks_distance(ours, theirs).item()
     assert whole > 0.01
     # A mean over samples: the halves' mean is that of the whole.
     halves = []
     for part in (x[:3], x[3:]):
         dense(part), other(part)
-        halves.append(float(blocks_distance(ours, theirs)))
+        halves.append(blocks_distance(ours, theirs).item())
     assert np.mean(halves) == pytest.approx(whole, rel=1e-4)
     ours.close(), theirs.close()
     other(x)
@@ -292,7 +292,7 @@ def test_blocks_are_learned(dense: nn.Module, data: Any) -> None:
         ours, theirs = BlockOutputs(model, names), BlockOutputs(teacher, names)
         with torch.no_grad():
             model.eval()(x), teacher.eval()(x)
-        found = float(blocks_distance(ours, theirs))
+        found = blocks_distance(ours, theirs).item()
         ours.close(), theirs.close()
         return found
 
