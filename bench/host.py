@@ -1,12 +1,14 @@
 """What the method is worth on this x86-64 host: networks dense and pruned, beside what a user would pick instead.
 
-    python bench/host.py [--data ../shared/data] [--models resnet50,…] [--out FOLDER] [--quick]
+    python bench/host.py [--data ../shared/data] [--models resnet50,…] [--stage prepare|measure] [--out FOLDER]
+        [--quick]
 
 Real weights (DenseNet-121: random ones) are exported to ONNX, pruned column-wise with T = 8 and grouped rows (every
 convolution but stem and depthwise), tuned, built, and timed at 224x224 in alternating blocks of one run with the
 peers, each of these in a process of its own on the *dense* file. bench/README.md has the protocol and what counts as
-evidence. Exported and pruned files, tuning records and bundles are kept in a cache folder, so a second run only
-measures. Writes host.json and host.md; ``--quick`` is a rehearsal of the script, its figures mean nothing.
+evidence. Exported and pruned files, tuning records and bundles are kept in a cache folder: ``--stage prepare`` makes
+them, ``--stage measure`` takes them as they are, so that minutes of a quiet machine are enough. Writes host.json and
+host.md, other networks' results in them stay; ``--quick`` is a rehearsal of the script, its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -134,10 +136,10 @@ class Networks:
 
 
 class Builder:
-    """Tuned bundles for this machine, all records in one database."""
+    """Tuned bundles for this machine, all records in one database. ``ready``: they are there, take them."""
 
-    def __init__(self, networks: Networks, work: Path, budget_s: float) -> None:
-        self.networks, self.work, self.budget_s = networks, work, budget_s
+    def __init__(self, networks: Networks, work: Path, budget_s: float, ready: bool = False) -> None:
+        self.networks, self.work, self.budget_s, self.ready = networks, work, budget_s, ready
         self.target, self.toolchain = Local(), Toolchain()
         self.machine = self.target.probe()
         self.isa = self.machine.pick_isa()
@@ -145,6 +147,9 @@ class Builder:
 
     def bundle(self, network: str, setting: Setting) -> Bundle:
         """Tune what the records lack, and build."""
+        folder = self.work / f"{network}-{setting.sparsity:g}-b{setting.batch}-t{setting.threads}"
+        if self.ready:
+            return Bundle.load(folder)
         plan = load(self.networks.file(network, setting.sparsity), batch=setting.batch)
         database = self.networks.folder / "tuning.db"
         say(f"tuning {network}: {setting.name}")
@@ -152,12 +157,24 @@ class Builder:
         assert found.choices is not None
         if found.left:
             self.notes.append(f"{network}, {setting.name}: {found.left} layers not searched to the end")
+        if found.unsettled:
+            self.notes.append(f"{network}, {setting.name}: {found.unsettled} layers not settled inside the network")
         extra = {"tuning": found.choices.manifest(), "tune_s": found.seconds}
-        folder = self.work / f"{network}-{setting.sparsity:g}-b{setting.batch}-t{setting.threads}"
         return write_bundle(
             plan, found.choices.candidates, self.isa, folder,
-            threads=setting.threads, toolchain=self.toolchain, manifest_extra=extra,
+            threads=setting.threads, toolchain=self.toolchain, force=True, manifest_extra=extra,
         )  # fmt: skip
+
+    def prepare(self, network: str, sparsities: Sequence[float]) -> None:
+        """All bundles that measuring ``network`` takes."""
+        shown = MAIN if MAIN in sparsities else sparsities[-1]
+        for setting in [*(Setting(s) for s in sparsities), *self.others(shown)]:
+            self.bundle(network, setting)
+
+    def others(self, sparsity: float) -> list[Setting]:
+        """What is measured beside batch 1 and one thread."""
+        pair = [Setting(sparsity, threads=2)] if self.machine.cores >= 2 else []
+        return [Setting(sparsity, batch=8), *pair]
 
 
 def network_record(
@@ -194,6 +211,7 @@ def network_record(
         rows = step_rows(ours, best_peak)
     # the session is loaded where nothing else is
     record: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "contenders": found,
         "peers": [kind for kind in vs if kind in found],
         "refused": refused,
@@ -219,9 +237,7 @@ def scaling(
     builder: Builder, network: str, base: Setting, bundle: Bundle, blocks: int, block_s: float
 ) -> dict[str, Any]:
     """Batch 8 and two threads beside batch 1 and one thread, in turns; images a second."""
-    others = [Setting(base.sparsity, batch=8)]
-    if builder.machine.cores >= 2:
-        others.append(Setting(base.sparsity, threads=2))
+    others = builder.others(base.sparsity)
     bundles = {base: bundle} | {s: builder.bundle(network, s) for s in others}
     contenders = [
         Contender(s.name, Ours(b, builder.target, random_inputs(dict(b.manifest)), s.threads))
@@ -476,6 +492,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build-out/host"), help="folder of host.json and host.md")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds a tuning may take")
     parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--stage", choices=("prepare", "measure", "all"), default="all", help="do only a part of it")
     parser.add_argument("--quick", action="store_true", help="rehearse: few sparsities, one short block, rough tuning")
     options = parser.parse_args()
     models = options.models.split(",")
@@ -485,21 +502,28 @@ def main() -> None:
     load_before = Load()
     found: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "quick": options.quick}
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="colonnade-host-") as work:
-        builder = Builder(networks, Path(work), 15.0 if options.quick else options.budget)
-        found |= {
-            "machine": {k: getattr(builder.machine, k) for k in ("cpu", "arch", "kernel", "cores")},
-            "isa": builder.isa.name, "compiler": builder.toolchain.version, "networks": {}, "notes": builder.notes,
-        }  # fmt: skip
-        blocks, block_s = (1, 0.15) if options.quick else (options.blocks, 0.6)
-        for model in models:
-            sparsities = [0.0, MAIN] if options.quick else [0.0, *(s for s in GOALS[model] if s)]
-            found["networks"][model] = network_record(
-                builder, model, sparsities, options.vs.split(","), blocks, block_s
-            )
-            # what is known is kept, should a later network fail
-            (options.out / "host.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            (options.out / "host.md").write_text(markdown(found), encoding="utf-8")
+    file = options.out / "host.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if before.get("quick") != options.quick:
+        before = {}
+    bundles = options.cache / ("bundles-quick" if options.quick else "bundles")
+    bundles.mkdir(parents=True, exist_ok=True)
+    builder = Builder(networks, bundles, 15.0 if options.quick else options.budget, options.stage == "measure")
+    found |= {
+        "machine": {k: getattr(builder.machine, k) for k in ("cpu", "arch", "kernel", "cores")},
+        "isa": builder.isa.name, "compiler": builder.toolchain.version, "networks": before.get("networks", {}),
+        "notes": builder.notes,
+    }  # fmt: skip
+    blocks, block_s = (1, 0.15) if options.quick else (options.blocks, 0.6)
+    for model in models:
+        sparsities = [0.0, MAIN] if options.quick else [0.0, *(s for s in GOALS[model] if s)]
+        if options.stage == "prepare":
+            builder.prepare(model, sparsities)
+            continue
+        found["networks"][model] = network_record(builder, model, sparsities, options.vs.split(","), blocks, block_s)
+        # what is known is kept, should a later network fail
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (options.out / "host.md").write_text(markdown(found), encoding="utf-8")
     foreign, _ = load_before.shares()
     own = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     say(f"other programs took {foreign:.0%} of a core over the whole run; ours {own:.0f} s; see {options.out}/host.md")

@@ -13,7 +13,7 @@ from colonnade.errors import UserError
 from colonnade.frontend import layouts, memory, panels
 from colonnade.frontend.clean import clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
-from colonnade.frontend.feeding import LayoutCosts
+from colonnade.frontend.feeding import LayoutCosts, is_depthwise
 from colonnade.frontend.importer import Importer
 from colonnade.frontend.registry import HANDLERS
 from colonnade.layout import Layout, Placed, Planes, Rows, place
@@ -147,11 +147,15 @@ def _place_all(name: str, importer: Importer, drafts: list[Draft], stored: Colle
             first[draft.output] = last[draft.output] = index
         for value in draft.inputs:
             last.update(dict.fromkeys(value.tensors, index))
-    tensors = list(first)
+    held = _in_place_of_residuals(drafts, chosen, last)
+    tensors = [tensor for tensor in first if held[tensor] is tensor]
+    for tensor in first:
+        last[held[tensor]] = max(last[held[tensor]], last[tensor])
     sizes = [chosen[tensor].buffer_bytes(tensor.channels) for tensor in tensors]
     lives = [memory.Life(size, first[tensor], last[tensor]) for tensor, size in zip(tensors, sizes, strict=True)]
     offsets, total = memory.plan(lives)
-    placed = {t: place(t.name, t.shape, chosen[t], offset) for t, offset in zip(tensors, offsets, strict=True)}
+    at = dict(zip(tensors, offsets, strict=True))
+    placed = {t: place(t.name, t.shape, chosen[t], at[held[t]]) for t in first}
     steps = tuple(
         Step(
             draft.name,
@@ -168,6 +172,35 @@ def _place_all(name: str, importer: Importer, drafts: list[Draft], stored: Colle
         for t, offset, size in zip(tensors, offsets, sizes, strict=True)
     )
     return Plan(name, tuple(importer.inputs), tuple(importer.outputs), steps, buffers, total + SLACK + 4 * reach)
+
+
+def _in_place_of_residuals(
+    drafts: list[Draft], chosen: dict[Tensor, Layout], last: dict[Tensor, int]
+) -> dict[Tensor, Tensor]:
+    """By tensor, the one whose buffer it lives in: its own, or that of a residual nobody reads afterwards.
+
+    A convolution reads each lane of its residual just before it writes the same lane of its output, so these may be
+    one: the lines that it stores to are there already, and the arena is smaller. Layouts get the larger lead of both.
+    """
+    held: dict[Tensor, Tensor] = {}
+    for index, draft in enumerate(drafts):
+        output, conv = draft.output, draft.workload
+        if output is None:
+            continue
+        held[output] = output
+        if not isinstance(conv, Conv2d) or not conv.epilogue.residual or is_depthwise(conv):
+            continue
+        addend = draft.inputs[1].tensor
+        if addend is None or addend.shape != output.shape or addend in draft.inputs[0].tensors or last[addend] != index:
+            continue
+        mine, other = chosen[output], chosen[addend]
+        assert isinstance(mine, Planes) and isinstance(other, Planes)
+        lead = max(mine.lead, other.lead)
+        if replace(mine, lead=lead) == replace(other, lead=lead):
+            held[output] = held[addend]
+            for tensor in (t for t, holder in held.items() if holder is held[output]):
+                chosen[tensor] = replace(mine, lead=lead)
+    return held
 
 
 def _placed(value: Value, placed: dict[Tensor, Placed], chosen: dict[Tensor, Layout]) -> Placed:
