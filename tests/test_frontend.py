@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -539,6 +540,27 @@ def test_interpreter_sees_a_missing_halo() -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
     with pytest.raises(AssertionError, match="not in place"):
         reference.run(replace(plan, steps=tuple(steps)), {"x": x})
+
+
+def same_size(b: Builder, x: str, size: int) -> str:
+    return str(b.conv(x, 4, 4, size, pads=(size // 2,) * 4))
+
+
+@pytest.mark.parametrize("kind", ["added last", "read again", "its own input"])
+def test_a_residual_nobody_reads_again_is_overwritten(kind: str) -> None:
+    b = Builder()
+    conv = partial(same_size, b)
+    x = b.op("Relu", b.conv(b.input("x", (2, 3, 8, 8)), 3, 4, 3, pads=(1, 1, 1, 1)))
+    y = b.op("Relu", conv(x, 3))
+    z = b.op("Relu", b.op("Add", x, conv(x if kind == "its own input" else y, 5)))
+    plan = check(b.build(b.op("Add", conv(z, 1), conv(x, 3)) if kind == "read again" else z))
+    adding = next(s for s in plan.steps if isinstance(s.workload, Conv2d) and s.workload.epilogue.residual)
+    assert adding.output is not None
+    shared = bool(set(adding.output.offsets.tolist()) & set(adding.inputs[1].offsets.tolist()))
+    assert shared == (kind == "added last")
+    if shared:
+        assert adding.output.offsets.tolist() == adding.inputs[1].offsets.tolist()
+        assert adding.output.layout == adding.inputs[1].layout
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
