@@ -174,7 +174,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-CONVERSIONS = ("convert", "interleave")  # steps that only move what others computed
+CONVERSIONS = ("convert", "interleave", "reorder")  # steps that only move what others computed
 
 
 def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str, Any]:

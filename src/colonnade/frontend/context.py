@@ -11,11 +11,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.frontend.feeding import LayoutCosts
+from colonnade.frontend.tokens import Tokens, row_major
 from colonnade.plan import Port
 from colonnade.workload import (
     Array,
     Constant,
     Convert,
+    Reorder,
     Take,
     Workload,
     digest,
@@ -39,31 +42,95 @@ class Unsupported(Exception):
 class Context:
     """Values by ONNX value, steps in order, and what was converted already."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, costs: LayoutCosts | None = None) -> None:
         self.graph = graph
+        self.costs = costs or LayoutCosts()
         self.steps: list[Draft] = []
         self.inputs: list[Port] = []
         self.outputs: list[Port] = []
-        self._values: dict[ir.Value, Value] = {}
+        self._values: dict[ir.Value, Value | Tokens] = {}
         self._writer: dict[Tensor, Draft] = {}
         self._names: set[str] = set()
         self._planes: dict[tuple[Tensor, tuple[int, ...]], Tensor] = {}
         self._dense: dict[object, tuple[Tensor, Value]] = {}
+        self._reordered: dict[object, tuple[Tensor, Value]] = {}
 
     # --- what handlers read -----------------------------------------------------------------------------------------
 
-    def value(self, node: ir.Node, index: int) -> Value:
-        """The imported value of an input."""
+    def raw(self, node: ir.Node, index: int) -> Value | Tokens:
+        """The imported value of an input, in whatever order of axes it stands."""
         source = node.inputs[index] if index < len(node.inputs) else None
         if source is None or source not in self._values:
             raise Unsupported(f"input {index} must be computed from the model's inputs; it is a constant or missing")
         ours = self._values[source]
-        return replace(ours, sole=ours.sole and len(source.uses()) == 1 and not source.is_graph_output())
+        sole = ours.sole and len(source.uses()) == 1 and not source.is_graph_output()
+        if isinstance(ours, Tokens):
+            return replace(ours, planes=replace(ours.planes, sole=sole))
+        return replace(ours, sole=sole)
+
+    def value(self, node: ir.Node, index: int) -> Value:
+        """The imported value of an input: planes (N, \\*dims, H, W) or a dense array."""
+        return self.ordinary(self.raw(node, index), node.outputs[0].name or "")
+
+    def tokens(self, node: ir.Node, index: int) -> Tokens | None:
+        """The imported value of an input if it is planes in another order of axes, all of their pixels."""
+        source = node.inputs[index] if index < len(node.inputs) else None
+        if source is None or not isinstance(self._values.get(source), Tokens):
+            return None
+        value = self.raw(node, index)
+        return value if isinstance(value, Tokens) and value.covers_lanes else None
+
+    def ordinary(self, value: Value | Tokens, name: str = "") -> Value:
+        """Planes (N, \\*dims, H, W) or a dense array: planes in another order are copied there once."""
+        if isinstance(value, Value):
+            return value
+        planes = value.value()
+        if planes is not None:
+            return planes
+        tables = value.tables()
+        if _counts(tables):
+            return self.dense(value.planes, name).seen(value.shape)
+        key = (value.planes.identity(), digest(tables))
+        if key not in self._reordered:
+            shape = value.shape
+            tensor = Tensor(f"{name or value.planes.tensors[0].name}.rows", (shape[0] if shape else 1, prod(shape[1:])))
+            self.reorder(value.planes, value.planes.placed_shape, shape, tables, tensor)
+            self._reordered[key] = (tensor, value.planes)
+        return Value(value.shape, (self._reordered[key][0],), sole=False)
+
+    def reorder(
+        self, x: Value, source: tuple[int, ...], target: tuple[int, ...], tables: list[npt.NDArray[np.int64]],
+        output: Tensor,
+    ) -> None:  # fmt: skip
+        """Append a change of layout between planes and rows."""
+        constants: dict[str, Array] = {f"axis{i}": table for i, table in enumerate(tables)}  # type: ignore[misc]
+        self.add(Draft(self.unique(output.name), Reorder(source, target, digest(tables)), [x], output, constants))
+
+    def in_tokens(self, value: Value, like: Tokens, name: str = "") -> Value | None:
+        """A dense array that broadcasts to the shape of ``like``, in planes (N, C, H, W) as those of ``like`` stand,
+        copied there once. Planes that would repeat each other are one. None where it would take more than a copy."""
+        tables = like.sources(value.shape)
+        if tables is None:
+            return None
+        distinct, where = np.unique(tables[1], return_inverse=True)
+        if len(distinct) < len(tables[1]):
+            tables[1] = distinct
+        key = (value.tensors[0], like.planes.placed_shape, digest(tables))
+        if key not in self._reordered:
+            n, _, h, w = like.planes.placed_shape
+            tensor = Tensor(f"{name or value.tensors[0].name}.tokens", (n, len(tables[1]), h, w))
+            self.reorder(value, value.shape, tensor.shape, tables, tensor)
+            self._reordered[key] = (tensor, value)
+        planes = whole(self._reordered[key][0])
+        if len(distinct) == len(where):
+            return replace(planes, sole=False)
+        assert planes.channels is not None
+        return Value(like.planes.placed_shape, planes.tensors, planes.channels[where], sole=False)
 
     def shape(self, node: ir.Node, index: int) -> tuple[int, ...]:
         """Of an input, computed or constant."""
         constant = self.constant(node, index)
-        return tuple(constant.shape) if constant is not None else self.value(node, index).shape
+        return tuple(constant.shape) if constant is not None else self.raw(node, index).shape
 
     def planes(self, node: ir.Node, index: int) -> Value:
         """The value of an input that must be [N, C, H, W], in planes."""
@@ -121,6 +188,20 @@ class Context:
         tensor = Tensor(f"{name}.constant", placed)
         self.add(Draft(self.unique(tensor.name), Constant(placed), [], tensor, {"value": numbers}))
         return Value(numbers.shape, (tensor,), sole=False)
+
+    def constant_planes(self, node: ir.Node, values: Array) -> Value:
+        """Constant planes [N, C, H, W] in the arena."""
+        tensor = Tensor(f"{node.outputs[0].name}.constant", values.shape)
+        self.add(Draft(self.unique(tensor.name), Constant(values.shape), [], tensor, {"value": values}))
+        return replace(whole(tensor), sole=False)
+
+    def of_channels(self, node: ir.Node, x: Value, tables: list[npt.NDArray[np.int64]]) -> Value:
+        """[N, C]: the elements of a dense array that ``tables`` (of images, channels and more) name."""
+        shape = (len(tables[0]), len(tables[1]))
+        tensor = Tensor(f"{node.outputs[0].name}.channels", shape)
+        constants: dict[str, Array] = {"axis0": tables[0], "axis1": tables[1]}  # type: ignore[dict-item]
+        self.add(Draft(self.unique(tensor.name), Take(x.shape, shape, digest(tables[:2])), [x], tensor, constants))
+        return Value(shape, (tensor,), sole=False)
 
     def more_outputs(self, node: ir.Node) -> bool:
         """Does anybody want an output of the node beyond the first?"""
@@ -184,13 +265,14 @@ class Context:
         if step.output is not None:
             self._writer[step.output] = step
 
-    def set(self, node: ir.Node, value: Value, index: int = 0) -> None:
+    def set(self, node: ir.Node, value: Value | Tokens, index: int = 0) -> None:
         """The node's output is ``value``."""
-        self._values[node.outputs[index]] = value
+        planes = value.value() if isinstance(value, Tokens) else None
+        self._values[node.outputs[index]] = value if planes is None else planes
 
     def result(self, node: ir.Node, index: int = 0) -> Value:
         """What the node's output is by now, for a handler that goes on with it."""
-        return self._values[node.outputs[index]]
+        return self.ordinary(self._values[node.outputs[index]])
 
     def reshape(self, node: ir.Node, shape: tuple[int, ...]) -> None:
         """See the node's output, a dense array, with another shape."""
@@ -276,14 +358,14 @@ def separable(tables: list[npt.NDArray[np.int64]], width: int) -> bool:
     return bool((used < width).all() and not (rows[rows >= 0] % width).any())
 
 
-def strides(shape: Sequence[int]) -> list[int]:
-    """Elements from one entry of every axis to the next, in row-major order."""
-    return [prod(shape[i + 1 :]) for i in range(len(shape))]
+def _counts(tables: list[npt.NDArray[np.int64]]) -> bool:
+    """Does this move move nothing?"""
+    return all(np.array_equal(a, b) for a, b in zip(tables, counting([len(t) for t in tables]), strict=True))
 
 
 def counting(shape: Sequence[int]) -> list[npt.NDArray[np.int64]]:
     """The tables of a move that moves nothing: change them to say what does."""
-    return [np.arange(d, dtype=np.int64) * s for d, s in zip(shape, strides(shape), strict=True)]
+    return [np.arange(d, dtype=np.int64) * s for d, s in zip(shape, row_major(shape), strict=True)]
 
 
 def exact(constant: npt.NDArray[np.generic]) -> Array:

@@ -27,6 +27,9 @@ class LayoutCosts:
     mac:    a multiply-add on a kept weight, where a wide halo makes a convolution compute lanes that are no pixels.
     plane:  what a multiply-add of a pointwise convolution costs more where its input stands in planes, a page each,
             than where it stands in panels; 0 where that makes no difference.
+    linear: a multiply-add of a linear layer on rows, outputs in the lanes; tokens in the lanes cost ``mac`` ...
+    sparse: ... or one on a kept weight where few are kept: tiles are lower than vectors are long.
+    reorder: a byte that changes between rows and planes.
     """
 
     copy: float = 0.02
@@ -36,6 +39,9 @@ class LayoutCosts:
     scaled: float = 0.05
     mac: float = 0.018
     plane: float = 0.0
+    linear: float = 0.024
+    sparse: float = 0.055
+    reorder: float = 0.25
 
     @classmethod
     def of(cls, isa: str) -> LayoutCosts:

@@ -8,8 +8,9 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from colonnade.frontend.context import Context
-from colonnade.frontend.draft import Value, activate, can_activate, whole
+from colonnade.frontend.context import Context, Unsupported
+from colonnade.frontend.draft import Draft, Value, activate, can_activate, whole
+from colonnade.frontend.tokens import Run, Tokens, joined_runs, row_major
 from colonnade.workload import (
     NONE,
     Activation,
@@ -19,9 +20,14 @@ from colonnade.workload import (
     ConvTranspose2d,
     Epilogue,
     Linear,
+    MatMul,
+    PlaneProduct,
     Unary,
     activation_of,
 )
+
+LANES = 16  # of a vector, about: so many tokens are computed together
+SPARSE = 0.8  # kept weights, as a share, from which on a layer counts as dense
 
 
 class Fusing(Context):
@@ -29,7 +35,15 @@ class Fusing(Context):
 
     def activation(self, node: ir.Node, activation: Activation) -> None:
         """``clip`` or a function, in the step that computes its input where that may be."""
-        value = self.value(node, 0)
+        tokens = self.tokens(node, 0)
+        if tokens is not None:
+            tokens = tokens.all_planes()
+            self._activation(node, tokens.planes, activation)
+            self.set(node, tokens.on(self.result(node)))
+        else:
+            self._activation(node, self.value(node, 0), activation)
+
+    def _activation(self, node: ir.Node, value: Value, activation: Activation) -> None:
         step = self.writer(value)
         if step is not None and can_activate(step):
             activate(step, activation)
@@ -68,6 +82,9 @@ class Fusing(Context):
                 self.set(node, value)
                 return
             scale, shift = scale[:count], shift[:count]
+            if self._scale_product(step, scale, shift):
+                self.set(node, value)
+                return
         placed = value.placed_shape
         if value.is_rows:
             if count == 1:
@@ -75,6 +92,13 @@ class Fusing(Context):
                 scale, shift = np.broadcast_to(scale, count), np.broadcast_to(shift, count)
             placed = (prod(value.shape) // count, count)
         self._affine(node, value, placed, scale, shift, NONE)
+
+    def _scale_product(self, step: Draft, scale: Array, shift: Array) -> bool:
+        """Let a product of computed operands take one factor."""
+        if not isinstance(step.workload, (MatMul, PlaneProduct)) or shift.any() or (scale != scale[0]).any():
+            return False
+        step.workload = replace(step.workload, factor=step.workload.factor * float(scale[0]))
+        return True
 
     def _affine(
         self, node: ir.Node, value: Value, placed: tuple[int, ...], scale: Array, shift: Array, activation: Activation
@@ -113,3 +137,60 @@ class Fusing(Context):
         bias = np.zeros(outs, np.float32) if bias is None else bias
         constants = {"weight": np.ascontiguousarray(weight), "bias": np.ascontiguousarray(bias)}
         self.emit(node, Linear(batch, ins, outs), [x], (batch, outs), shape, constants, name)
+
+    def linear_of(self, node: ir.Node, weight: Array, bias: Array | None, name: str) -> None:
+        """A linear layer on the last axis of input 0: a 1x1 convolution where tokens are the lanes, or ``linear``."""
+        outs, ins = weight.shape
+        x = self.raw(node, 0)
+        if x.shape[-1] != ins:
+            raise Unsupported(f"shapes {list(x.shape)} and {[ins, outs]} do not fit together")
+        if isinstance(x, Tokens):
+            tokens = x if self._gain(x.shape, weight) > -self._reorder_ns(prod(x.shape)) else None
+        else:
+            tokens = self._worth_planes(x, weight)
+        if tokens is None or not tokens.covers_lanes or not self._features_last(tokens):
+            self.linear(node, self.dense(self.value(node, 0), name), weight, bias, (*x.shape[:-1], outs), name)
+            return
+        tokens = tokens.ordered()
+        n, _, h, w = tokens.planes.placed_shape
+        constants = {
+            "weight": np.ascontiguousarray(weight).reshape(outs, ins, 1, 1),
+            "bias": np.zeros(outs, np.float32) if bias is None else np.ascontiguousarray(bias),
+        }
+        conv = Conv2d(n, ins, outs, h, w, (1, 1))
+        done = self.emit(node, conv, [tokens.planes], (n, outs, h, w), constants=constants, name=name)
+        axes = (*tokens.axes[:-1], joined_runs([Run(outs, 1, False)]))
+        self.set(node, Tokens(done, axes))
+
+    def _features_last(self, x: Tokens) -> bool:
+        """Are features the last axis, and tokens all the others?"""
+        last = len(x.axes) - 1
+        return x.has_planes(last) and not any(not run.lanes for axis in x.axes[:-1] for run in axis)
+
+    def _gain(self, shape: tuple[int, ...], weight: Array) -> float:
+        """Nanoseconds that tokens in the lanes save a linear layer on an array of ``shape``; less than none for few."""
+        tokens = prod(shape[:-1])
+        lanes = -(-tokens // LANES) * LANES / tokens
+        kept = np.count_nonzero(weight)
+        rows = self.costs.linear if kept > SPARSE * weight.size else self.costs.sparse
+        return float(kept * tokens * (rows - self.costs.mac * lanes))
+
+    def _reorder_ns(self, elements: int) -> float:
+        """What it costs to change that many elements between rows and planes."""
+        return 4.0 * elements * self.costs.reorder
+
+    def _worth_planes(self, x: Value, weight: Array) -> Tokens | None:
+        """A matrix of rows as planes with the tokens in the lanes, if that saves more than both changes of layout."""
+        outs, ins = weight.shape
+        tokens = prod(x.shape) // ins
+        if not x.is_rows or len(x.shape) < 2:
+            return None
+        if self._gain(x.shape, weight) <= self._reorder_ns(tokens * (ins + outs)):
+            return None
+        n = x.shape[0] if len(x.shape) > 2 and x.shape[0] < tokens else 1  # images
+        w = tokens // n
+        like = Value((n, ins, 1, w), (), np.zeros((ins, 2), np.int64))
+        axes = [joined_runs([Run(d, s, True)]) for d, s in zip(x.shape[:-1], row_major(x.shape[:-1]), strict=True)]
+        seen = Tokens(like, (*axes, joined_runs([Run(ins, 1, False)])))
+        planes = self.in_tokens(x, seen)
+        return seen.on(planes) if planes is not None else None

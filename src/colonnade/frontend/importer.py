@@ -11,6 +11,7 @@ import onnx_ir as ir
 from colonnade.errors import UserError
 from colonnade.frontend.context import TYPES, Unsupported
 from colonnade.frontend.draft import Draft, Tensor, whole
+from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.fusion import Fusing
 from colonnade.plan import Port
 from colonnade.workload import Cast, Convert, Workload
@@ -21,8 +22,8 @@ Handler = Callable[["Importer", ir.Node], None]
 class Importer(Fusing):
     """Walks a cleaned graph once; ``steps`` are in order when ``run`` returns."""
 
-    def __init__(self, graph: ir.Graph, handlers: dict[str, Handler]) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: ir.Graph, handlers: dict[str, Handler], costs: LayoutCosts | None = None) -> None:
+        super().__init__(graph, costs)
         self.handlers = handlers
         self.problems: list[str] = []
         self._unknown: set[ir.Value] = set()
@@ -96,7 +97,7 @@ class Importer(Fusing):
 
     def _shape_of(self, node: ir.Node) -> None:
         """Shape: a constant, all sizes being fixed."""
-        shape = self.value(node, 0).shape
+        shape = self.raw(node, 0).shape
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(shape))
         node.outputs[0].const_value = ir.tensor(np.array(shape[slice(start, end)], np.int64))
 
@@ -153,8 +154,8 @@ class Importer(Fusing):
         self._export(value)
 
     def _export(self, value: ir.Value) -> None:
-        ours = self._values[value]
         name = value.name or "output"
+        ours = self.ordinary(self._values[value], name)
         kind = TYPES.get(value.dtype or ir.DataType.FLOAT)
         if kind is None:
             self.problems.append(

@@ -17,9 +17,21 @@ from colonnade.frontend.draft import Draft, Tensor, Value, whole
 from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, is_depthwise, panels_for_strides
 from colonnade.frontend.panels import VECTORS
 from colonnade.layout import Layout, Panels, Planes, Rows
-from colonnade.workload import Affine, Binary, Conv2d, Convert, ConvTranspose2d, Interleave, Lrn, Reach, Unary
+from colonnade.workload import (
+    Affine,
+    Binary,
+    ChannelNorm,
+    ChannelSoftmax,
+    Conv2d,
+    Convert,
+    ConvTranspose2d,
+    Interleave,
+    Lrn,
+    Reach,
+    Unary,
+)
 
-POINTWISE = (Affine, Binary, Unary, Lrn)  # read and write the same lanes of their planes
+POINTWISE = (Affine, Binary, Unary, Lrn, ChannelNorm, ChannelSoftmax)  # read and write the same lanes of their planes
 
 
 class Regions:

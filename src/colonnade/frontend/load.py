@@ -46,7 +46,8 @@ def load(
         UserError: the file cannot be read, a size stays free, a name is unknown, or operators are not supported:
             then all of them are named at once, a line each.
     """
-    return imported(model, batch=batch, input_shapes=input_shapes, outputs=outputs).arrange(layout_costs).plan()
+    found = imported(model, batch=batch, input_shapes=input_shapes, outputs=outputs, layout_costs=layout_costs)
+    return found.arrange(layout_costs).plan()
 
 
 def imported(
@@ -55,14 +56,18 @@ def imported(
     batch: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     outputs: Sequence[str] | None = None,
+    layout_costs: LayoutCosts | None = None,
 ) -> Imported:
-    """``load`` up to where layouts are assigned, for which the target should be known."""
+    """``load`` up to where layouts are assigned, for which the target should be known.
+
+    ``layout_costs`` decide which linear layers have their tokens in the lanes.
+    """
     if batch is not None and batch < 1:
         raise UserError(f"batch {batch}: expected at least 1")
     source = read(model)
     name = Path(model).stem if isinstance(model, (str, Path)) else source.graph.name or "model"
     graph = clean(source, batch, input_shapes, outputs).graph
-    importer = Importer(graph, HANDLERS)
+    importer = Importer(graph, HANDLERS, layout_costs)
     importer.run()
     return Imported(name, importer)
 

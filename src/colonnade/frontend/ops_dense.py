@@ -12,6 +12,7 @@ from colonnade.frontend.context import Unsupported, counting, layer_name
 from colonnade.frontend.draft import Value
 from colonnade.frontend.importer import Handler, Importer
 from colonnade.frontend.ops_pointwise import per_channel_affine
+from colonnade.frontend.ops_tokens import channel_norm, channel_softmax, plane_product
 from colonnade.workload import Array, Elementwise, Function, MatMul, Normalise, Reduce, Softmax, Unary
 
 
@@ -20,11 +21,10 @@ def gemm(importer: Importer, node: ir.Node) -> None:
     alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
     weight, c = importer.constant(node, 1), importer.constant(node, 2)
     trans_a, trans_b = node.attributes.get_int("transA", 0), node.attributes.get_int("transB", 0)
-    a = importer.array(node, 0)
-    if len(a.shape) != 2:
-        raise Unsupported(f"expected a matrix for A, got shape {list(a.shape)}; flatten before it")
-    a = _transposed(importer, node, a) if trans_a else a
-    rows = a.shape[0]
+    shape = importer.shape(node, 0)
+    if len(shape) != 2:
+        raise Unsupported(f"expected a matrix for A, got shape {list(shape)}; flatten before it")
+    rows = shape[1] if trans_a else shape[0]
     bias = None
     if weight is not None:
         matrix = importer.numbers(node, 1, "weight (B)")
@@ -33,9 +33,15 @@ def gemm(importer: Importer, node: ir.Node) -> None:
         if c is not None and np.broadcast_shapes(c.shape, (1, outs)) == (1, outs):
             numbers = importer.numbers(node, 2, "bias (C)").reshape(-1)
             bias = np.broadcast_to(numbers * np.float32(beta), outs).copy()
-        importer.linear(node, a, matrix, bias, (rows, outs), layer_name(node))
+        if importer.constant(node, 0) is not None or trans_a:
+            a = importer.array(node, 0)
+            a = _transposed(importer, node, a) if trans_a else a
+            importer.linear(node, a, matrix, bias, (rows, outs), layer_name(node))
+        else:
+            importer.linear_of(node, matrix, bias, layer_name(node))
     else:
-        b = importer.array(node, 1)
+        a, b = importer.array(node, 0), importer.array(node, 1)
+        a = _transposed(importer, node, a) if trans_a else a
         b = _transposed(importer, node, b) if trans_b else b
         outs = b.shape[1]
         importer.dense_step(node, MatMul((), (), rows, a.shape[1], outs, alpha), [a, b], (rows, outs))
@@ -57,11 +63,9 @@ def matmul(importer: Importer, node: ir.Node) -> None:
     """MatMul by a constant matrix → Linear; of computed operands, with batches → MatMul."""
     weight = importer.constant(node, 1)
     if weight is not None and weight.ndim == 2 and importer.constant(node, 0) is None:
-        x = importer.array(node, 0)
-        if x.shape[-1] != weight.shape[0]:
-            raise Unsupported(f"shapes {list(x.shape)} and {list(weight.shape)} do not fit together")
-        matrix = importer.numbers(node, 1, "right operand").T
-        importer.linear(node, x, matrix, None, (*x.shape[:-1], weight.shape[1]), layer_name(node))
+        importer.linear_of(node, importer.numbers(node, 1, "right operand").T, None, layer_name(node))
+        return
+    if plane_product(importer, node):
         return
     a, b = importer.array(node, 0), importer.array(node, 1)
     ends = (a.shape[:-2], b.shape[:-2])
@@ -77,10 +81,12 @@ def matmul(importer: Importer, node: ir.Node) -> None:
 
 def softmax(importer: Importer, node: ir.Node) -> None:
     """Softmax over any axis; before opset 13 over all axes from the given one on."""
-    x = importer.array(node, 0)
-    rank = len(x.shape)
+    rank = len(importer.shape(node, 0))
     old = importer.graph.opset_imports.get("", 13) < 13
     axis = node.attributes.get_int("axis", 1 if old else -1) % rank
+    if (axis == rank - 1 or not old) and channel_softmax(importer, node, axis):
+        return
+    x = importer.array(node, 0)
     if old or axis == rank - 1:
         matrix = x.matrix(rank - axis)
         importer.dense_step(node, Softmax((matrix.shape[0], matrix.shape[1])), [matrix], x.shape)
@@ -110,16 +116,19 @@ def log_softmax(importer: Importer, node: ir.Node) -> None:
 
 def layer_norm(importer: Importer, node: ir.Node, centred: bool) -> None:
     """LayerNormalization, RMSNormalization over the last axes."""
-    x = importer.array(node, 0)
-    axis = node.attributes.get_int("axis", -1) % len(x.shape)
-    ends = x.shape[axis:]
+    shape = importer.shape(node, 0)
+    axis = node.attributes.get_int("axis", -1) % len(shape)
+    ends = shape[axis:]
     if importer.more_outputs(node):
-        _statistics(importer, node, x, axis)
+        _statistics(importer, node, importer.array(node, 0), axis)
     scale = np.broadcast_to(importer.numbers(node, 1, "scale"), ends).reshape(-1)
     shift = np.zeros_like(scale)
     if importer.has(node, 2):
         shift = np.broadcast_to(importer.numbers(node, 2, "bias"), ends).reshape(-1)
     epsilon = node.attributes.get_float("epsilon", 1e-5)
+    if channel_norm(importer, node, axis, epsilon, scale, shift, centred):
+        return
+    x = importer.array(node, 0)
     _normalise(importer, node, x, prod(ends), epsilon, scale, shift, centred)
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from colonnade.frontend.context import TYPES, Unsupported, exact, is_vector
 from colonnade.frontend.draft import Value
 from colonnade.frontend.importer import Handler, Importer
+from colonnade.frontend.ops_tokens import of_two, scale_and_shift, with_constant
 from colonnade.workload import FUNCTIONS, RELU, Activation, Affine, Array, Binary, Elementwise, Function, Unary
 
 
@@ -126,8 +127,15 @@ def binary(importer: Importer, node: ir.Node, kind: str) -> None:
     constants = [importer.constant(node, index) for index in range(2)]
     if any(c is not None for c in constants):
         index = 0 if constants[0] is not None else 1
+        tokens, c = importer.tokens(node, 1 - index), constants[index]
+        if tokens is None or c is None or importer.is_integer(node):
+            pass
+        elif with_constant(importer, node, kind, tokens, exact(c), index == 0):
+            return
         if not _with_constant(importer, node, kind, importer.value(node, 1 - index), constants[index], index == 0):
             elementwise(importer, node, kind)
+        return
+    if of_two(importer, node, kind):
         return
     a, b = importer.value(node, 0), importer.value(node, 1)
     if kind in ("add", "mul", "max", "min") and (b.width > a.width or (a.is_rows and not b.is_rows)):
@@ -215,17 +223,10 @@ def _with_constant(
     """x <kind> constant, or constant <kind> x when ``first``; False where that is no scale and shift."""
     assert constant is not None
     c = per_channel(x, exact(constant))
-    if c is None or kind not in ("add", "sub", "mul", "div") or (kind == "div" and first):
+    pair = scale_and_shift(kind, c, first) if c is not None else None
+    if c is None or pair is None:
         return False
-    ones, zeros = np.ones_like(c), np.zeros_like(c)
-    scale, shift = {
-        "add": (ones, c),
-        "sub": (-ones if first else ones, c if first else -c),
-        "mul": (c, zeros),
-        "div": (np.divide(ones, c, where=c != 0, out=np.full_like(c, np.inf)), zeros),
-    }[kind]
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return False  # inf * 0 is no number: element by element
+    scale, shift = pair
     if kind == "div" and (scale * c != 1).any() and importer.is_integer(node):
         return False
     importer.affine(node, x, scale, shift)
@@ -290,7 +291,7 @@ def cast(importer: Importer, node: ir.Node) -> None:
     elif kind == "float16" and source != target:
         function(importer, node, "half")
     else:
-        importer.set(node, importer.value(node, 0))
+        importer.set(node, importer.raw(node, 0))
 
 
 HANDLERS: dict[str, Handler] = {

@@ -10,9 +10,13 @@ import onnx_ir as ir
 from colonnade.frontend.context import Unsupported, counting, exact
 from colonnade.frontend.draft import Draft, Tensor, Value, joined, whole
 from colonnade.frontend.importer import Handler, Importer
+from colonnade.frontend.ops_tokens import concat_tokens
+from colonnade.frontend.tokens import Tokens
 from colonnade.workload import FILL, Convert, Elementwise, Join, Lookup, Zeros
 
 Table = np.typing.NDArray[np.int64]
+# what reads planes for certain: an array that channels-last models transpose for them goes there at once
+PLANE_READERS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"}
 
 
 def identity(importer: Importer, node: ir.Node) -> None:
@@ -22,13 +26,19 @@ def identity(importer: Importer, node: ir.Node) -> None:
         raise Unsupported("it is in training mode; export the model with .eval()")
     if importer.more_outputs(node):
         raise Unsupported("its mask is not supported as an output; remove its reader")
-    importer.set(node, importer.value(node, 0))
+    importer.set(node, importer.raw(node, 0))
 
 
-def view(importer: Importer, node: ir.Node, x: Value, shape: tuple[int, ...]) -> None:
+def view(importer: Importer, node: ir.Node, x: Value | Tokens, shape: tuple[int, ...]) -> None:
     """``x`` seen with another ONNX shape of as many elements: planes regrouped, or a dense array."""
     if prod(shape) != prod(x.shape):
         raise Unsupported(f"cannot see {list(x.shape)} as {list(shape)}; export the model with fixed shapes")
+    if isinstance(x, Tokens) or not x.is_rows:
+        seen = (x if isinstance(x, Tokens) else Tokens.of(x)).reshaped(shape)
+        if seen is not None:
+            importer.set(node, seen)
+            return
+        x = importer.ordinary(x)
     if x.channels is not None and shape[:1] == x.shape[:1] and len(shape) >= 4 and shape[-2:] == x.shape[-2:]:
         channels = x.channels.reshape(*shape[1:-2], 2)
         importer.set(node, Value(shape, x.tensors, channels, x.sole))
@@ -38,7 +48,7 @@ def view(importer: Importer, node: ir.Node, x: Value, shape: tuple[int, ...]) ->
 
 def reshape(importer: Importer, node: ir.Node) -> None:
     """Reshape."""
-    x = importer.value(node, 0)
+    x = importer.raw(node, 0)
     target = importer.ints(node, "shape", 1)
     if target is None:
         raise Unsupported("its shape is missing; export the model with fixed shapes")
@@ -52,7 +62,7 @@ def reshape(importer: Importer, node: ir.Node) -> None:
 
 def flatten(importer: Importer, node: ir.Node) -> None:
     """Flatten."""
-    x = importer.value(node, 0)
+    x = importer.raw(node, 0)
     axis = node.attributes.get_int("axis", 1)
     axis = axis + len(x.shape) if axis < 0 else axis
     view(importer, node, x, (prod(x.shape[:axis]), prod(x.shape[axis:])))
@@ -60,7 +70,7 @@ def flatten(importer: Importer, node: ir.Node) -> None:
 
 def squeeze(importer: Importer, node: ir.Node) -> None:
     """Squeeze."""
-    x = importer.value(node, 0)
+    x = importer.raw(node, 0)
     axes = importer.ints(node, "axes", 1)
     drop = {i for i, d in enumerate(x.shape) if d == 1} if axes is None else {a % len(x.shape) for a in axes}
     view(importer, node, x, tuple(d for i, d in enumerate(x.shape) if i not in drop))
@@ -68,7 +78,7 @@ def squeeze(importer: Importer, node: ir.Node) -> None:
 
 def unsqueeze(importer: Importer, node: ir.Node) -> None:
     """Unsqueeze."""
-    x = importer.value(node, 0)
+    x = importer.raw(node, 0)
     axes = importer.ints(node, "axes", 1) or []
     rank = len(x.shape) + len(axes)
     old = iter(x.shape)
@@ -78,10 +88,22 @@ def unsqueeze(importer: Importer, node: ir.Node) -> None:
 
 def transpose(importer: Importer, node: ir.Node) -> None:
     """Transpose: channel axes of planes (channel shuffle) are another list; axes of length 1 a view; else a move."""
-    x = importer.value(node, 0)
+    x = importer.raw(node, 0)
     rank = len(x.shape)
     order = importer.ints(node, "perm") or list(reversed(range(rank)))
     shape = tuple(x.shape[i] for i in order)
+    if isinstance(x, Value) and not x.is_rows and order[-1] not in (rank - 2, rank - 1):
+        x = Tokens.of(x)  # features behind pixels: another way to see the planes
+    if isinstance(x, Tokens):
+        importer.set(node, x.transposed(order))
+        return
+    if order == [0, 3, 1, 2] and {user.op_type for user, _ in node.outputs[0].uses()} <= PLANE_READERS:
+        n, h, w, c = x.shape
+        planes = Tensor(node.outputs[0].name or node.op_type, shape)
+        tables = counting(x.shape)
+        importer.reorder(x, x.shape, (n, c, h, w), [tables[i] for i in order], planes)
+        importer.set(node, whole(planes))
+        return
     longer = [i for i in order if x.shape[i] > 1]
     if x.channels is not None and order[0] == 0 and order[-2:] == [rank - 2, rank - 1]:
         axes = [i - 1 for i in order[1:-2]]
@@ -97,6 +119,8 @@ def concat(importer: Importer, node: ir.Node) -> None:
     """Concat: over channels a longer list of planes, else a join of dense arrays."""
     rank = len(importer.shape(node, 0))
     axis = node.attributes["axis"].as_int() % rank
+    if concat_tokens(importer, node, axis):
+        return
     computed = [importer.constant(node, i) is None for i in range(len(node.inputs))]
     values = [importer.value(node, i) for i, c in enumerate(computed) if c]
     if len(node.inputs) == 1:
@@ -121,7 +145,7 @@ def concat(importer: Importer, node: ir.Node) -> None:
 
 def split(importer: Importer, node: ir.Node) -> None:
     """Split: over channels parts of the list of planes, else moves."""
-    x = importer.value(node, 0)
+    x = importer.raw(node, 0)
     axis = node.attributes.get_int("axis", 0) % len(x.shape)
     sizes = importer.ints(node, "split", 1)
     if sizes is None:
@@ -145,7 +169,7 @@ def gather(importer: Importer, node: ir.Node) -> None:
     if indices is None:
         _lookup(importer, node, axis)
         return
-    x = importer.value(node, 0)
+    x = importer.raw(node, 0)
     axis %= len(x.shape)
     size = x.shape[axis]
     picked = np.asarray(indices, np.int64)
@@ -168,10 +192,17 @@ def _lookup(importer: Importer, node: ir.Node, axis: int) -> None:
 
 
 def _pick(
-    importer: Importer, node: ir.Node, x: Value, axis: int, indices: Table, index: int = 0,
+    importer: Importer, node: ir.Node, x: Value | Tokens, axis: int, indices: Table, index: int = 0,
     shape: tuple[int, ...] | None = None,
 ) -> None:  # fmt: skip
     """Entries ``indices`` of ``axis``: the node's output ``index``."""
+    if isinstance(x, Tokens):
+        part = x.picked(axis, indices)
+        part = part if shape is None or part is None else part.reshaped(shape)
+        if part is not None:
+            importer.set(node, part, index)
+            return
+        x = importer.ordinary(x)
     if shape is None and x.channels is not None and 0 < axis < len(x.shape) - 2:
         importer.set(node, _take(x, axis, indices), index)
         return
@@ -192,7 +223,7 @@ def _take(x: Value, axis: int, indices: np.typing.NDArray[np.int64]) -> Value:
 
 def slice_(importer: Importer, node: ir.Node) -> None:
     """Slice: of channels another list, of every s-th row and column a copy, else a move."""
-    x = importer.value(node, 0)
+    x = importer.raw(node, 0)
     rank = len(x.shape)
     starts, ends = importer.ints(node, "starts", 1), importer.ints(node, "ends", 2)
     if starts is None or ends is None:
@@ -209,13 +240,19 @@ def slice_(importer: Importer, node: ir.Node) -> None:
             continue
         if not picked:
             raise Unsupported(f"elements {start}:{end}:{step} of axis {axis} of {list(x.shape)} are none; remove it")
+        if isinstance(x, Tokens):
+            x = x.picked(axis, np.array(picked, np.int64)) or importer.ordinary(x)
+            if isinstance(x, Tokens):
+                continue
         if x.channels is not None and 0 < axis < rank - 2:
             x = _take(x, axis, np.array(picked, np.int64))
         elif x.channels is not None and rank == 4 and axis >= 2 and step > 0 and picked == range(0, size, step):
             stride[axis - 2] = step
         else:
             moved[axis] = np.array(picked, np.int64)
-    if moved:
+    if isinstance(x, Tokens):
+        importer.set(node, x)
+    elif moved:
         for axis in (0, 1):
             if stride[axis] != 1:
                 moved[axis + 2] = np.arange(0, x.shape[axis + 2], stride[axis])

@@ -27,7 +27,8 @@ def enrich(rows: Sequence[Mapping[str, Any]], peak: Mapping[str, float]) -> list
         flops = row["gflops"] * row["ms"] * 1e6 if row["gflops"] else 0.0
         compute = flops / peak["gflops"] / 1e6 if peak["gflops"] else 0.0
         memory = row["bytes"] / peak["gbps"] / 1e6 if peak["gbps"] else 0.0
-        role = "conversion" if op == "convert" and kind not in ("import", "export") else op
+        moves = op in ("reorder", "interleave") or (op == "convert" and kind not in ("import", "export"))
+        role = "conversion" if moves else op
         made.append(
             dict(row)
             | {

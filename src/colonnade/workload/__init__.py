@@ -22,12 +22,13 @@ from colonnade.workload.linear import Linear
 from colonnade.workload.pointwise import Affine, Binary, Softmax, Unary
 from colonnade.workload.pool import GlobalPool, Pool2d
 from colonnade.workload.resample import Lrn, Resample
+from colonnade.workload.tokens import ChannelNorm, ChannelSoftmax, PlaneProduct, Reorder
 from colonnade.workload.transposed import ConvTranspose2d, Interleave
 
 __all__ = [
-    "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "Constant",
-    "Conv2d", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue", "Function", "GlobalPool", "Interleave",
-    "Join", "Linear", "Lookup", "Lrn", "MatMul", "Normalise", "Pool2d", "Reach", "Reduce", "Resample", "Softmax",
-    "Take", "Unary", "Workload", "Zeros", "activation_of", "digest", "evaluate", "im2col", "matrix", "spread",
-    "unmatrix",
+    "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "ChannelNorm",
+    "ChannelSoftmax", "Constant", "Conv2d", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue", "Function",
+    "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "Normalise", "PlaneProduct", "Pool2d",
+    "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "Unary", "Workload", "Zeros", "activation_of",
+    "digest", "evaluate", "im2col", "matrix", "spread", "unmatrix",
 ]  # fmt: skip

@@ -29,6 +29,7 @@ VEC_INLINE vec1_t vec1_add(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a
 VEC_INLINE vec1_t vec1_sub(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] - b.at[i]); }
 VEC_INLINE vec1_t vec1_mul(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] * b.at[i]); }
 VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] / b.at[i]); }
+VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; VEC_EACH(__builtin_sqrtf(v.at[i])); }
 VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] > b.at[i] ? a.at[i] : b.at[i]); }
 VEC_INLINE vec1_t vec1_min(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] < b.at[i] ? a.at[i] : b.at[i]); }
 VEC_INLINE vec1_t vec1_select(const uint8_t *bits, size_t lane, vec1_t v, size_t vl)

@@ -90,6 +90,7 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     VEC_INLINE vec##L##_t vec##L##_sub(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfsub_vv_f32m##L(a, b, vl); } \
     VEC_INLINE vec##L##_t vec##L##_mul(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfmul_vv_f32m##L(a, b, vl); } \
     VEC_INLINE vec##L##_t vec##L##_div(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfdiv_vv_f32m##L(a, b, vl); } \
+    VEC_INLINE vec##L##_t vec##L##_sqrt(vec##L##_t v, size_t vl) { return __riscv_vfsqrt_v_f32m##L(v, vl); } \
     VEC_INLINE vec##L##_t vec##L##_max(vec##L##_t a, vec##L##_t b, size_t vl) \
     { \
         return __riscv_vmerge_vvm_f32m##L(b, a, __riscv_vmfgt_vv_f32m##L##_b##RATIO(a, b, vl), vl); \

@@ -78,17 +78,24 @@ REDUCE = Struct(
 )
 MATMUL = Struct(
     "cn_matmul",
-    "y[n] = factor * a[n] b[n]: [rows, inner] times [inner, columns].",
+    "y[n] = factor * a[n] b[n]: [rows, inner] times [inner, columns]. Distances in elements.",
     (
         Member("a", "const float *"),
         Member("b", "const float *"),
         Member("y", "float *"),
         Member("a_batch", "const uint32_t *", "first element of every matrix"),
         Member("b_batch", "const uint32_t *"),
+        Member("y_batch", "const uint32_t *"),
+        Member("room", "const uint32_t *", "of every product: lanes of a row of y; those behind `columns` are zeroed"),
+        *LEAD_MEMBERS,
         Member("batch", "u32"),
         Member("rows", "u32"),
         Member("inner", "u32"),
         Member("columns", "u32"),
+        Member("a_row", "u32", "from one row of a to the next"),
+        Member("a_step", "u32", "from one element of a row of a to the next"),
+        Member("b_row", "u32"),
+        Member("y_row", "u32"),
         Member("factor", "f32"),
     ),
 )
@@ -217,7 +224,25 @@ def merged(tables: Sequence[Table]) -> list[Table]:
     return result
 
 
-def _take_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+def _within_rows(starts: Table, inner: Table, width: int) -> bool:
+    """Does every row of the result come from one row of ``width`` pixels?"""
+    return bool((inner < width).all() and not (starts[starts >= 0] % width).any())
+
+
+def _across_planes(x: Placed, starts: Table, inner: Table) -> tuple[Table, Field, int]:
+    """(place of every row, what the kernel gets for its columns, width) of rows that cross planes or rows of pixels."""
+    assert (starts >= 0).all(), f"{x.name}: only moves without rows of fill values cross planes"
+    filled = inner < 0
+    places = addresses(x, starts[:, None] + np.where(filled, inner.max(), inner))
+    first = places.min(axis=1)
+    apart = places - first[:, None]
+    if (apart == apart[0]).all():
+        return first, u32(np.where(filled, 0xFFFFFFFF, apart[0] // x.planes.itemsize)), len(inner)
+    assert not filled.any(), f"{x.name}: planes of several buffers and fill values at once"
+    return places.reshape(-1), None, 1  # element by element
+
+
+def take_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     take, (x,), y = operands.workload, operands.inputs, operands.output
     assert isinstance(take, Take) and y is not None
     tables = [np.asarray(operands.constants[f"axis{i}"], np.int64) for i in range(len(take.target))] or [
@@ -226,31 +251,35 @@ def _take_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     dense = isinstance(x.layout, Rows) and isinstance(y.layout, Rows)
     tables = merged(tables) if dense else tables
     inner, base, columns = _columns(tables[-1])
-    outer = spread(tables[:-1])
-    starts = outer.reshape(-1)
-    if isinstance(x.layout, Planes):
-        # a row stays within a row of pixels: `separable` in the frontend sees to it
-        assert (inner < x.planes.width).all() and not (starts[starts >= 0] % x.planes.width).any(), take.key()
-    places = np.where(starts < 0, 0xFFFFFFFF, addresses(x, np.where(starts < 0, 0, starts + base)))
-    width = len(inner)
+    starts = spread(tables[:-1]).reshape(-1)
+    if isinstance(x.layout, Planes) and (inner >= 0).any() and not _within_rows(starts, inner, x.planes.width):
+        places, columns, width = _across_planes(x, starts, inner)
+    else:
+        places = np.where(starts < 0, 0xFFFFFFFF, addresses(x, np.where(starts < 0, 0, starts + base)))
+        width = len(inner)
     if isinstance(y.layout, Rows):
-        targets = y.offsets[0] + np.arange(len(starts), dtype=np.int64) * width * y.layout.itemsize
+        targets = y.offsets[0] + np.arange(len(places), dtype=np.int64) * width * y.layout.itemsize
         fields = _take(Arena(), places, y, targets, columns, width, take.fill)
         return (Call(candidate.kernel, TAKE.name, fields),)
+    fields = _to_planes(Arena(), places.reshape(take.target[:3]), y, columns, take.fill)
+    return (Call(candidate.kernel, TAKE.name, fields),)
+
+
+def _to_planes(source: Field, places: Table, y: Placed, columns: Field, fill: float) -> dict[str, Field]:
+    """``places`` [N, C, H]: where every row of pixels comes from."""
     layout = y.planes
-    n, c, h, w = take.target
+    n, c, h = places.shape
     # every row of every plane, those below the pixels too: [C, N, image_rows]
     rows = np.full((c, n, layout.image_rows), 0xFFFFFFFE, np.int64)
-    rows[:, :, :h] = places.reshape(n, c, h).transpose(1, 0, 2)
+    rows[:, :, :h] = places.transpose(1, 0, 2)
     each = np.arange(n * layout.image_rows, dtype=np.int64) * layout.pitch * layout.itemsize
-    fields = _take(Arena(), rows.reshape(-1), y, (y.offsets[:, None] + each).reshape(-1), columns, w, take.fill)
-    fields |= {
+    fields = _take(source, rows.reshape(-1), y, (y.offsets[:, None] + each).reshape(-1), columns, layout.width, fill)
+    return fields | {
         **lead(y),
         "room": layout.pitch,
         "plane_rows": n * layout.image_rows,
         "tail": layout.plane - n * layout.image_rows * layout.pitch,
     }
-    return (Call(candidate.kernel, TAKE.name, fields),)
 
 
 def _join_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -275,16 +304,18 @@ def _constant_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]
     constant, y = operands.workload, operands.output
     assert isinstance(constant, Constant) and y is not None
     value = np.ascontiguousarray(operands.constants["value"], np.float32).reshape(-1)
-    zero = np.zeros(1, np.int64)
-    fields = _take(Const(value), zero, y, y.offsets, None, value.size, 0.0)
+    if isinstance(y.layout, Planes):
+        rows = np.arange(prod(y.shape[:3]), dtype=np.int64).reshape(y.shape[:3]) * y.shape[3] * y.layout.itemsize
+        return (Call(candidate.kernel, TAKE.name, _to_planes(Const(value), rows, y, None, 0.0)),)
+    fields = _take(Const(value), np.zeros(1, np.int64), y, y.offsets, None, value.size, 0.0)
     return (Call(candidate.kernel, TAKE.name, fields),)
 
 
-def _take_variants(isa: Isa) -> Iterator[Variant]:
+def take_variants(isa: Isa) -> Iterator[Variant]:
     yield Variant(_symbol("take", isa), "take.c.in", {"NV": 1})
 
 
-def _take_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+def take_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     yield Candidate(_symbol("take", isa))
 
 
@@ -357,24 +388,27 @@ def _reduce_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     return (Call(candidate.kernel, REDUCE.name, fields),)
 
 
-def _matmul_variants(isa: Isa) -> Iterator[Variant]:
+def matmul_variants(isa: Isa) -> Iterator[Variant]:
     for mr, nv in MATMUL_SHAPES:
         yield Variant(f"f32_matmul_{mr}x{nv}v__{isa.name}", "matmul.c.in", {"MR": mr, "NV": nv})
 
 
 def _matmul_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    """The shape that wastes the least on the edges; ties by the order of the table."""
     work = operands.workload
     assert isinstance(work, MatMul)
+    return product_candidates(work.rows, work.columns, isa)
+
+
+def product_candidates(rows: int, columns: int, isa: Isa) -> Iterator[Candidate]:
+    """The shape that wastes the least on the edges; ties by the order of the table."""
     lanes = isa.lanes or 8
     for order, (mr, nv) in enumerate(MATMUL_SHAPES):
-        if mr > 1 and mr >= 2 * work.rows:
+        if mr > 1 and mr >= 2 * rows:
             continue
-        blocks, strips = -(-work.rows // mr), -(-work.columns // (nv * lanes))
+        blocks, strips = -(-rows // mr), -(-columns // (nv * lanes))
         waiting = max(1.0, 8 / (mr * nv))
-        yield Candidate(
-            f"f32_matmul_{mr}x{nv}v__{isa.name}", {}, blocks * strips * (mr * nv + mr + nv) * waiting + order
-        )
+        rank = blocks * strips * (mr * nv + mr + nv) * waiting + order
+        yield Candidate(f"f32_matmul_{mr}x{nv}v__{isa.name}", {}, rank)
 
 
 def _matmul_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -385,12 +419,15 @@ def _matmul_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
         numbers = np.arange(prod(batch), dtype=np.int64).reshape(batch) * size
         return u32(np.broadcast_to(numbers, work.batch).reshape(-1))
 
+    count = prod(work.batch)
     fields: dict[str, Field] = {
         "a": _at(a), "b": _at(b), "y": _at(y),
         "a_batch": firsts(work.a_batch, work.rows * work.inner),
         "b_batch": firsts(work.b_batch, work.inner * work.columns),
-        "batch": prod(work.batch), "rows": work.rows, "inner": work.inner, "columns": work.columns,
-        "factor": work.factor,
+        "y_batch": firsts(work.batch, work.rows * work.columns), "room": u32(np.full(count, work.columns)),
+        "lead": None, "lead_bytes": 0,
+        "batch": count, "rows": work.rows, "inner": work.inner, "columns": work.columns,
+        "a_row": work.inner, "a_step": 1, "b_row": work.columns, "y_row": work.columns, "factor": work.factor,
     }  # fmt: skip
     return (Call(candidate.kernel, MATMUL.name, fields),)
 
@@ -462,12 +499,12 @@ def _cast_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 
 ROWS: tuple[Operator, ...] = (
-    Operator("take", (TAKE,), _take_variants, _take_candidates, _take_bind),
-    Operator("join", (TAKE,), _take_variants, _take_candidates, _join_bind),
-    Operator("constant", (TAKE,), _take_variants, _take_candidates, _constant_bind),
+    Operator("take", (TAKE,), take_variants, take_candidates, take_bind),
+    Operator("join", (TAKE,), take_variants, take_candidates, _join_bind),
+    Operator("constant", (TAKE,), take_variants, take_candidates, _constant_bind),
     Operator("elementwise", (ELEMENTWISE,), _elementwise_variants, _elementwise_candidates, _elementwise_bind),
     Operator("reduce", (REDUCE,), _reduce_variants, _reduce_candidates, _reduce_bind),
-    Operator("matmul", (MATMUL,), _matmul_variants, _matmul_candidates, _matmul_bind),
+    Operator("matmul", (MATMUL,), matmul_variants, _matmul_candidates, _matmul_bind),
     Operator("normalise", (NORMALISE,), _normalise_variants, _normalise_candidates, _normalise_bind),
     Operator("lookup", (LOOKUP,), _lookup_variants, _lookup_candidates, _lookup_bind),
     Operator("cast", (CAST,), _cast_variants, _cast_candidates, _cast_bind),
