@@ -31,13 +31,18 @@ VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm
 VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; return _mm256_sqrt_ps(v); }
 VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_max_ps(a, b); }
 VEC_INLINE vec1_t vec1_min(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_min_ps(a, b); }
+typedef __m256 vec1_bits_t;
+VEC_INLINE vec1_bits_t vec1_bits(const uint8_t *bits, size_t lane)
+{
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[lane / 8]), bit), bit));
+}
 VEC_INLINE vec1_t vec1_select(const uint8_t *bits, size_t lane, vec1_t v, size_t vl)
 {
     (void)vl;
-    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[lane / 8]), bit), bit);
-    return _mm256_and_ps(v, _mm256_castsi256_ps(set));
+    return _mm256_and_ps(v, vec1_bits(bits, lane));
 }
+VEC_INLINE vec1_t vec1_max_where(vec1_bits_t bits, vec1_t a, vec1_t b) { return _mm256_and_ps(_mm256_max_ps(a, b), bits); }
 VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill)
 {
     const __m256i first = vec_first(n);

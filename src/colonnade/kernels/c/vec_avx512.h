@@ -36,14 +36,22 @@ VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; return _mm512_sqrt_
 /* a NaN in the second operand stays a NaN */
 VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_max_ps(a, b); }
 VEC_INLINE vec1_t vec1_min(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_min_ps(a, b); }
+/* which of the lanes from `lane` on have their bit set in `bits` */
+typedef __mmask16 vec1_bits_t;
+VEC_INLINE vec1_bits_t vec1_bits(const uint8_t *bits, size_t lane)
+{
+    uint16_t m;
+    memcpy(&m, bits + lane / 8, 2);
+    return (__mmask16)m;
+}
 /* v where bit `lane + i` of `bits` is set, else 0 (a select, never a product: 0 * NaN is NaN) */
 VEC_INLINE vec1_t vec1_select(const uint8_t *bits, size_t lane, vec1_t v, size_t vl)
 {
     (void)vl;
-    uint16_t m;
-    memcpy(&m, bits + lane / 8, 2);
-    return _mm512_maskz_mov_ps((__mmask16)m, v);
+    return _mm512_maskz_mov_ps(vec1_bits(bits, lane), v);
 }
+/* max(a, b) where the bit is set, else 0 */
+VEC_INLINE vec1_t vec1_max_where(vec1_bits_t bits, vec1_t a, vec1_t b) { return _mm512_maskz_max_ps(bits, a, b); }
 /* the first n lanes of p (never more is read), `fill` in all the others */
 VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill)
 {

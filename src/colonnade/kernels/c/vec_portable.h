@@ -32,11 +32,17 @@ VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a
 VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; VEC_EACH(__builtin_sqrtf(v.at[i])); }
 VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] > b.at[i] ? a.at[i] : b.at[i]); }
 VEC_INLINE vec1_t vec1_min(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] < b.at[i] ? a.at[i] : b.at[i]); }
+typedef unsigned vec1_bits_t;
+VEC_INLINE vec1_bits_t vec1_bits(const uint8_t *bits, size_t lane) { return bits[lane / 8]; }
 VEC_INLINE vec1_t vec1_select(const uint8_t *bits, size_t lane, vec1_t v, size_t vl)
 {
     (void)vl;
-    unsigned m = bits[lane / 8];
+    unsigned m = vec1_bits(bits, lane);
     VEC_EACH(m >> i & 1 ? v.at[i] : 0.0f);
+}
+VEC_INLINE vec1_t vec1_max_where(vec1_bits_t bits, vec1_t a, vec1_t b)
+{
+    VEC_EACH(bits >> i & 1 ? a.at[i] > b.at[i] ? a.at[i] : b.at[i] : 0.0f);
 }
 VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill) { VEC_EACH((size_t)i < n ? p[i] : fill); }
 VEC_INLINE vec1_t vec1_keep(vec1_t v, size_t n) { VEC_EACH((size_t)i < n ? v.at[i] : 0.0f); }

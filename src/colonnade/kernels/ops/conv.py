@@ -68,6 +68,7 @@ PACKED = Struct(
     (*CONV.members, *packing.MEMBERS),
 )
 PREFETCH_MAX = 16  # the offset table is padded by this many entries, so looking ahead needs no test
+LOAD = 0.25  # a load or broadcast over a multiply-add, behind which most of it is hidden: measured on 7x7 .. 56x56
 WEIGHTS_AHEAD = 8  # columns by which weights are padded, likewise
 WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: measured beside 512 and 2048
 
@@ -206,13 +207,14 @@ def in_place(
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
     tiles = min((len(t.tiles) for t in tiled), default=1)
     for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa)):
-        blocks = (1, 4, 0) if cut.count > 4 else (1, 0) if cut.count > 1 else (0,)
+        blocks = (1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
         if isa.scalable:  # modelled: strips next to each other share translations, DRAM bursts and the tile's weights
             blocks = (4, 1, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
         for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
             if index and (block != blocks[0] or ahead not in (0, 8)):
                 continue  # the way to cut that promises less is tried as it usually is best
-            # measured habits: prefetch eight ahead, few strips at a time, strips shared out among threads
+            # measured habits: prefetch eight ahead; few strips at a time, or of a small plane all, whose weights are
+            # then read once; strips shared out among threads
             habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
             params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": feed}
             idle = _idle(tiles if split else cut.count, threads)
@@ -248,7 +250,7 @@ def worth_trying(mr: int, tiled: TiledWeights, among: list[tuple[int, int]]) -> 
 
 
 def cost(tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, isa: Isa) -> float:
-    """Static ranking. Fixed vectors: instructions issued, loads and broadcasts at half the price of a multiply-add."""
+    """Static ranking. Fixed vectors: multiply-adds, and loads and broadcasts at a part of their price."""
     if isa.scalable:
         return _cost_in_order(tiled, lanes, mr, nv)
     widths = cut.widths
@@ -256,13 +258,13 @@ def cost(tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, 
     for tile in tiled.tiles:
         column = 0.0
         for rows in _heights(len(tile.rows), mr):
-            column += sum(rows * v + 0.5 * (rows + v) + 1 for v in widths)
+            column += sum(rows * v + LOAD * (rows + v) + 1 for v in widths)
             if not cut.tail:
                 continue
             if rows == mr:
-                column += cut.done * (strips.lane_cost(mr, isa) + 0.25) + 0.5
+                column += cut.done * strips.lane_cost(mr, isa) * (1 + LOAD) + LOAD
             else:  # a vector of its own
-                column += rows + 0.5 * (rows + 1) + 1
+                column += rows + LOAD * (rows + 1) + 1
         total += len(tile.columns) * column
     return total
 
