@@ -74,10 +74,15 @@ def tune(
         )
     else:
         typer.echo(f"{summary.known} of {summary.workloads} workloads were known, nothing was measured; {choices}")
+    if summary.walks:
+        typer.echo(f"the leaders of every layer met in {summary.walks} runs of the whole network")
     if choices.dense_instead:
         typer.echo(f"{choices.dense_instead} pruned layers run dense: measured in turns, that is faster here")
-    if summary.left:
-        typer.echo(f"{summary.left} workloads are not searched to the end: run again, or give a larger --budget")
+    if summary.left or summary.unsettled:
+        what = f"{summary.left} workloads are not searched to the end" if summary.left else ""
+        what += " and " * bool(summary.left and summary.unsettled)
+        what += f"{summary.unsettled} not settled inside the network" if summary.unsettled else ""
+        typer.echo(f"{what}: run again, or give a larger --budget")
 
 
 class bar:
