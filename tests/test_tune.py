@@ -407,24 +407,24 @@ def stages(path: Path, stage: int) -> dict[str, int]:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_network_overrules_what_a_layer_is_by_itself(tmp_path: Path, threads: int) -> None:
     path, plan = tmp_path / "t.db", network(sample("first"), sample("again"))
-    subject = tuner(path, ["moody_slow", "slow_1"], threads, sleep_ms=11)
+    subject = tuner(path, ["moody_slow", "slow_0"], threads, sleep_ms=10)
     summary = subject.tune(plan, 120)
     assert summary.walks > 0 and (summary.left, summary.unsettled, summary.failures) == (0, 0, [])
-    assert {c.kernel for c in subject.chooser.choose(plan).candidates} == {"slow_1"}
+    assert {c.kernel for c in subject.chooser.choose(plan).candidates} == {"slow_0"}
     # what is settled is not measured again, nor does a model without a network of its own forget it
     before = stages(path, NETWORK)
-    assert set(before) == {"moody_slow", "slow_1"}
+    assert set(before) == {"moody_slow", "slow_0"}
     again = subject.tune(plan, 120)
     assert (again.walks, again.measured, stages(path, NETWORK)) == (0, 0, before)
-    assert subject.chooser.choose(Model((sample(),))).candidates[0].kernel == "slow_1"
+    assert subject.chooser.choose(Model((sample(),))).candidates[0].kernel == "slow_0"
 
 
 def test_a_crash_in_the_network_leaves_what_was_known(tmp_path: Path) -> None:
     path, plan = tmp_path / "t.db", network(sample("first"), sample("again"))
-    subject = tuner(path, ["moody_crash", "slow_1"], sleep_ms=11)
+    subject = tuner(path, ["moody_crash", "slow_0"], sleep_ms=10)
     summary = subject.tune(plan, 60)
     assert summary.walks == 0 and "walk through the network failed" in summary.failures[0]
-    assert subject.chooser.choose(plan).candidates[0].kernel == "moody_crash" and not stages(path, NETWORK)
+    assert subject.chooser.choose(plan).untuned == 0 and not stages(path, NETWORK)
 
 
 def test_heats_shorten_the_list_and_resume(tmp_path: Path) -> None:
