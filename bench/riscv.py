@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ import platformdirs
 from colonnade.build.toolchain import Toolchain
 from colonnade.kernels import registry
 from colonnade.kernels.isa import isa
-from colonnade.layout import Planes, place, round_up
+from colonnade.layout import Layout, Panels, Planes, place, round_up
 from colonnade.machine import Instrument, Model, read
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Step
@@ -38,6 +38,7 @@ from colonnade.workload import RELU, Conv2d, Epilogue, unmatrix
 
 SUITE = "trixie"
 PACKAGES = ("libxnnpack0.20241108", "libxnnpack-dev", "libpthreadpool0", "libpthreadpool-dev", "libc6", "libgcc-s1")
+STRIP = 2  # vector registers of a panel's strip
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Layer:
     size: int
     kernel: int = 1
     stride: int = 1
+    source: str = "planes"  # how its input and its output stand in memory
+    target: str = "planes"
 
     @property
     def name(self) -> str:
@@ -61,7 +64,8 @@ class Layer:
 
 
 def resnet50() -> Iterator[Layer]:
-    """Its 53 convolutions by shape (stride 2 in the 3x3, as torchvision has it)."""
+    """Its 53 convolutions by shape (stride 2 in the 3x3, as torchvision has it). Between 3x3 and 1x1, and between 1x1,
+    stand panels; what a 3x3 or a strided convolution reads, in planes."""
     yield Layer(1, 3, 64, 224, 7, 2)
     width, size = 64, 56
     for stage, blocks in enumerate((3, 4, 6, 3)):
@@ -69,11 +73,12 @@ def resnet50() -> Iterator[Layer]:
         before = size if stage == 0 else size * 2
         stride = 1 if stage == 0 else 2
         yield Layer(1, width, mid, before)
-        yield Layer(1, mid, mid, before, 3, stride)
-        yield Layer(1, width, out, before, 1, stride)
-        yield Layer(blocks, mid, out, size)
-        yield Layer(blocks - 1, out, mid, size)
-        yield Layer(blocks - 1, mid, mid, size, 3)
+        yield Layer(1, mid, mid, before, 3, stride, target="panels")
+        yield Layer(1, width, out, before, 1, stride, target="panels")
+        yield Layer(blocks - 1, mid, out, size, source="panels", target="panels")
+        yield Layer(1, mid, out, size, source="panels", target="planes")  # the next stage strides over it
+        yield Layer(blocks - 1, out, mid, size, source="panels")
+        yield Layer(blocks - 1, mid, mid, size, 3, target="panels")
         width, size = out, size // 2
 
 
@@ -98,8 +103,10 @@ def step(layer: Layer, sparsity: float, seed: int = 0) -> Step:
     kept = None if s == 1 else tuple(sorted(used))
     source = Planes(1, layer.size, layer.size, pitch, pitch, edge * pitch + edge, (s, s), kept)
     target = Planes(1, out, out, pitch, pitch, lead=pitch + 1)
-    x = place("x", (1, layer.ic, layer.size, layer.size), source, 0)
-    y = place("y", (1, layer.oc, out, out), target, round_up(source.buffer_bytes(layer.ic), 64))
+    read: Layout = Panels(replace(source, lead=0), STRIP) if layer.source == "panels" else source
+    written: Layout = Panels(replace(target, lead=0), STRIP) if layer.target == "panels" else target
+    x = place("x", (1, layer.ic, layer.size, layer.size), read, 0)
+    y = place("y", (1, layer.oc, out, out), written, round_up(read.buffer_bytes(layer.ic), 64))
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((layer.oc, conv.k), dtype=np.float32) / np.sqrt(conv.k, dtype=np.float32)
     if sparsity:

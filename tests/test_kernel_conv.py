@@ -144,7 +144,7 @@ def test_tiles_of_equal_support_share_their_offsets():
     call, _ = operands(conv, None, seed=0)
     dense = next(c for c in candidates(call, ISAS[0], 1) if c.params["dense"] and c.params.get("feed") == 0)
     (bound,) = bind(call, dense)
-    assert bound.fields["offsets"].data.size == conv.k + ops.PREFETCH_MAX
+    assert bound.fields["offsets"].data.size == conv.k + ops.OFFSETS_AHEAD
 
 
 def test_a_pruned_layer_has_its_dense_self_among_the_candidates():

@@ -48,6 +48,35 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         __asm__ volatile("vle32.v %0, %1" : "=vr"(v) : "A"(*p)); \
         return v; \
     } \
+    VEC_INLINE void vec##L##_store_now(float *p, vec##L##_t v) { __asm__ volatile("vse32.v %1, %0" : "=A"(*p) : "vr"(v) : "memory"); } \
+    VEC_INLINE vec##L##_t vec##L##_splat_now(float x) \
+    { \
+        vec##L##_t v; \
+        __asm__ volatile("vfmv.v.f %0, %1" : "=vr"(v) : "f"(x)); \
+        return v; \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_plus_now(vec##L##_t v, float x) \
+    { \
+        __asm__ volatile("vfadd.vf %0, %0, %1" : "+vr"(v) : "f"(x)); \
+        return v; \
+    } \
+    /* the larger one as integers */ \
+    VEC_INLINE vec##L##_t vec##L##_floor_now(vec##L##_t v, int32_t x) \
+    { \
+        __asm__ volatile("vmax.vx %0, %0, %1" : "+vr"(v) : "r"(x)); \
+        return v; \
+    } \
+    VEC_INLINE vbool##RATIO##_t vec##L##_mask_now(uint32_t bits) \
+    { \
+        vbool##RATIO##_t mask; \
+        __asm__ volatile("vmv.s.x %0, %1" : "=vm"(mask) : "r"(bits)); \
+        return mask; \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_clear_now(vec##L##_t v, vbool##RATIO##_t holes) \
+    { \
+        __asm__ volatile("vmerge.vim %0, %0, 0, %1" : "+vr"(v) : "vm"(holes)); \
+        return v; \
+    } \
     typedef vbool##RATIO##_t vec##L##_mask_t; \
     VEC_INLINE size_t vec##L##_setvl(size_t n) \
     { \
@@ -145,5 +174,7 @@ VEC_GROUP(2, 16)
 VEC_GROUP(4, 8)
 VEC_GROUP(8, 4)
 
+/* asks for a line of memory, never waits: a load into no register (Zicbop's hints are not in RVV 1.0) */
+VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "A"(*(const int *)p)); }
 VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop, which RVV 1.0 machines may lack */
 #endif

@@ -17,7 +17,7 @@ from colonnade.kernels.ops import depthwise, packing, panels, strips, winograd
 from colonnade.kernels.ops.shared import Identity, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import VECTOR_LANES, Panels, Placed
+from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, Planes
 from colonnade.pattern import TiledWeights, discover
 from colonnade.workload import Conv2d, matrix
 
@@ -44,8 +44,10 @@ CONV = Struct(
         Member("residual", "const uint32_t *", "likewise of what is added, or null"),
         Member("tiles", "const cn_tile *"),
         Member("mask", "const uint8_t *", "a bit a lane: is it a pixel?"),
+        Member("starts", "const uint32_t *", "the furthest offset into every input plane that is read at all"),
         Member("lead", "char *", "zero lanes in front of the output's first plane"),
         Member("lead_bytes", "u32"),
+        Member("start_count", "u32"),
         Member("tile_count", "u32"),
         Member("row_count", "u32"),
         Member("lanes", "u32", "lanes up to the last pixel"),
@@ -67,9 +69,9 @@ PACKED = Struct(
     "length is known at run time only. Input planes may have any pitch, halo and phases.",
     (*CONV.members, *packing.MEMBERS),
 )
-PREFETCH_MAX = 16  # the offset table is padded by this many entries, so looking ahead needs no test
 LOAD = 0.25  # a load or broadcast over a multiply-add, behind which most of it is hidden: measured on 7x7 .. 56x56
-WEIGHTS_AHEAD = 8  # columns by which weights are padded, likewise
+OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
+WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
 WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: measured beside 512 and 2048
 
 
@@ -83,9 +85,11 @@ def variants(isa: Isa) -> Iterator[Variant]:
 def variant(mr: int, nv: int, isa: Isa) -> Variant:
     """The kernel of ``mr`` rows by ``nv`` vectors."""
     counts = row_counts(mr)
+    rings = {m: ring(m, nv) for m in counts}
     tails = strips.tails(mr, nv, isa)
     params = {
-        "MR": mr, "NV": nv, "row_counts": counts, "rings": {m: ring(m, nv) for m in counts},
+        "MR": mr, "NV": nv, "row_counts": counts, "rings": rings,
+        "asks": {m: asks(m, rings[m][0]) for m in counts},
         "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa), "weights_ahead": WEIGHTS_FETCHED,
     }  # fmt: skip
     return Variant(symbol(mr, nv, isa), "spconv.c.in", params)
@@ -98,10 +102,16 @@ def row_counts(mr: int) -> list[int]:
 
 def ring(mr: int, lmul: int) -> tuple[int, int]:
     """Columns and weights a scalable kernel holds ahead of their use: as many columns as registers are left for, four
-    at most (LMUL 2 and 8 rows: 48 cycles, longer than an in-order core's way to L2); weights so that no register moves
-    from column to column."""
-    columns = max(1, min(4, 32 // lmul - mr))
-    return columns, next(n for n in (4, 5, 3, 2, 1) if columns * mr % n == 0 and (n == 1 or n < columns * mr))
+    at most (LMUL 2 and 8 rows: 48 cycles, longer than an in-order core's way to L2); weights so that every column finds
+    them in the same registers."""
+    room = 31 // lmul - mr
+    columns = 4 if room >= 4 else 2 if room >= 2 else 1
+    return columns, next(n for n in (4, 5, 3, 7, 2, 1) if mr % n == 0)
+
+
+def asks(mr: int, columns: int) -> list[str]:
+    """Statements of a scalable kernel that ask for the lines of weights which ``columns`` columns read, 512 bytes ahead."""
+    return [f"vec_touch((const char *)w0 + {512 + at});" for at in range(0, columns * mr * 4, LINE)]
 
 
 def symbol(mr: int, nv: int, isa: Isa) -> str:
@@ -113,17 +123,16 @@ def shapes(isa: Isa) -> list[tuple[int, int]]:
     """(MR, NV) by how many accumulators the registers hold; on a scalable ISA NV is LMUL."""
     if isa.scalable:
         shapes = [
-            (15, 2),
-            (14, 2),
+            (12, 2),
+            (10, 2),
             (8, 2),
             (4, 2),
-            (7, 4),
             (6, 4),
+            (5, 4),
             (4, 4),
-            (3, 8),
             (2, 8),
             (1, 8),
-            (30, 1),
+            (20, 1),
             (16, 1),
             (8, 1),
         ]
@@ -135,8 +144,10 @@ def shapes(isa: Isa) -> list[tuple[int, int]]:
 
 
 def legal(mr: int, nv: int, isa: Isa) -> bool:
-    """Do accumulators, the strip's vectors and (where a weight is broadcast to a vector first) one weight fit?"""
-    return (mr + 1) * nv + (not isa.scalable) <= isa.registers
+    """Do accumulators, the strip's vectors and one more register fit? It is for a weight, where that is broadcast to a
+    vector first, or for the mask of pixels: a compiler that runs out of registers between instructions of ours resets
+    the vector type to move them."""
+    return (mr + 1) * nv + 1 <= isa.registers
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
@@ -271,16 +282,16 @@ def cost(tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, 
 
 def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float:
     """Cycles a kept column costs a two-wide in-order core with one vector-arithmetic and one vector-memory pipe: the
-    busiest of arithmetic (LMUL a multiply-add), load (2.2 LMUL) and issue (a multiply-add and its weight a row, five
-    more), its way through the caches, and the wait for a load where no second column has a register. VLEN is taken as
+    busiest of arithmetic (LMUL a multiply-add), load (2.2 LMUL) and issue (a multiply-add and its weight a row, seven
+    more), its way through the caches, and the wait for a load where few columns have a register. VLEN is taken as
     256; a strip costs the same however few lanes it has."""
     strips = -(-lanes // (8 * lmul))
     total = 0.0
     for tile in tiled.tiles:
         for rows in _heights(len(tile.rows), mr):
-            late = 0 if ring(rows, lmul)[0] > 1 else 7 + 2.2 * lmul
-            column = max(rows * lmul, 2.2 * lmul, rows + 2.5) + 1.5 + 0.2 * lmul + late
-            total += strips * (len(tile.columns) * column + 8 * rows * lmul)  # bias, limits, holes, store
+            late = {1: 7 + 2.2 * lmul, 2: 1.5, 4: 0.0}[ring(rows, lmul)[0]]
+            column = max(rows * lmul, 2.2 * lmul, rows + 3.5) + 1 + 0.2 * lmul + late
+            total += strips * (len(tile.columns) * column + 5 * rows * lmul)  # limits, holes, store, bias
     return total
 
 
@@ -368,6 +379,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
     places = (source if panel is None else None, output, residual)
     through, scratch = panels.fields(*places, gathered, filled.offsets.size, isa)
+    starts = furthest(source, filled.offsets) if isa.scalable and isinstance(source.layout, Planes) and panel is None else None
     fields: dict[str, Field] = {
         "arena": Arena(),
         "offsets": Const(filled.offsets),
@@ -379,6 +391,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "mask": Const(layout.mask()),
         "lead": Arena(output.lead_offset),
         "lead_bytes": output.lead_bytes,
+        "starts": None if starts is None else Const(starts),
+        "start_count": 0 if starts is None else len(starts) - 1,
         "tile_count": len(tiled.tiles),
         "row_count": len(order),
         "lanes": layout.lanes,
@@ -398,6 +412,17 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     fields |= packing.fields(conv, source, layout, panel, step.constants)
     fields |= {"panel_lanes": row}
     return (Call(candidate.kernel, PACKED.name, fields, scratch),)
+
+
+def furthest(source: Placed, offsets: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """uint32: of every plane that is read, the largest of ``offsets`` into it; what the next strips read of it that
+    the ones before did not. The last one stands there twice, for readers that look one ahead."""
+    planes = np.sort(source.offsets)
+    ordered = np.unique(offsets).astype(np.int64)
+    # a tap may stand up to a halo in front of its plane
+    plane = np.searchsorted(planes, ordered + source.planes.lead_lanes * source.planes.itemsize, side="right")
+    last = np.flatnonzero(np.r_[plane[1:] != plane[:-1], True])
+    return np.r_[ordered[last], ordered[-1]].astype(np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -431,12 +456,12 @@ def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per
         row += len(tile.rows)
         weight += tile.values.size
     # looking ahead runs past the last column: repeat an offset that is there, so every prefetch hits the arena
-    padding = np.full(PREFETCH_MAX, next((run[0] for run in runs if len(run)), full[0].max()))
+    padding = np.full(OFFSETS_AHEAD, next((run[0] for run in runs if len(run)), full[0].max()))
     offsets = np.concatenate([*runs, padding])
     if offsets.min() < 0 or offsets.max() >= 2**32:
         raise ValueError(f"{key}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
-    # likewise weights, by up to WEIGHTS_AHEAD columns of a tile
-    spare = np.zeros(WEIGHTS_AHEAD * max(len(tile.rows) for tile in tiled.tiles))
+    # likewise weights: by eight columns of a tile, and by lines that are asked for early
+    spare = np.zeros(max(WEIGHTS_AHEAD, 8 * max(len(tile.rows) for tile in tiled.tiles)))
     weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(np.float32)
     return Tables(offsets.astype(np.uint32), weights, records)
 

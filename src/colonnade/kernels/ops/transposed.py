@@ -140,6 +140,8 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "mask": Const(layout.mask(phase)),
             "lead": Arena(output.lead_offset),
             "lead_bytes": output.lead_bytes if first else 0,
+            "starts": None,
+            "start_count": 0,
             "tile_count": len(tiled.tiles),
             "row_count": len(order),
             "lanes": layout.lanes,

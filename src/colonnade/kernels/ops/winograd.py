@@ -205,7 +205,7 @@ def _product(
     step: Operands, m: int, shape: tuple[int, int], isa: str, plane: int, source_bytes: int
 ) -> dict[str, Field]:
     """(m + 2)^2 products of [OC, IC] by [IC, tiles] as one convolution whose tiles each read one position's planes."""
-    from colonnade.kernels.ops.conv import PREFETCH_MAX, TILE_DTYPE, WEIGHTS_AHEAD
+    from colonnade.kernels.ops.conv import OFFSETS_AHEAD, TILE_DTYPE, WEIGHTS_AHEAD
 
     conv = step.workload
     assert isinstance(conv, Conv2d)
@@ -227,8 +227,8 @@ def _product(
     rows = source_bytes + np.arange(n2 * oc, dtype=np.int64) * plane * 4
     return {
         "arena": Shared(0),
-        "offsets": u32(np.concatenate([offsets, np.zeros(PREFETCH_MAX, np.int64)])),
-        "weights": f32(np.concatenate([*weights, np.zeros(WEIGHTS_AHEAD * mr)])),
+        "offsets": u32(np.concatenate([offsets, np.zeros(OFFSETS_AHEAD, np.int64)])),
+        "weights": f32(np.concatenate([*weights, np.zeros(max(WEIGHTS_AHEAD, 8 * mr))])),
         "bias": f32(np.zeros(n2 * oc)),
         "rows": u32(rows),
         "residual": None,
@@ -236,6 +236,8 @@ def _product(
         "mask": Const(np.full(plane // 8 + 64, 255, np.uint8)),
         "lead": Shared(0),
         "lead_bytes": 0,
+        "starts": None,
+        "start_count": 0,
         "tile_count": len(records),
         "row_count": n2 * oc,
         "lanes": _lanes(conv, m),

@@ -38,6 +38,8 @@ struct instruction {
     uint8_t fields;       /* segments, or registers of a whole-register access */
     uint8_t marker;       /* slti x0, x0, n: 0 is none */
     uint16_t vtype;       /* SETS_TYPE: the new vtype */
+    uint64_t times;       /* for the profile: executions, */
+    double spent;         /* cycles that the clock moved on */
 };
 
 static inline uint8_t x_(unsigned r) { return r ? (uint8_t)r : NONE; }

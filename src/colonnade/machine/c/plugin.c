@@ -1,15 +1,18 @@
 /* The instrument: a QEMU plugin that counts a riscv64 program's instructions and runs them through one core's model.
  *
- *   qemu-riscv64 -B BASE -plugin FILE.so,model=FILE,out=FILE,base=BASE[,outside=skip] PROGRAM
+ *   qemu-riscv64 -B BASE -plugin FILE.so,model=FILE,out=FILE,base=BASE[,outside=skip][,profile=FILE] PROGRAM
  *
  * A program marks what counts by `slti x0, x0, N` (an encoding left to custom hints, ignored by every chip):
  * 1 begins a region, 2 ends it, 3 empties the caches; 4 and 5 stand around waiting at a barrier, whose spinning is not
  * counted and after which all cores show the latest clock among them. Without a mark, everything counts.
  * outside=skip leaves out of the model what runs outside regions (faster; caches keep the state of the last region).
  *
+ * profile=FILE writes where the cycles went, by address; of one thread alone.
+ *
  * The program's own clock_gettime tells modelled time, so unchanged benchmarks report it, and the alarms it sets for
  * itself come later by PATIENCE. Written at exit, as JSON:
- * counts by class, group size and element size, misses and bytes, what was waited for, cycles of each region.
+ * counts by class, group size and element size, misses and bytes, what was waited for, cycles of each region; under
+ * `last` the counts of the last region alone.
  */
 #include "core.h"
 #include "qemu_plugin.h"
@@ -32,7 +35,7 @@ static struct thread {
     unsigned generation;
     double begun, region[REGIONS];
     unsigned regions;
-    struct counts before, sum;
+    struct counts before, sum, last;
     double cycles;
     uint64_t time_at;
 } *threads[CORES];
@@ -42,6 +45,8 @@ static double met[2];
 static unsigned met_generation[2];
 static int skip_outside, marked;
 static const char *out_path = "instrument.json";
+static const char *profile_path;
+static struct block { struct instruction *all; size_t n; struct block *next; } *blocks; /* kept for the profile */
 static uint64_t guest_base;
 static double newest; /* the clock a new thread starts with */
 
@@ -85,6 +90,8 @@ static void finish_region(struct thread *t)
     double cycles = drain(&t->core) - t->begun;
     t->core.counts.traffic = t->core.memory.traffic;
     add(&t->sum, &t->core.counts, &t->before);
+    memset(&t->last, 0, sizeof t->last);
+    add(&t->last, &t->core.counts, &t->before);
     t->cycles += cycles;
     if (t->regions < REGIONS) t->region[t->regions++] = cycles;
 }
@@ -138,7 +145,14 @@ static void settle(struct thread *t, uint64_t next)
     else if (t->waiting) (void)0;
     else if (skip_outside && !t->inside) {
         if (i->flags & SETS_TYPE) set_type(&t->core, i->vtype);
-    } else step(&t->core, i, next, t->lines, t->count);
+    } else {
+        double before = t->core.t;
+        step(&t->core, i, next, t->lines, t->count);
+        if (profile_path) {
+            struct instruction *mine = (struct instruction *)i;
+            mine->times++, mine->spent += t->core.t - before;
+        }
+    }
     if (t->core.t > newest) newest = t->core.t;
 }
 
@@ -178,6 +192,12 @@ static void translated(plugin_id id, struct qemu_plugin_tb *block)
         int c = all[k].class;
         if (c == C_load || c == C_store || c == C_fload || c == C_fstore || c == C_amo || c >= FIRST_VECTOR_MEMORY)
             qemu_plugin_register_vcpu_mem_cb(insn, accessed, PLUGIN_NO_REGISTERS, PLUGIN_READ_WRITE, &all[k]);
+    }
+    if (profile_path) {
+        struct block *b = malloc(sizeof *b);
+        pthread_mutex_lock(&lock);
+        *b = (struct block){all, n, blocks}, blocks = b;
+        pthread_mutex_unlock(&lock);
     }
 }
 
@@ -234,9 +254,22 @@ static void report_one(FILE *f, const struct counts *n)
             (unsigned long long)m->read_bytes, (unsigned long long)m->written_bytes);
 }
 
+/* One line an instruction and translation of it: address, executions, cycles that the clock moved on at it. */
+static void write_profile(void)
+{
+    FILE *f = fopen(profile_path, "w");
+    if (!f) return;
+    for (struct block *b = blocks; b; b = b->next)
+        for (size_t k = 0; k < b->n; k++)
+            if (b->all[k].times)
+                fprintf(f, "%llx %llu %.1f\n", (unsigned long long)b->all[k].address, (unsigned long long)b->all[k].times, b->all[k].spent);
+    fclose(f);
+}
+
 static void ended(plugin_id id, void *data)
 {
     (void)id, (void)data;
+    if (profile_path) write_profile();
     FILE *f = fopen(out_path, "w");
     if (!f) return;
     fprintf(f, "{\"threads\": [");
@@ -250,7 +283,9 @@ static void ended(plugin_id id, void *data)
         for (unsigned r = 0; r < t->regions; r++) fprintf(f, "%s%.1f", r ? ", " : "", t->region[r]);
         fprintf(f, "], \"unknown_types\": %d, ", t->core.unknown_types);
         report_one(f, &t->sum);
-        fprintf(f, "}");
+        fprintf(f, ", \"last\": {");
+        report_one(f, &t->last);
+        fprintf(f, "}}");
         comma = ",";
     }
     fprintf(f, "]}\n");
@@ -265,6 +300,7 @@ PLUGIN_EXPORT int qemu_plugin_install(plugin_id id, const struct plugin_info *in
         if (!strncmp(words[i], "model=", 6)) path = words[i] + 6;
         else if (!strncmp(words[i], "out=", 4)) out_path = words[i] + 4;
         else if (!strncmp(words[i], "base=", 5)) guest_base = strtoull(words[i] + 5, 0, 0);
+        else if (!strncmp(words[i], "profile=", 8)) profile_path = words[i] + 8;
         else if (!strcmp(words[i], "outside=skip")) skip_outside = 1;
         else return fprintf(stderr, "instrument: unknown argument %s\n", words[i]), -1;
     }
