@@ -104,8 +104,8 @@ def test_depthwise_kernels_do_not_spill(library):
 
 
 def test_inner_loops_of_convolutions_do_nothing_but_the_work(library):
-    """One load and MR multiply-adds a kept column; a weight a row, an offset, four scalars of bookkeeping at most; and a
-    turn of the ring asks for a line of each of four things, and of the weights for all it reads."""
+    """One load and MR multiply-adds a kept column; a weight a row, an offset, four scalars of bookkeeping at most;
+    and a turn of the ring asks for a line of each of four things, and of the weights for all it reads."""
     bodies = dict(functions(library))
     for variant in (v for v in conv.variants(RVV) if v.body == "spconv.c.in"):
         for rows in variant.params["row_counts"]:

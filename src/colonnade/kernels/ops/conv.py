@@ -110,7 +110,7 @@ def ring(mr: int, lmul: int) -> tuple[int, int]:
 
 
 def asks(mr: int, columns: int) -> list[str]:
-    """Statements of a scalable kernel that ask for the lines of weights which ``columns`` columns read, 512 bytes ahead."""
+    """Statements of a scalable kernel that ask for the weights of ``columns`` columns, line by line, 512 bytes ahead."""
     return [f"vec_touch((const char *)w0 + {512 + at});" for at in range(0, columns * mr * 4, LINE)]
 
 
@@ -379,7 +379,11 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
     places = (source if panel is None else None, output, residual)
     through, scratch = panels.fields(*places, gathered, filled.offsets.size, isa)
-    starts = furthest(source, filled.offsets) if isa.scalable and isinstance(source.layout, Planes) and panel is None else None
+    starts = (
+        furthest(source, filled.offsets)
+        if isa.scalable and isinstance(source.layout, Planes) and panel is None
+        else None
+    )
     fields: dict[str, Field] = {
         "arena": Arena(),
         "offsets": Const(filled.offsets),
@@ -422,7 +426,7 @@ def furthest(source: Placed, offsets: npt.NDArray[np.uint32]) -> npt.NDArray[np.
     # a tap may stand up to a halo in front of its plane
     plane = np.searchsorted(planes, ordered + source.planes.lead_lanes * source.planes.itemsize, side="right")
     last = np.flatnonzero(np.r_[plane[1:] != plane[:-1], True])
-    return np.r_[ordered[last], ordered[-1]].astype(np.uint32)
+    return np.concatenate([ordered[last], ordered[-1:]]).astype(np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
