@@ -110,7 +110,7 @@ def ring(mr: int, lmul: int) -> tuple[int, int]:
 
 
 def asks(mr: int, columns: int) -> list[str]:
-    """Statements of a scalable kernel that ask for the weights of ``columns`` columns, line by line, 512 bytes ahead."""
+    """Statements of a scalable kernel that ask for the weights of ``columns`` columns by lines, 512 bytes ahead."""
     return [f"vec_touch((const char *)w0 + {512 + at});" for at in range(0, columns * mr * 4, LINE)]
 
 
