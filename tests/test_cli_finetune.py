@@ -187,3 +187,41 @@ def test_two_processes_by_command_line(arrays: Path, tmp_path: Path) -> None:
     one, two = states
     for key, value in one.items():
         torch.testing.assert_close(two[key].float(), value.float(), rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_preset_and_what_wins_over_it(
+    arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colonnade.sparsify import finetune as module
+    from colonnade.sparsify.rechoose import Rechoose
+
+    seen: dict[str, Any] = {}
+
+    def instead(model: Any, train: Any, validation: Any, **options: Any) -> module.History:
+        seen.clear()
+        seen.update(options, batch=train.batch_size, movable=sum(hasattr(m, "rows") for m in model.modules()))
+        return module.History()
+
+    monkeypatch.setattr(module, "finetune", instead)
+    words = (arrays, "-o", tmp_path / "out.safetensors", "--sparsity", "0.5", "--force", *ARGS[:2])
+    assert finetune(*words, "--preset", "paper", "--epochs", "3", "--lr", "0.01") == 0
+    assert (seen["optimizer"], seen["epochs"], seen["lr"], seen["decay_epochs"]) == ("adamw", 3, 0.01, 30)
+    assert seen["batch"] == 256 and seen["teacher"] is None and not seen["movable"] and seen["rechoose"] is None
+    assert finetune(*words, "--preset", "long", "--ramp", "0.9", "--batch", "16") == 0
+    assert seen["rechoose"] == Rechoose(ramp=0.9, until=0.9) and seen["batch"] == 16
+    assert seen["movable"] > 3 and seen["teacher"] is not None
+    assert finetune(*words, "--preset", "long", "--no-rechoose") == 0
+    assert seen["rechoose"] is None and not seen["movable"]
+    assert finetune(*words, "--rechoose", "--ramp", "0.5", "--ema", "0.9", "--distill-blocks", "0.3") == 0
+    assert seen["rechoose"] == Rechoose(ramp=0.5) and seen["ema"] == 0.9 and seen["block_weight"] == 0.3
+    assert seen["batch"] == 128 and seen["epochs"] == 10
+    capsys.readouterr()
+    for wrong, message in (
+        (("--preset", "best"), "expected one of short, long, paper"),
+        (("--ramp", "0.5"), "--ramp belongs to --rechoose"),
+    ):
+        assert finetune(*words, *wrong) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert finetune(arrays, "-o", tmp_path / "no.safetensors", "--rechoose", *ARGS) == 2
+    assert "needs the model before pruning" in capsys.readouterr().err

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def finetune(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODULE:FUNCTION", help="What returns the model, as torchvision.models:resnet18.")
     ],
@@ -46,17 +47,38 @@ def finetune(
     score: Score = "l1",
     exclude: Exclude = None,
     group_rows: GroupRows = True,
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="short|long|paper", help="A recipe for all that follows; options that are given win."),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="0 only prunes and writes.")] = 10,
     lr: Annotated[float, typer.Option(help="The highest learning rate; it falls to 0 along half a cosine.")] = 0.01,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a step, all processes together.")] = 128,
     optimizer: Annotated[str, typer.Option(metavar="sgd|adamw")] = "sgd",
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0)] = 1e-4,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.0,
+    decay_epochs: Annotated[
+        int | None, typer.Option("--decay-epochs", min=1, help="A tenth of the rate after so many epochs; no cosine.")
+    ] = None,
+    clip_norm: Annotated[float | None, typer.Option("--clip-norm", help="Largest norm of a step's gradient.")] = None,
     label_smoothing: Annotated[float, typer.Option("--label-smoothing", min=0, max=1)] = 0.0,
     precision: Annotated[str, typer.Option(metavar="no|bf16|fp16", help="Mixed precision.")] = "no",
     distill: Annotated[
         float,
         typer.Option(metavar="SHARE", min=0, max=1, help="Share of the loss that learns the dense model's answers."),
+    ] = 0.0,
+    distill_blocks: Annotated[
+        float,
+        typer.Option("--distill-blocks", metavar="WEIGHT", min=0, help="Learn the dense model's block outputs too."),
+    ] = 0.0,
+    ema: Annotated[
+        float | None, typer.Option("--ema", metavar="0.999", help="Keep a moving average of the weights instead.")
+    ] = None,
+    rechoose: Annotated[
+        bool, typer.Option("--rechoose/--no-rechoose", help="Choose masks anew while training (SR-STE).")
+    ] = False,
+    ramp: Annotated[
+        float, typer.Option("--ramp", min=0, max=1, help="Share of the steps in which sparsity rises; with --rechoose.")
     ] = 0.0,
     preprocess: Annotated[
         str | None,
@@ -75,7 +97,8 @@ def finetune(
     seed: Annotated[int, typer.Option()] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the outputs.")] = False,
 ) -> None:
-    """Prune a torch model and train it further with its zeros frozen; under `accelerate launch`, on many processes.
+    """Prune a torch model and train it further; under `accelerate launch`, on many processes. Its zeros are frozen
+    unless --rechoose is given.
 
     Without --sparsity or --pattern, the zeros that the weights bring are held.
     """
@@ -89,11 +112,25 @@ def finetune(
             raise UserError(f"{path}: exists; pass --force to overwrite it, or choose another name")
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
-    if distill and wanted is None:
-        raise UserError("--distill learns from the model before pruning: give --sparsity or --pattern too")
     # Idle threads of torch sleep: spinning, two of them on a busy machine take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from colonnade.sparsify.rechoose import Rechoose
 
+    options: dict[str, Any] = {
+        "epochs": epochs, "lr": lr, "optimizer": optimizer, "weight_decay": weight_decay, "warmup": warmup,
+        "decay_epochs": decay_epochs, "clip_norm": clip_norm, "label_smoothing": label_smoothing,
+        "teacher_share": distill, "block_weight": distill_blocks, "ema": ema,
+        "rechoose": Rechoose(ramp=ramp) if rechoose else None,
+    }  # fmt: skip
+    pruning: dict[str, Any] = {"score": score, "group_rows": group_rows, "exclude": exclude or ()}
+    if preset is not None:
+        batch = _apply(preset, context, options, pruning, batch)
+    if ramp and options["rechoose"] is None:
+        raise UserError("--ramp belongs to --rechoose: a frozen mask has its full sparsity from the first")
+    learns = options["teacher_share"] > 0 or options["block_weight"] > 0
+    if (learns or options["rechoose"]) and wanted is None:
+        what = "--distill learns from" if learns else "--rechoose needs"
+        raise UserError(f"{what} the model before pruning: give --sparsity or --pattern too")
     import copy
 
     import torch
@@ -113,18 +150,18 @@ def finetune(
         put_state(network, weights)
     example = torch.zeros(1, *samples.shape)
     _check(network, example, samples.labels)
-    teacher = copy.deepcopy(network) if distill else None
+    teacher = copy.deepcopy(network) if learns else None
     main = Accelerator().is_main_process
     console = Console(stderr=True, quiet=not main)
     if wanted is not None:
         with console.status("pruning"):
-            layers = sparsify_(network, wanted, example, score=score, group_rows=group_rows, exclude=exclude or ())
+            layers = sparsify_(network, wanted, example, movable=options["rechoose"] is not None, **pruning)
         held = sum(layer.pattern is not None for layer in layers)
     elif not (held := len(mask_zeros_(network))):
         raise UserError("no layer has zeros to hold: prune first, with --sparsity or --pattern")
     console.print(f"{held} layers pruned, their zeros held", highlight=False)
     history = None
-    if epochs:
+    if options["epochs"]:
         loaders: list[Any] = [
             DataLoader(part, batch, shuffle=train, drop_last=train and len(part) >= batch, num_workers=workers,  # type: ignore[arg-type]
                        persistent_workers=workers > 0)
@@ -132,13 +169,36 @@ def finetune(
             for part, train in ((samples.train, True), (samples.validation, False))
         ]  # fmt: skip
         history = training.finetune(
-            network, *loaders, epochs=epochs, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup,
-            label_smoothing=label_smoothing, mixed_precision=precision, teacher=teacher, teacher_share=distill,
-            checkpoint_dir=checkpoints, seed=seed,
+            network, *loaders, mixed_precision=precision, teacher=teacher, checkpoint_dir=checkpoints, seed=seed,
+            **options,
         )  # fmt: skip
     if main:
         _write(network, example, output, onnx)
         _tell(history, output, onnx)
+
+
+# Options that a preset decides, by the names that they have in `finetune` and `sparsify_`.
+NAMES = {"teacher_share": "distill", "block_weight": "distill_blocks"}
+
+
+def _apply(name: str, context: typer.Context, options: dict[str, Any], pruning: dict[str, Any], batch: int) -> int:
+    """Put a preset's values where the user gave none; returns the batch."""
+    from dataclasses import replace
+
+    from colonnade.sparsify.presets import preset
+
+    def given(option: str) -> bool:
+        source = context.get_parameter_source(NAMES.get(option, option))
+        return source is not None and source.name != "DEFAULT"
+
+    chosen = preset(name)
+    for place, values in ((options, chosen.finetune), (pruning, chosen.prune)):
+        place.update({option: value for option, value in values.items() if not given(option)})
+    moving = chosen.finetune.get("rechoose")
+    if moving is not None and given("ramp") and options["rechoose"] is not None:
+        ramp = context.params["ramp"]
+        options["rechoose"] = replace(moving, ramp=ramp, until=max(moving.until, ramp))
+    return batch if given("batch") else chosen.batch
 
 
 def _check(network: nn.Module, example: Any, labels: int) -> None:

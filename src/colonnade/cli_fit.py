@@ -164,7 +164,8 @@ def _settings(method: str, tiles: str, sparsities: str, exclude: list[str] | Non
 
 
 class Stages:
-    """A progress bar for each stage, as context: yields the callable that `fit` reports to."""
+    """A progress bar for each stage, as context: yields the callable that `fit` reports to. Where nobody watches (a
+    file, a pipe) a line says when each stage begins."""
 
     def __init__(self, console: Any) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -177,6 +178,7 @@ class Stages:
         )
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._tasks: dict[str, Any] = {}
+        self._console = console
 
     def __enter__(self) -> Stages:
         self._progress.start()
@@ -189,6 +191,8 @@ class Stages:
         """Show that ``done`` (0 .. 1) of a stage is over and ``text`` is at hand."""
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=1.0, at="")
+            if not self._console.is_terminal:
+                self._console.print(f"{stage} …", highlight=False)
         self._progress.update(self._tasks[stage], completed=done, at=text[-48:])
 
 
