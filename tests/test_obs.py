@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,14 +19,16 @@ from torch import nn
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, consecutive_rows, discover
 from colonnade.sparsify.arrays import NumpyArrays, TorchArrays
+from colonnade.sparsify.held import Store
+from colonnade.sparsify.joint import view
 from colonnade.sparsify.masks import masks, remove_masks, sparsify_
 from colonnade.sparsify.onnx_file import prune_file
 from colonnade.sparsify.reconstruct import Schedule, reconstruct_
-from colonnade.sparsify.second_order import Moments, solve
+from colonnade.sparsify.second_order import DAMPINGS, Moments, choose_damping, solve, unexplained
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
 from colonnade.sparsify.sequential import Layer, Options, gather
 from colonnade.sparsify.torch_model import export
-from colonnade.sparsify.torch_obs import ordered, trace
+from colonnade.sparsify.torch_obs import ordered, second_order_, trace
 
 NUMPY = NumpyArrays()
 
@@ -120,6 +123,81 @@ def test_numpy_and_torch_solve_alike():
     np.testing.assert_allclose(ours[0].weights, ours[1].weights, atol=1e-4)
 
 
+def test_unexplained_is_the_relative_error_on_these_samples():
+    x, w = regression(6, 9)
+    y = x @ w.T
+    random = np.random.default_rng(2)
+    tried, bias = w + 0.1 * random.standard_normal(w.shape).astype(np.float32), np.float32(0.2) * w[:, 0]
+    expected = residual(x, y, tried, bias) / ((y - y.mean(0)) ** 2).sum()
+    assert unexplained(tried, bias, moments(x, y), NUMPY) == pytest.approx(expected, rel=1e-2)
+
+
+def test_damping_follows_how_many_samples_there_are():
+    """Few noisy samples want more of it than many; the choice fits fresh samples better than no damping would."""
+    random = np.random.default_rng(0)
+    chosen = []
+    for count in (150, 6000):
+        x, w = regression(16, 120, 2 * count, seed=1)
+        y = x @ w.T + 8 * random.standard_normal((2 * count, 16)).astype(np.float32)
+        known, fresh = moments(x[:count], y[:count]), moments(x[count:], y[count:])
+        pattern = ColumnPattern(0.25, 4)
+        damping = choose_damping(w, known, fresh, pattern, NUMPY)
+        chosen.append(damping)
+        errors = []
+        for value in (damping, min(DAMPINGS)):
+            found = solve(w, known, pattern, NUMPY, damping=value)
+            errors.append(unexplained(found.weights, found.bias, fresh, NUMPY))
+        assert errors[0] <= 1.001 * errors[1]
+        whole = known.plus(fresh)
+        assert whole.count == 2 * count
+        np.testing.assert_allclose(whole.gram, moments(x, y).gram, rtol=1e-3)
+    assert chosen[0] > chosen[1]
+
+
+def test_values_past_the_limit_wait_in_files_and_change_nothing(digits, monkeypatch):
+    dense, calibration, x, _ = digits
+    stores = []
+    whole = Store.__init__
+
+    def noted(self, *args):
+        whole(self, *args)
+        stores.append(self)
+
+    most = []
+    put = Store.put
+
+    def watched(self, value):
+        held = put(self, value)
+        most.append(self.used)
+        return held
+
+    monkeypatch.setattr(Store, "__init__", noted)
+    monkeypatch.setattr(Store, "put", watched)
+    answers, limit = [], 600_000
+    for memory in (1 << 30, limit):
+        model = copy.deepcopy(dense)
+        most.clear()
+        second_order_(model, {"conv1": ColumnPattern(0.5, 8), "conv2": ColumnPattern(0.5, 8)}, calibration,
+                      Options(memory=memory))  # fmt: skip
+        answers.append(model(x).detach())
+    assert stores[0].spilled == 0 and stores[1].spilled > 10
+    assert max(most) <= limit
+    assert torch.equal(*answers)
+    for store in stores:
+        assert store._folder is None or not Path(store._folder.name).exists()
+
+
+def test_store_gives_back_what_it_was_given():
+    store = Store(NUMPY, 1000, 1)
+    values = [np.arange(100, dtype=np.float32) + at for at in range(4)]
+    held = [store.put(value) for value in values]
+    assert store.used == 800 and store.put(7) == 7 and store.get(7) == 7
+    assert all((store.get(one) == value).all() for one, value in zip(held, values, strict=True))
+    del held
+    assert store.used == 0
+    store.close()
+
+
 def test_dead_constant_and_doubled_inputs():
     x, w = regression(8, 20)
     x[:, 3] = 0
@@ -157,8 +235,9 @@ def test_gathered_moments_are_those_of_the_convolution(kernel, stride, dilation,
     layer = Layer("l", weight, "x", (stride, stride), pads, (dilation, dilation), groups)
     padded = torch.nn.functional.pad(torch.from_numpy(x), (left, right, top, bottom))
     y = torch.nn.functional.conv2d(padded, torch.from_numpy(weight), stride=stride, dilation=dilation, groups=groups)
-    values = [{"x": x[:2]}, {"x": x[2:]}]
-    found = gather(NUMPY, layer, values, values, Options(samples=10**6))
+    store = Store(NUMPY, 0, 2)
+    values = [{"x": store.put(x[:2])}, {"x": store.put(x[2:])}]
+    found = gather(store, layer, values, values, Options(samples=10**6))
     assert sum(m.count for m in found) == groups * y.shape[0] * y.shape[2] * y.shape[3]
     outputs = np.concatenate([m.outputs for m in found])
     np.testing.assert_allclose(outputs, y.sum((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-2)
@@ -340,13 +419,52 @@ def test_reconstruction_brings_blocks_nearer_and_keeps_zeros(digits):
     start = right(model, x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        blocks = reconstruct_(model, dense, calibration, Schedule(epochs=10, distil_epochs=2))
+        blocks = reconstruct_(model, dense, calibration, Schedule(epochs=10, joint_epochs=4, mirror=False, zoom=0))
     assert len(blocks) >= 3 and all(block.after <= block.before for block in blocks)
     for name, mask in masks(model):
         weight = model.get_submodule(name.rpartition(".")[0]).weight
         assert torch.equal(mask.mask, zeros[name]) and (weight[~mask.mask] == 0).all()
     assert right(model, x, y) > max(start, right(dense, x, y) - 0.08)
     assert not model.training
+
+
+def test_all_blocks_at_once_bring_answers_nearer(digits):
+    dense, calibration, x, _ = digits
+    model = copy.deepcopy(dense)
+    sparsify_(model, ColumnPattern(0.5, 8), x[:1])
+    norms = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+
+    def distance():
+        with torch.no_grad():
+            return float((model.eval()(x) - dense(x)).square().mean() / dense(x).var())
+
+    before = distance()
+    heard = []
+    reconstruct_(
+        model, dense, calibration, Schedule(epochs=0, joint_epochs=12, joint_lr=0.03, zoom=0.1, mirror=False),
+        lambda done, _: heard.append(done),
+    )  # fmt: skip
+    assert distance() < 0.5 * before
+    assert heard[-1] == 1.0 and heard == sorted(heard)
+    assert all(
+        (model.get_submodule(name.rpartition(".")[0]).weight[~mask.mask] == 0).all() for name, mask in masks(model)
+    )
+    assert all(torch.equal(value, norms[name]) for name, value in model.named_buffers() if "running" in name)
+
+
+def test_views_of_photos():
+    maps = torch.rand(40, 3, 8, 6)
+    seen = view(maps, torch.Generator().manual_seed(0), 0.0, mirror=True)
+    straight = [torch.allclose(a, b, atol=1e-5) for a, b in zip(seen, maps, strict=True)]
+    turned = [torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(seen, maps, strict=True)]
+    assert all(a != b for a, b in zip(straight, turned, strict=True)) and 8 < sum(turned) < 32
+    parts = view(maps, torch.Generator().manual_seed(0), 0.5, mirror=False)
+    assert parts.shape == maps.shape and not torch.allclose(parts, maps)
+    # A part of a photo holds nothing that the photo does not.
+    assert float(parts.min()) >= float(maps.min()) - 1e-5 and float(parts.max()) <= float(maps.max()) + 1e-5
+    assert view(maps, torch.Generator(), 0.0, mirror=False) is maps
+    flat = torch.rand(4, 7)
+    assert view(flat, torch.Generator(), 0.5, mirror=True) is flat
 
 
 def test_matrix_round_trip():

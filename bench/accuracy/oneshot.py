@@ -1,12 +1,16 @@
-"""Accuracy after pruning without any label: ImageNet networks, calibrated on at most 512 photos, the tables' numbers.
+"""Accuracy after pruning without any label, calibrated on at most 512 images: the numbers of docs/accuracy.md.
 
-    python bench/accuracy/oneshot.py --network resnet18 --sparsity 0.5 [--tile 8] [--method obs+grouping]…
-        [--reconstruct EPOCHS] [--images 512] [--data ../shared/data] [--test] [--bundle] [--json FILE] [--seed 0]
+    python bench/accuracy/oneshot.py --network resnet18 [--sparsity 0.5]… [--tile 8]… [--method obs+grouping]…
+        [--images 512] [--seed 0] [--test] [--bundle] [--records FILE.json] [--keep DIR] [--data ../shared/data]
+    python bench/accuracy/oneshot.py --table --records FILE.json
 
-Without --test, accuracy is that on the photos of the calibration set that were not used to calibrate: what settings
-are chosen on. With --test it is that on both test sets pooled (1,000 photos), each with its paired difference from the
-dense network. --bundle compiles every pruned network too and ends with an error if a single answer differs from
-torch's.
+Without --test, accuracy is that on photos of the calibration set (CIFAR: training images) that were not used to
+calibrate: what settings are chosen on. With --test it is that on both test sets pooled (1,000 photos; CIFAR: the 10,000
+test images), each row with its paired difference from the dense network. --bundle compiles every pruned network too and
+ends with an error if a single answer differs from torch's.
+
+Rows that stand in FILE are not computed again, so a run that was stopped goes on; --keep holds pruned networks in DIR,
+from which reconstruction goes on. --table prints what FILE holds.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +31,29 @@ from torch import Tensor, nn
 
 import colonnade as cn
 from colonnade.accuracy import Accuracy
+from colonnade.sparsify.masks import mask_zeros_
 from colonnade.sparsify.reconstruct import Schedule, twin
 
-METHODS = ("magnitude", "magnitude+grouping", "obs", "obs+grouping", "unstructured", "2:4")
-NETWORKS = {"resnet18": "pqf_resnet18", "resnet50": "pqf_resnet50_large", "mobilenet_v2": ""}
+RECONSTRUCTED = "obs+grouping+reconstruction"
+METHODS = ("unstructured", "2:4", "magnitude", "magnitude+grouping", "obs", "obs+grouping", RECONSTRUCTED)
+NETWORKS = {
+    "resnet18": "pqf_resnet18", "resnet50": "pqf_resnet50_large", "mobilenet_v2": "", "cifar_resnet20": "20",
+    "cifar_resnet56": "56",
+}  # fmt: skip
 TESTS = ("nips2017_dev_a500", "ilsvrc_val_10cls_500")
-BATCH = 50  # of the compiled network; divides the test photos
+MOST = 512  # calibration images; those after them are for choosing settings
+REESTIMATE = 256  # images that BatchNorm's statistics are taken from
+BATCH = 50  # of the compiled network; divides the number of test images
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A dense network, calibration inputs without labels, and labelled inputs to judge on."""
+
+    dense: nn.Module
+    calibration: Tensor
+    x: Tensor
+    labels: np.ndarray
 
 
 def arguments() -> argparse.Namespace:
@@ -40,23 +62,52 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, action="append")
     parser.add_argument("--tile", type=int, action="append")
     parser.add_argument("--method", choices=METHODS, action="append")
-    parser.add_argument("--reconstruct", type=int, default=0, metavar="EPOCHS", help="after obs+grouping")
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=Schedule().joint_epochs, help="of reconstruction")
+    parser.add_argument("--images", type=int, default=MOST, help=f"for calibration, at most {MOST}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--test", action="store_true")
     parser.add_argument("--bundle", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--records", type=Path)
+    parser.add_argument("--keep", type=Path, metavar="DIR")
+    parser.add_argument("--table", action="store_true")
     return parser.parse_args()
 
 
-def prepared(images: Any, weights: Any, network: str, name: str) -> tuple[Tensor, np.ndarray]:
-    pixels, labels = images.imagenet(name)
-    maps = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
-    if network == "mobilenet_v2":
-        return weights.mobilenet_input(maps), labels
+def load(options: argparse.Namespace) -> Task:
+    sys.path.insert(0, str(options.data / "loaders"))
+    import images  # type: ignore[import-not-found]
+    import weights  # type: ignore[import-not-found]
+
+    name = options.network
+    cifar, mobile = name.startswith("cifar"), name == "mobilenet_v2"
     mean, std = torch.tensor(weights.MEAN).view(1, 3, 1, 1), torch.tensor(weights.STD).view(1, 3, 1, 1)
-    return (maps / 255 - mean) / std, labels
+
+    def photos(source: str, most: int | None = None) -> tuple[Tensor, np.ndarray]:
+        pixels, labels = images.cifar10_jpeg(source) if cifar else images.imagenet(source)
+        if most is not None:  # they are sorted by class
+            some = np.random.default_rng(options.seed).permutation(len(pixels))[:most]
+            pixels, labels = pixels[some], labels[some]
+        maps = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+        return weights.mobilenet_input(maps) if mobile else (maps / 255 - mean) / std, labels
+
+    dense = (
+        weights.cifar_resnet(int(NETWORKS[name]), jpeg=True) if cifar
+        else weights.mobilenet_v2() if mobile
+        else weights.resnet(NETWORKS[name])
+    )  # fmt: skip
+    seen, labels = photos("train", 6000) if cifar else photos("train_1000")
+    order = np.random.default_rng(options.seed).permutation(len(seen))
+    calibration, unused = seen[order[: min(options.images, MOST)]], order[MOST:]
+    if options.test:
+        sets = [photos(source) for source in (("test",) if cifar else TESTS)]
+        x, labels = torch.cat([maps for maps, _ in sets]), np.concatenate([label for _, label in sets])
+    else:
+        unused = unused[: len(unused) // BATCH * BATCH]
+        x, labels = seen[unused], labels[unused]
+    if not cifar:  # statistics that were folded into weights come back; the function stays the same
+        weights.unfold_batchnorm(dense, calibration[:REESTIMATE].split(32))
+    return Task(dense, calibration, x, labels)
 
 
 def elementwise_(model: nn.Module, sparsity: float, nm: bool) -> None:
@@ -76,21 +127,36 @@ def elementwise_(model: nn.Module, sparsity: float, nm: bool) -> None:
             weight[size <= size.flatten().kthvalue(int(sparsity * size.numel())).values] = 0
 
 
-def pruned(dense: nn.Module, method: str, sparsity: float, tile: int, calibration: Tensor) -> nn.Module:
-    model = copy.deepcopy(dense)
+@torch.no_grad()
+def reestimate_(model: nn.Module, inputs: Tensor) -> None:
+    """BatchNorm's statistics anew, over all of these inputs."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over batches
+        norm.train()
+    for part in inputs.split(64):
+        model(part.contiguous(memory_format=torch.channels_last))
+    model.eval()
+
+
+def pruned(task: Task, method: str, sparsity: float, tile: int) -> nn.Module:
+    model = copy.deepcopy(task.dense)
     if method in ("unstructured", "2:4"):
         elementwise_(model, sparsity, method == "2:4")
-        return model
-    name, _, grouping = method.partition("+")
-    cn.sparsify_(
-        model, cn.ColumnPattern(sparsity, tile), calibration[:1], method=name, group_rows=bool(grouping),
-        calibration=calibration if name == "obs" else None,
-    )  # fmt: skip
+    else:
+        name, _, grouping = method.partition("+")
+        cn.sparsify_(
+            model, cn.ColumnPattern(sparsity, tile), task.calibration[:1], method=name, group_rows=bool(grouping),
+            calibration=task.calibration if name == "obs" else None,
+        )  # fmt: skip
+    if not method.startswith("obs"):
+        reestimate_(model, task.calibration[:REESTIMATE])
     return model
 
 
 def judged(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:
-    return cn.evaluate(model, (x.numpy(), labels), batch=BATCH)
+    return cn.evaluate(copy.deepcopy(model).to(memory_format=torch.channels_last), (x.numpy(), labels), batch=BATCH)
 
 
 def compiled(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:
@@ -100,56 +166,112 @@ def compiled(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:
         return cn.evaluate(bundle.path, (x.numpy(), labels))
 
 
+class Records:
+    """Rows by what they are; the file is written whole after each."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path is not None and path.exists() else []
+
+    def has(self, key: dict[str, Any]) -> bool:
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            aside = self.path.with_suffix(".partial")
+            aside.write_text(json.dumps(self.rows, indent=1) + "\n")
+            aside.replace(self.path)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, network by network, the bounds first."""
+    parts = []
+    for network, test in sorted({(row["network"], row["test"]) for row in rows}):
+        chosen = [row for row in rows if row["network"] == network and row["test"] == test]
+        first = chosen[0]
+        where = "test images" if test else "training images that were not used to calibrate"
+        parts.append(f"{network}, dense {100 * first['dense']:.1f} % on {first['images']:,} {where}\n")
+        parts.append("| sparsity | T | method | top-1 | difference, 95 % interval | same answer | minutes | bundle |")
+        parts.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        chosen.sort(key=lambda row: (row["sparsity"], row["tile"], METHODS.index(row["method"])))
+        for row in chosen:
+            tile = "" if row["method"] in ("unstructured", "2:4") else row["tile"]
+            points, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "low", "high"))
+            parts.append(
+                f"| {100 * row['sparsity']:g} % | {tile} | {row['method']} | {100 * row['top1']:.1f} | "
+                f"{points} ({low} to {high}) | {100 * row['agreement']:.1f} % | {row['seconds'] / 60:.1f} | "
+                f"{'equal' if row['bundle'] else ''} |"
+            )
+        parts.append("")
+    return "\n".join(parts).replace("+-", "-")
+
+
 def main() -> int:
     options = arguments()
-    sys.path.insert(0, str(options.data / "loaders"))
-    import images  # type: ignore[import-not-found]
-    import weights  # type: ignore[import-not-found]
+    records = Records(options.records)
+    if options.table:
+        print(table(records.rows))
+        return 0
+    wanted = [
+        (sparsity, tile, method)
+        for sparsity in options.sparsity or [0.5, 0.75]
+        for tile in options.tile or [8]
+        for method in options.method or METHODS
+        if method != "2:4" or sparsity == 0.5
+    ]
+    common = {
+        "network": options.network, "test": options.test, "calibration": min(options.images, MOST),
+        "seed": options.seed,
+    }  # fmt: skip
 
-    dense = weights.mobilenet_v2() if options.network == "mobilenet_v2" else weights.resnet(NETWORKS[options.network])
-    photos, labels = prepared(images, weights, options.network, "train_1000")
-    order = np.random.default_rng(options.seed).permutation(len(photos))
-    used, unused = order[: options.images], order[512:]
-    calibration = photos[used]
-    if options.test:
-        sets = [prepared(images, weights, options.network, name) for name in TESTS]
-        x, labels = torch.cat([maps for maps, _ in sets]), np.concatenate([label for _, label in sets])
-    else:
-        x, labels = photos[unused], labels[unused]
-        x, labels = x[: len(x) // BATCH * BATCH], labels[: len(x) // BATCH * BATCH]
-    base = judged(dense, x, labels)
+    def key(sparsity: float, tile: int, method: str) -> dict[str, Any]:
+        elementwise = method in ("unstructured", "2:4")
+        return {**common, "sparsity": sparsity, "method": method, **({} if elementwise else {"tile": tile})}
+
+    wanted = [row for row in wanted if not records.has(key(*row))]
+    if not wanted:
+        return 0
+    task = load(options)
+    base = judged(task.dense, task.x, task.labels)
     print(f"{options.network} dense: {base}", flush=True)
-    records = []
 
-    def report(row: str, sparsity: float, tile: int, model: nn.Module, seconds: float) -> None:
-        result = judged(model, x, labels)
+    def kept(sparsity: float, tile: int, method: str) -> tuple[nn.Module, float]:
+        """A pruned network and the seconds it took, from --keep where it is there."""
+        name = f"{options.network}-{sparsity}-{tile}-{method}-{common['calibration']}-{options.seed}.pt"
+        path = options.keep / name if options.keep else None
+        if path is not None and path.exists():
+            model, seconds = torch.load(path, weights_only=False)  # made by this script
+            mask_zeros_(model, least=0.01)
+            return model, seconds
+        if method == RECONSTRUCTED:
+            model, seconds = kept(sparsity, tile, "obs+grouping")
+            start = time.perf_counter() - seconds
+            cn.reconstruct_(model, twin(task.dense), task.calibration, Schedule(joint_epochs=options.epochs))
+        else:
+            start = time.perf_counter()
+            model = pruned(task, method, sparsity, tile)
+        seconds = time.perf_counter() - start
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save((cn.remove_masks(copy.deepcopy(model)), seconds), path)
+        return model, seconds
+
+    for sparsity, tile, method in wanted:
+        model, seconds = kept(sparsity, tile, method)
+        result = judged(model, task.x, task.labels)
         change = cn.compare(base, result)
         if options.bundle:
-            same = int((compiled(model, x, labels).answers == result.answers).sum())
-            if same != len(labels):
-                raise SystemExit(f"{row}: the compiled network answers differently on {len(labels) - same} photos")
-        print(f"{sparsity:.3f} T={tile} {row:32} {100 * result.top1:5.1f}  {change}  {seconds:.0f} s", flush=True)
-        records.append({
-            "network": options.network, "sparsity": sparsity, "tile": tile, "method": row, "images": result.images,
-            "test": options.test, "dense": base.top1, "top1": result.top1, "difference": change.points,
-            "low": change.low, "high": change.high, "agreement": change.agreement, "seconds": seconds,
-            "calibration": len(calibration), "seed": options.seed, "bundle": options.bundle,
+            same = int((compiled(model, task.x, task.labels).answers == result.answers).sum())
+            if same != result.images:
+                raise SystemExit(f"{method}: the compiled network answers differently on {result.images - same} photos")
+        print(f"{sparsity:.3f} T={tile} {method:28} {100 * result.top1:5.1f}  {change}  {seconds:.0f} s", flush=True)
+        records.add({
+            **common, "sparsity": sparsity, "tile": tile, "method": method, "images": result.images,
+            "dense": base.top1, "top1": result.top1, "difference": change.points, "low": change.low,
+            "high": change.high, "agreement": change.agreement, "seconds": seconds, "bundle": options.bundle,
+            "epochs": options.epochs if method == RECONSTRUCTED else 0,
         })  # fmt: skip
-        if options.json:
-            options.json.write_text(json.dumps(records, indent=1) + "\n")
-
-    for sparsity in options.sparsity or [0.5, 0.75]:
-        for tile in options.tile or [8]:
-            for method in options.method or METHODS:
-                if method == "2:4" and sparsity != 0.5:
-                    continue
-                start = time.perf_counter()
-                model = pruned(dense, method, sparsity, tile, calibration)
-                report(method, sparsity, tile, model, time.perf_counter() - start)
-                if options.reconstruct and method == "obs+grouping":
-                    start = time.perf_counter()
-                    cn.reconstruct_(model, twin(dense), calibration, Schedule(epochs=options.reconstruct))
-                    report("… + block-wise reconstruction", sparsity, tile, model, time.perf_counter() - start)
     return 0
 
 

@@ -1,25 +1,25 @@
-"""Block-wise reconstruction: the blocks of a pruned torch model are trained, one after the other, to give the dense
-model's outputs on calibration inputs. No labels; masks stay as they are.
+"""Reconstruction of a pruned torch model on calibration inputs, towards the dense model's outputs. No labels; masks
+stay as they are.
 
-A block lies between two places where a single value carries everything (after every residual block, say). Each one is
-trained on the inputs it gets from the blocks already reconstructed, towards what the dense model has there. The last
-step is optional: the whole model at once towards the dense model's answers (knowledge distillation).
+A block lies between two places where a single value carries everything (after every residual block, say). First each
+one is trained by itself, on the inputs it gets from the blocks already reconstructed, towards what the dense model has
+there; then all of them at once, which also mends what errors of several blocks make together (joint.py).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from colonnade.errors import UserError
+from colonnade.sparsify.joint import Span, run_block, spans, train_jointly
 from colonnade.sparsify.torch_obs import Runner, Weighted, batches, trace
 
 # A block with this relative error lost nothing (half precision of what is held makes up to so much).
@@ -28,16 +28,24 @@ EXACT = 1e-5
 
 @dataclass(frozen=True)
 class Schedule:
-    """epochs over the calibration inputs for every block; lr: Adam's highest rate, relative to the root mean square of
-    each weight's layer; distil_epochs: of the last step for the whole model, with its own rate."""
+    """How long and how fast; chosen on training images (docs/accuracy.md).
 
-    epochs: int = 8
+    epochs, lr: over the calibration inputs for every block by itself; Adam's highest rate, relative to the root mean
+                square of each weight's layer.
+    joint_epochs, joint_lr: the same for all blocks at once.
+    answers:    weight of the answers' divergence in the joint step, beside the blocks' relative errors.
+    zoom, mirror: in the joint step a photo loses up to this share of its area, and half of them are mirrored (inputs of
+                four axes; 0 and False for those that are not photos).
+    """
+
+    epochs: int = 0
     lr: float = 0.03
     batch: int = 32
-    distil_epochs: int = 0
-    distil_lr: float = 0.01
-    temperature: float = 2.0
-    flip: bool = False
+    joint_epochs: int = 8
+    joint_lr: float = 0.01
+    answers: float = 1.0
+    zoom: float = 0.5
+    mirror: bool = True
     seed: int = 0
 
 
@@ -57,13 +65,13 @@ def reconstruct_(
     schedule: Schedule | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> list[BlockResult]:
-    """Train the kept weights of ``model`` in place, block by block, towards ``dense`` (the same architecture).
+    """Train the kept weights of ``model`` in place towards ``dense`` (the same architecture).
 
     calibration: a tensor of inputs, or batches as `sparsify_` takes them; labels are not looked at.
-    progress:    hears (share done, block).
+    progress:    hears (share done of the step, block).
 
     Norms stay in evaluation mode: their statistics do not move, their gain and bias do. Weights without a mask
-    (`sparsify_` puts one on what it prunes) keep no zeros.
+    (`sparsify_` puts one on what it prunes) keep no zeros. Returns what the step for single blocks did.
     """
     schedule = schedule or Schedule()
     inputs = torch.cat([batch[0] for batch in batches(calibration)])
@@ -79,40 +87,49 @@ def reconstruct_(
     dense.eval()
     generator = torch.Generator().manual_seed(schedule.seed)
     results: list[BlockResult] = []
+    blocks = spans(runner, cuts)
     try:
-        if schedule.flip:
-            inputs = torch.cat([inputs, inputs.flip(-1)])
-        x = [part.to(device) for part in torch.split(inputs, schedule.batch)]
-        target = x
-        for number, (first, stop) in enumerate(itertools.pairwise(cuts)):
-            source = runner.placeholders[0].name if number == 0 else runner.live(first)[0].name
-            end = runner.nodes[stop - 1].name if stop == len(runner.nodes) else runner.live(stop)[0].name
-            name = _title(runner, first, stop)
-            if progress:
-                progress(number / (len(cuts) - 1), name)
-
-            part = functools.partial(_run, runner, (first, stop), (source, end))
-            with torch.no_grad():
-                target = [_held(_run(reference, (first, stop), (source, end), value)) for value in target]
-            learned = _parameters(runner, first, stop)
-            if learned and schedule.epochs:
-                before, after = _train(part, learned, x, target, schedule, generator)
-                results.append(BlockResult(name, before, after))
-            with torch.no_grad():
-                x = [_held(part(value)) for value in x]
-        if schedule.distil_epochs:
-            _distil(model, inputs, target, schedule, generator, device)
+        if schedule.epochs:
+            results = _block_by_block(runner, reference, blocks, inputs, schedule, generator, progress)
+        if schedule.joint_epochs:
+            learned = [p for part in blocks for p in _parameters(runner, *part[0])]
+            train_jointly(
+                (runner, blocks), (reference, blocks), inputs, _groups(list(dict.fromkeys(learned)), schedule.joint_lr),
+                epochs=schedule.joint_epochs, batch=schedule.batch, zoom=schedule.zoom, mirror=schedule.mirror,
+                answers=schedule.answers, generator=generator, device=device,
+                progress=(lambda done: progress(done, "all blocks")) if progress else None,
+            )  # fmt: skip
     finally:
         model.train(was_training)
         dense.train(dense_training)
     return results
 
 
-def _run(runner: Runner, span: tuple[int, int], names: tuple[str, str], value: Tensor) -> Tensor:
-    first, stop = span
-    if stop == len(runner.nodes):  # nothing is used after the last node: take its value as the caller's
-        runner.last_use[runner.nodes[-1]] = stop
-    return cast(Tensor, runner.run(first, stop, {names[0]: value})[names[1]])
+def _block_by_block(
+    runner: Runner,
+    reference: Runner,
+    blocks: Sequence[Span],
+    inputs: Tensor,
+    schedule: Schedule,
+    generator: torch.Generator,
+    progress: Callable[[float, str], None] | None,
+) -> list[BlockResult]:
+    device = next(runner.model.parameters()).device
+    x = [part.to(device) for part in torch.split(inputs, schedule.batch)]
+    target, results = x, []
+    for number, block in enumerate(blocks):
+        name = _title(runner, *block[0])
+        if progress:
+            progress(number / len(blocks), name)
+        part = functools.partial(run_block, runner, block)
+        with torch.no_grad():
+            target = [_held(run_block(reference, block, value)) for value in target]
+        if learned := _parameters(runner, *block[0]):
+            before, after = _train(part, learned, x, target, schedule, generator)
+            results.append(BlockResult(name, before, after))
+        with torch.no_grad():
+            x = [_held(part(value)) for value in x]
+    return results
 
 
 def _cuts(runner: Runner) -> list[int]:
@@ -222,35 +239,6 @@ def _train(
                 parameter.copy_(value)
         after = before
     return before, after
-
-
-def _distil(
-    model: nn.Module,
-    inputs: Tensor,
-    answers: Sequence[Tensor],
-    schedule: Schedule,
-    generator: torch.Generator,
-    device: Any,
-) -> None:
-    """Train the whole model towards the dense model's answers on the calibration inputs."""
-    target = torch.cat([answer.float().cpu() for answer in answers])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(_groups(parameters, schedule.distil_lr), betas=(0.9, 0.99))
-    steps = schedule.distil_epochs * -(-len(inputs) // schedule.batch)
-    rates = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, pct_start=0.1,
-        cycle_momentum=False, div_factor=10, final_div_factor=100,
-    )  # fmt: skip
-    hot = schedule.temperature
-    for _ in range(schedule.distil_epochs):
-        for index in torch.split(torch.randperm(len(inputs), generator=generator), schedule.batch):
-            optimizer.zero_grad(set_to_none=True)
-            out = model(inputs[index].to(device))
-            want = functional.softmax(target[index].to(device) / hot, -1)
-            loss = functional.kl_div(functional.log_softmax(out / hot, -1), want, reduction="batchmean") * hot**2
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            rates.step()
 
 
 def twin(model: nn.Module) -> nn.Module:

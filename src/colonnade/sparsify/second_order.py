@@ -17,7 +17,7 @@ With y from dense and x̃ from pruned inputs this also makes up for the errors o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,14 @@ import numpy.typing as npt
 
 from colonnade.pattern import ColumnPattern, Floats, Ints, consecutive_rows
 from colonnade.sparsify.arrays import Array, Arrays, NotPositive
-from colonnade.sparsify.select import similar_tiles
+from colonnade.sparsify.select import select_columns, similar_tiles
 
 # Chosen on training images (see docs/accuracy.md).
 DAMPING = 0.01
 ROUNDS = 16
+# What a layer's damping is chosen from, and on how many of its tiles.
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
+TRIAL_TILES = 4
 # Up to here double precision costs little; past it single precision with damping is what the time allows.
 DOUBLE_COLUMNS = 640
 
@@ -64,6 +67,14 @@ class Moments:
         self.squares += (outputs * outputs).sum(0)
         self.count += len(inputs)
 
+    def plus(self, other: Moments) -> Moments:
+        """The moments of both sets of samples."""
+        return Moments(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    def of_rows(self, rows: Array) -> Moments:
+        """Those of some outputs."""
+        return replace(self, cross=self.cross[rows], outputs=self.outputs[rows], squares=self.squares[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -75,6 +86,44 @@ class Solution:
     rows: tuple[Ints, ...]
     mask: npt.NDArray[np.bool_]
     explained: float
+
+
+def choose_damping(
+    weights: Floats, known: Moments, fresh: Moments, pattern: ColumnPattern, arrays: Arrays, *, intercept: bool = True
+) -> float:
+    """The damping with which a few tiles, fitted to `known` samples, give the wanted outputs of `fresh` ones best: the
+    more of it, the fewer samples stand behind a column. The tiles keep the columns of the strongest contributions."""
+    tiles = consecutive_rows(len(weights), pattern.tile)
+    tiles = [tiles[at] for at in np.unique(np.linspace(0, len(tiles) - 1, TRIAL_TILES).astype(int))]
+    system = _System(weights, known, arrays, intercept)
+    power = np.maximum(arrays.host(system.covariance.diagonal()), 0)
+    keep = [np.flatnonzero(select_columns((weights[rows] ** 2).sum(0) * power, pattern)) for rows in tiles]
+    errors = []
+    for damping in DAMPINGS:
+        system.damp(damping)
+        solved = np.zeros(weights.shape, np.float32)
+        try:
+            for rows, kept in zip(tiles, keep, strict=True):
+                solved[np.ix_(rows, kept)] = system.fit(rows, kept)
+        except NotPositive:
+            errors.append(np.inf)
+            continue
+        bias = system.bias(solved)
+        tried = np.concatenate(tiles)
+        errors.append(
+            unexplained(solved[tried], bias[tried], fresh.of_rows(arrays.index(tried.astype(np.int64))), arrays)
+        )
+    return DAMPINGS[int(np.argmin(errors))]
+
+
+def unexplained(weights: Floats, bias: Floats, moments: Moments, arrays: Arrays) -> float:
+    """Share of the wanted outputs' variance that weights [OC, K] with this bias do not give on these samples."""
+    n = max(moments.count, 1)
+    w, b = arrays.load(weights), arrays.load(bias)
+    error = float(((w @ moments.gram) * w).sum() - 2 * (w * moments.cross).sum() + moments.squares.sum()) / n
+    error += float((b * (2 * (w @ moments.inputs) - 2 * moments.outputs)).sum()) / n + float((b * b).sum())
+    mean = moments.outputs / n
+    return error / max(float((moments.squares / n - mean * mean).sum()), 1e-30)
 
 
 @dataclass
@@ -107,7 +156,8 @@ def solve(
     intercept: whether a bias may be added to the outputs.
     damping:   added to the covariance's diagonal, as a share of its mean.
     """
-    system = _System(weights, moments, arrays, intercept, damping)
+    system = _System(weights, moments, arrays, intercept)
+    system.invert(damping)
     rows = list(tiles) if tiles is not None else _tiles(system, pattern, similar_rows)
     solved = np.zeros(weights.shape, np.float32)
     mask = np.zeros(weights.shape, bool)
@@ -122,7 +172,7 @@ def solve(
 class _System:
     """The regression of one layer, scaled so that the mean diagonal of A is one."""
 
-    def __init__(self, weights: Floats, moments: Moments, arrays: Arrays, intercept: bool, damping: float) -> None:
+    def __init__(self, weights: Floats, moments: Moments, arrays: Arrays, intercept: bool) -> None:
         self.arrays = arrays
         n = max(moments.count, 1)
         self.mean_in = moments.inputs / n
@@ -145,15 +195,16 @@ class _System:
         self.weights = precise(arrays.load(np.asarray(weights, np.float32)))
         self.eye = precise(arrays.eye(size))
         self.precise = precise
-        self._damp(damping)
 
-    def _damp(self, damping: float) -> None:
+    def damp(self, damping: float) -> None:
+        """A with damping. What the inputs leave open is decided by the dense weights."""
+        self.damped = self.covariance + damping * self.eye
+        self.target = self.cross + damping * self.weights
+
+    def invert(self, damping: float) -> None:
         """A with damping, its inverse and the best dense weights; more damping where rounding makes A indefinite."""
         for _ in range(8):
-            self.damping = damping
-            self.damped = self.covariance + damping * self.eye
-            # What the inputs leave open is decided by the dense weights.
-            self.target = self.cross + damping * self.weights
+            self.damp(damping)
             try:
                 lower = self.arrays.factor(self.damped)
                 half = self.arrays.forward(lower, self.eye)

@@ -62,7 +62,7 @@ def select_by_score(scores: Floats, pattern: ColumnPattern, *, groups: int = 1, 
     )
     mask = np.zeros(scores.shape, bool)
     for tile in rows:
-        mask[tile] = _chosen(scores[tile].sum(axis=0), pattern)
+        mask[tile] = select_columns(scores[tile].sum(axis=0), pattern)
     total = float(scores.sum(dtype=np.float64))
     retained = float(np.where(mask, scores, 0).sum(dtype=np.float64)) / total if total > 0 else 1.0
     return Selection(tuple(rows), mask, retained)
@@ -93,7 +93,7 @@ def from_matrix(matrix: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray
     return np.moveaxis(matrix.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
 
 
-def _chosen(column_scores: Floats, pattern: ColumnPattern) -> npt.NDArray[np.bool_]:
+def select_columns(column_scores: Floats, pattern: ColumnPattern) -> npt.NDArray[np.bool_]:
     """Columns that a tile with these scores [K] keeps."""
     keep = np.zeros(len(column_scores), bool)
     for first, stop, kept in pattern.spans(len(column_scores)):

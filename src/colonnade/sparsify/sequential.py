@@ -18,7 +18,8 @@ import numpy.typing as npt
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.arrays import Array, Arrays
-from colonnade.sparsify.second_order import DAMPING, ROUNDS, Moments, solve
+from colonnade.sparsify.held import Store
+from colonnade.sparsify.second_order import DAMPING, ROUNDS, Moments, choose_damping, solve
 from colonnade.sparsify.select import as_matrix, from_matrix
 
 # Samples (pixels of calibration images) a column of the regression; more is slower and hardly better.
@@ -26,9 +27,9 @@ SAMPLES_A_COLUMN = 16
 LEAST_SAMPLES = 32_768
 # Samples that are multiplied at once: bounds the memory of the gathered inputs.
 BLOCK_BYTES = 128 << 20
-# A value is held in half precision where all its batches take more than this.
-HALF_BYTES = 128 << 20
-HALF_LARGEST = 60_000.0
+# Bytes of calibration values that are held in memory; the rest waits in files. With the matrices of the largest layers
+# (K = 4,608) a process stays below 4 GB.
+MEMORY = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,20 +90,23 @@ class Options:
     """Settings of the second-order method; see `second_order.solve`."""
 
     similar_rows: bool = True
-    damping: float = DAMPING
+    damping: float | None = None
     rounds: int = ROUNDS
     samples: int = SAMPLES_A_COLUMN
     seed: int = 0
+    memory: int = MEMORY
 
 
 @dataclass(frozen=True, eq=False)
 class LayerResult:
-    """explained: share of the wanted outputs' variance that the pruned layer reproduces on its pruned inputs."""
+    """explained: share of the wanted outputs' variance that the pruned layer reproduces on its pruned inputs;
+    damping: that was used (the mean over convolution groups)."""
 
     layer: Layer
     mask: npt.NDArray[np.bool_]
     tiles: int
     explained: float
+    damping: float
 
 
 def prune_chain(
@@ -119,13 +123,29 @@ def prune_chain(
     Raises UserError for calibration inputs that are none or hold NaN or infinity.
     """
     options = options or Options()
-    dense: list[Values] = []
     given = chain.inputs()
-    least = HALF_BYTES // max(len(given), 1)
-    for batch in given:
-        dense.append(_held(chain.arrays, chain.run(0, batch), least))
-    if not dense:
+    if not given:
         raise UserError("calibration holds no input: expected at least one batch of the model's inputs")
+    store = Store(chain.arrays, options.memory, len(given))
+    try:
+        return _prune(chain, given, patterns, options, store, progress)
+    finally:
+        store.close()
+
+
+def _prune(
+    chain: Chain,
+    given: Sequence[Values],
+    patterns: Mapping[str, ColumnPattern | None],
+    options: Options,
+    store: Store,
+    progress: Callable[[int, int, str], None] | None,
+) -> list[LayerResult]:
+    def advance(stage: int, batch: Values) -> Values:
+        opened = {name: (held, store.get(held)) for name, held in batch.items()}
+        return store.put_all(chain.run(stage, {name: value for name, (_, value) in opened.items()}), opened)
+
+    dense = [store.put_all(chain.run(0, batch), {}) for batch in given]
     # Before the first pruned layer both are the same.
     pruned = [dict(batch) for batch in dense]
     results = []
@@ -133,38 +153,59 @@ def prune_chain(
         if progress:
             progress(at, len(chain.layers), layer.name)
         pattern = patterns.get(layer.name) or ColumnPattern(0.0, tile=max(len(layer.weight), 1))
-        moments = gather(chain.arrays, layer, dense, pruned, options)
-        weight, bias, result = prune_layer(chain.arrays, layer, moments, pattern, options)
+        known, fresh = _gathered(store, layer, dense, pruned, options)
+        weight, bias, result = prune_layer(chain.arrays, layer, known, fresh, pattern, options)
         results.append(result)
         for index, batch in enumerate(dense):
-            dense[index] = _held(chain.arrays, chain.run(at + 1, batch), least)
+            dense[index] = advance(at + 1, batch)
         chain.assign(layer, weight, bias)
         for index, batch in enumerate(pruned):
-            pruned[index] = _held(chain.arrays, chain.run(at + 1, batch), least)
+            pruned[index] = advance(at + 1, batch)
     return results
 
 
+def _gathered(
+    store: Store, layer: Layer, dense: Sequence[Values], pruned: Sequence[Values], options: Options
+) -> tuple[list[Moments], list[Moments]]:
+    """Moments of three quarters of the batches, and those of the others if a damping is to be chosen."""
+    images = sum(len(batch[layer.input]) for batch in dense)
+    cut = len(dense) if options.damping is not None else -(-3 * len(dense) // 4)
+    both = [gather(store, layer, dense[part], pruned[part], options, images) for part in (slice(cut), slice(cut, None))]
+    return both[0], both[1] if cut < len(dense) else []
+
+
 def prune_layer(
-    arrays: Arrays, layer: Layer, moments: Sequence[Moments], pattern: ColumnPattern, options: Options
+    arrays: Arrays,
+    layer: Layer,
+    moments: Sequence[Moments],
+    fresh: Sequence[Moments],
+    pattern: ColumnPattern,
+    options: Options,
 ) -> tuple[Floats, Floats, LayerResult]:
     """New weight and added bias of one layer, from the moments of each of its convolution groups."""
     matrix = as_matrix(layer.weight) * _usable(layer)[:, None]
     rows = len(matrix) // layer.groups
     solved, bias, mask = np.zeros_like(matrix), np.zeros(len(matrix), np.float32), np.zeros(matrix.shape, bool)
-    tiles, explained = 0, 0.0
+    tiles, explained, used = 0, 0.0, 0.0
     for group, sums in enumerate(moments):
         part = slice(group * rows, (group + 1) * rows)
+        damping = DAMPING if options.damping is None else options.damping
+        if fresh:
+            damping = choose_damping(matrix[part], sums, fresh[group], pattern, arrays, intercept=layer.intercept)
+            sums = sums.plus(fresh[group])
         found = solve(
             matrix[part], sums, pattern, arrays, similar_rows=options.similar_rows, intercept=layer.intercept,
-            damping=options.damping, rounds=options.rounds,
+            damping=damping, rounds=options.rounds,
         )  # fmt: skip
         solved[part], bias[part], mask[part] = found.weights, found.bias, found.mask
         tiles += len(found.rows)
         explained += found.explained / len(moments)
+        used += damping / len(moments)
     # Back to the unscaled output.
     scale = _usable(layer)
     weight = from_matrix(solved / scale[:, None], layer.weight.shape).astype(np.float32)
-    return weight, bias / scale, LayerResult(layer, from_matrix(mask, layer.weight.shape), tiles, explained)
+    result = LayerResult(layer, from_matrix(mask, layer.weight.shape), tiles, explained, used)
+    return weight, bias / scale, result
 
 
 def _usable(layer: Layer) -> Floats:
@@ -176,15 +217,21 @@ def _usable(layer: Layer) -> Floats:
 
 
 def gather(
-    arrays: Arrays, layer: Layer, dense: Sequence[Values], pruned: Sequence[Values], options: Options
+    store: Store,
+    layer: Layer,
+    dense: Sequence[Values],
+    pruned: Sequence[Values],
+    options: Options,
+    images: int | None = None,
 ) -> list[Moments]:
     """The moments of a layer, one for each convolution group, over sampled positions of all calibration inputs."""
+    arrays = store.arrays
     matrix = as_matrix(layer.weight)
     scale = _usable(layer)
     rows, columns = len(matrix) // layer.groups, matrix.shape[1]
     moments = [Moments.empty(arrays, rows, columns) for _ in range(layer.groups)]
     random = np.random.default_rng(options.seed)
-    images = sum(len(batch[layer.input]) for batch in dense)
+    images = images or sum(len(batch[layer.input]) for batch in dense)
     wanted = -(-max(options.samples * columns, LEAST_SAMPLES) // max(images, 1))
     weights = [
         arrays.load(matrix[g * rows : (g + 1) * rows] * scale[g * rows : (g + 1) * rows, None])
@@ -192,11 +239,11 @@ def gather(
     ]
     for before, after in zip(dense, pruned, strict=True):
         same = before[layer.input] is after[layer.input]
-        x = arrays.single(before[layer.input])
-        x_pruned = x if same else arrays.single(after[layer.input])
+        x = arrays.single(store.get(before[layer.input]))
+        x_pruned = x if same else arrays.single(store.get(after[layer.input]))
         shift = None
         if layer.residual is not None and before[layer.residual] is not after[layer.residual]:
-            shift = arrays.single(before[layer.residual]) - arrays.single(after[layer.residual])
+            shift = arrays.single(store.get(before[layer.residual])) - arrays.single(store.get(after[layer.residual]))
             if not _same_shape(layer, x.shape, shift.shape):
                 shift = None  # it is spread over the output; nothing a weight could follow
         picks = _positions(layer, x.shape, wanted, random)
@@ -286,11 +333,3 @@ def _at(layer: Layer, maps: Array, picks: tuple[Array, ...]) -> Array:
     if maps.ndim == 3:
         maps = maps[:, :, None]
     return maps[picks[0], :, picks[1], picks[2]]
-
-
-def _held(arrays: Arrays, values: Values, least: int) -> Values:
-    """Values as they are kept: half precision where they are large and it can hold them."""
-    return {
-        name: arrays.compact(value, least, HALF_LARGEST) if hasattr(value, "dtype") else value  # a size may be a number
-        for name, value in values.items()
-    }
