@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, action="append")
     parser.add_argument("--tile", type=int, action="append")
     parser.add_argument("--method", choices=METHODS, action="append")
-    parser.add_argument("--epochs", type=int, default=Schedule().joint_epochs, help="of reconstruction")
+    parser.add_argument("--epochs", type=int, default=Schedule().epochs, help="of reconstruction")
     parser.add_argument("--images", type=int, default=MOST, help=f"for calibration, at most {MOST}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -247,7 +247,7 @@ def main() -> int:
         if method == RECONSTRUCTED:
             model, seconds = kept(sparsity, tile, "obs+grouping")
             start = time.perf_counter() - seconds
-            cn.reconstruct_(model, twin(task.dense), task.calibration, Schedule(joint_epochs=options.epochs))
+            cn.reconstruct_(model, twin(task.dense), task.calibration, Schedule(epochs=options.epochs))
         else:
             start = time.perf_counter()
             model = pruned(task, method, sparsity, tile)

@@ -38,12 +38,12 @@ class Schedule:
                 four axes; 0 and False for those that are not photos).
     """
 
-    epochs: int = 0
+    epochs: int = 8
     lr: float = 0.03
     batch: int = 32
-    joint_epochs: int = 8
+    joint_epochs: int = 0
     joint_lr: float = 0.01
-    answers: float = 1.0
+    answers: float = 0.0
     zoom: float = 0.5
     mirror: bool = True
     seed: int = 0
