@@ -27,6 +27,7 @@ from colonnade.kernels.registry import Candidate
 from colonnade.layout import Planes, place
 from colonnade.plan import Plan, Step
 from colonnade.targets import Local
+from colonnade.tune import network as meeting
 from colonnade.tune import search
 from colonnade.tune.database import Database, Record
 from colonnade.tune.job import Run, problem
@@ -405,7 +406,10 @@ def stages(path: Path, stage: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_network_overrules_what_a_layer_is_by_itself(tmp_path: Path, threads: int) -> None:
+def test_the_network_overrules_what_a_layer_is_by_itself(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "NEAR", 10.0)  # on a busy machine three sleeps of one length differ
     path, plan = tmp_path / "t.db", network(sample("first"), sample("again"))
     subject = tuner(path, ["moody_slow", "slow_0"], threads, sleep_ms=10)
     summary = subject.tune(plan, 120)
@@ -419,7 +423,8 @@ def test_the_network_overrules_what_a_layer_is_by_itself(tmp_path: Path, threads
     assert subject.chooser.choose(Model((sample(),))).candidates[0].kernel == "slow_0"
 
 
-def test_a_crash_in_the_network_leaves_what_was_known(tmp_path: Path) -> None:
+def test_a_crash_in_the_network_leaves_what_was_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "NEAR", 10.0)
     path, plan = tmp_path / "t.db", network(sample("first"), sample("again"))
     subject = tuner(path, ["moody_crash", "slow_0"], sleep_ms=10)
     summary = subject.tune(plan, 60)
