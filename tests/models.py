@@ -71,6 +71,22 @@ class Builder:
         return onnx.shape_inference.infer_shapes(model)
 
 
+def bottlenecks(batch: int = 1, size: int = 11, blocks: int = 3) -> onnx.ModelProto:
+    """A residual network in small: a strided convolution, bottleneck blocks, a strided projection, one block more."""
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (batch, 3, 2 * size, 2 * size)), 3, 16, 3, pads=(1, 1, 1, 1), strides=(2, 2)))
+    y = b.conv(x, 16, 40)
+    for _ in range(blocks):
+        z = b.op("Relu", b.conv(y, 40, 12))
+        z = b.op("Relu", b.conv(z, 12, 12, 3, pads=(1, 1, 1, 1)))
+        y = b.op("Relu", b.op("Add", b.conv(z, 12, 40), y))
+    short = b.conv(y, 40, 48, strides=(2, 2))
+    z = b.op("Relu", b.conv(y, 40, 16))
+    z = b.op("Relu", b.conv(z, 16, 16, 3, pads=(1, 1, 1, 1), strides=(2, 2)))
+    y = b.op("Relu", b.op("Add", b.conv(z, 16, 48), short))
+    return b.build(b.op("GlobalAveragePool", y))
+
+
 def onnxruntime_outputs(model: onnx.ModelProto, inputs: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
     """What onnxruntime computes, by name of output."""
     import onnxruntime

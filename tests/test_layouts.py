@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import LINE, _run_call, guarded, machine_has
-from models import Builder, onnxruntime_outputs
+from models import Builder, bottlenecks, onnxruntime_outputs
 
 from colonnade import frontend
+from colonnade.frontend import reference
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.kernels.isa import ISAS
 from colonnade.kernels.registry import bind, candidates
+from colonnade.layout import Panels
 from colonnade.plan import Plan
 from colonnade.workload import RELU, Affine, Conv2d, Convert, ConvTranspose2d, Interleave
 
@@ -124,6 +126,44 @@ def test_depthwise_reads_in_place_whatever_it_costs():
     x = b.op("Relu", b.conv(b.input("x", (1, 3, 12, 12)), 3, 8, 3, pads=(1, 1, 1, 1)))
     model = b.build(b.conv(x, 8, 8, 3, groups=8, strides=(2, 2), pads=(1, 1, 1, 1)))
     assert copies(check(model, layout_costs=PANELS)) == 1
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bottlenecks_through_panels(isa, batch):
+    """What lies between pointwise convolutions stands in panels, residuals too; all else in planes as before."""
+    model = bottlenecks(batch)
+    planes, plan = (check(model, isa, layout_costs=costs) for costs in (None, LayoutCosts(plane=1.0)))
+    convs = [s for s in plan.steps if isinstance(s.workload, Conv2d)]
+    stored = [s for s in convs if s.output is not None and isinstance(s.output.layout, Panels)]
+    # outputs of every 3x3, of the first projection, and of two blocks: a stride reads what the third one writes
+    assert [s.workload.kernel for s in stored].count((3, 3)) == 5 and len(stored) == 8
+    for s in convs:
+        read, *added = (isinstance(x.layout, Panels) for x in s.inputs)
+        assert not read or (s.workload.kernel == (1, 1) and s.workload.stride == (1, 1))
+        assert s.workload.epilogue.residual == bool(added)
+    assert not any(isinstance(b.layout, Panels) for b in planes.buffers)
+    inputs = {"x": np.random.default_rng(1).standard_normal(plan.inputs[0].shape).astype(np.float32)}
+    (one,), (other,) = (reference.run(p, inputs).values() for p in (planes, plan))
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_edges_that_stay_planes():
+    """Read by anything but a pointwise convolution as a whole, a tensor is no edge; choices are independent."""
+    b = Builder()
+    x = b.conv(b.input("x", (1, 8, 6, 6)), 8, 16)
+    left, right = b.op("Split", b.op("Relu", x), outputs=2, axis=1, num_outputs=2)
+    y = b.conv(left, 8, 8)  # reads half of a tensor
+    y = b.op("Concat", y, right, axis=1)
+    y = b.op("HardSwish", b.conv(y, 16, 12))  # the function works on planes
+    y = b.conv(y, 12, 12)  # an edge
+    y = b.conv(y, 12, 12, groups=12)  # depthwise reads planes
+    y = b.conv(b.conv(y, 12, 9), 9, 7)  # an edge
+    arranged = frontend.imported(b.build(b.conv(y, 7, 5, 3))).arrange()
+    assert not arranged.default and all(len(names) == 2 for names in arranged.edges)
+    for chosen in ((), (0,), (1,), (0, 1))[: 1 << len(arranged.edges)]:
+        plan = arranged.plan(chosen)
+        assert sum(isinstance(b.layout, Panels) for b in plan.buffers) == len(chosen)
 
 
 @pytest.mark.parametrize("isa", MACHINE)

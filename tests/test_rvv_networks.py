@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from emulated import INSTALLED, MISSING
-from models import onnxruntime_outputs
+from models import bottlenecks, onnxruntime_outputs
 from onnx import helper, numpy_helper
 from test_parity import TOLERANCE, files  # noqa: F401  (a fixture)
 
@@ -51,6 +52,14 @@ def compare(file: Path, folder: Path, size: int) -> None:
 @pytest.mark.parametrize("percent", [0, 75])
 def test_resnet18_in_small(files, tmp_path, percent):  # noqa: F811
     compare(files("resnet18", percent), tmp_path, 64)
+
+
+def test_bottlenecks_in_panels(tmp_path):
+    """Where lanes of a tensor in panels stand depends on the vector length; the bundle does not."""
+    onnx.save(bottlenecks(), tmp_path / "model.onnx")
+    compare(tmp_path / "model.onnx", tmp_path, 22)
+    steps = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["steps"]
+    assert sum(step["params"].get("feed") == 2 for step in steps) >= 5
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def build(
     """
     from colonnade import targets
     from colonnade import tune as tuning
-    from colonnade.frontend import load
+    from colonnade.frontend import LayoutCosts, imported
     from colonnade.photo import checked, preprocessing
 
     known = threads is None or (isinstance(threads, int) and not isinstance(threads, bool))
@@ -80,8 +80,8 @@ def build(
     # what is quick to refuse is refused before anything long begins
     if out is not None:
         check_place(Path(out), force)
-    plan = load(model, batch=batch, input_shapes=input_shapes, outputs=outputs)
-    folder = Path(out) if out is not None else Path(re.sub(r"[^\w.-]+", "_", plan.name) + ".bundle")
+    steps = imported(model, batch=batch, input_shapes=input_shapes, outputs=outputs)
+    folder = Path(out) if out is not None else Path(re.sub(r"[^\w.-]+", "_", steps.name) + ".bundle")
     check_place(folder, force)
 
     machine_of, count = targets.settle(machine_of, threads, cpus)
@@ -89,10 +89,10 @@ def build(
     chosen = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=notice)
     records = Path(db) if db is not None else None
-    choices = None
+    arranged = steps.arrange(LayoutCosts.of(chosen.name))
     if tune:
-        choices = tuning.tune(plan, machine_of, chosen, count, budget, records, progress, toolchain).choices
-    choices = choices or tuning.choose(plan, chosen, machine, count, records, toolchain)
+        tuning.tune(arranged, machine_of, chosen, count, budget, records, progress, toolchain)
+    plan, choices = tuning.choose(arranged, chosen, machine, count, records, toolchain)
     extra["target"] = machine_of.name
     extra["tuning"] = choices.manifest()
     return write_bundle(

@@ -50,18 +50,19 @@ def tune(
 
     from colonnade import targets
     from colonnade.build.toolchain import Toolchain
-    from colonnade.frontend.load import load
+    from colonnade.frontend import LayoutCosts, imported
     from colonnade.tune import tune as measure
 
     console = Console(stderr=True)
     machine_of = targets.parse(target)
-    plan = load(model, batch=batch)
+    steps = imported(model, batch=batch)
     machine_of, count = targets.settle(machine_of, threads, cpus)
     machine = machine_of.probe()
     chosen_isa = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=console.print)
+    arranged = steps.arrange(LayoutCosts.of(chosen_isa.name))
     with bar(console, "tuning") as progress:
-        summary = measure(plan, machine_of, chosen_isa, count, limit, db, progress, toolchain)
+        summary = measure(arranged, machine_of, chosen_isa, count, limit, db, progress, toolchain)
     choices = summary.choices
     assert choices is not None
     for line in summary.failures:

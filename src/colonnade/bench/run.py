@@ -23,11 +23,12 @@ from colonnade.kernels import registry
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.registry import Candidate
-from colonnade.plan import Plan
+from colonnade.plan import Plan, Variants
 from colonnade.targets.base import Machine, Target
 from colonnade.targets.peak import Peak, measure_peak
 from colonnade.tune.database import Database
 from colonnade.tune.tuner import Chooser, place
+from colonnade.tune.variants import settle
 
 Progress = Callable[[float, str], None]
 PEAK_MS = 20  # of the probe around each block
@@ -46,13 +47,14 @@ def pruned(plan: Plan) -> bool:
 
 
 def build_both(
-    plan: Plan, machine: Machine, isa: Isa, threads: int, folder: Path, db: Path | None, toolchain: Toolchain
+    model: Variants, machine: Machine, isa: Isa, threads: int, folder: Path, db: Path | None, toolchain: Toolchain
 ) -> tuple[dict[str, Bundle], list[str]]:
     """The model as it is and, if it is pruned, its dense self: bundles by name, and remarks on missing tuning."""
     database = Database(db)
     bundles, notes = {}, []
     try:
         spot = place(machine, isa, threads, toolchain)
+        plan = settle(model, Chooser(database, spot, isa))
         builds = {"colonnade": registry.candidates}
         if pruned(plan):
             builds = {"colonnade pruned": registry.candidates, "colonnade dense": dense_self}
@@ -116,10 +118,11 @@ def bench(
             bundle = Bundle.load(model)
             chosen, bundles = machine.pick_isa(bundle.manifest["isa"]), {"colonnade": bundle}
         else:
-            from colonnade.frontend.load import load
+            from colonnade.frontend import LayoutCosts, imported
 
             chosen = machine.pick_isa(isa)
-            bundles, notes = build_both(load(model, batch=batch), machine, chosen, threads, folder, db, toolchain)
+            arranged = imported(model, batch=batch).arrange(LayoutCosts.of(chosen.name))
+            bundles, notes = build_both(arranged, machine, chosen, threads, folder, db, toolchain)
         inputs = random_inputs(dict(next(iter(bundles.values())).manifest))
         ours = {name: Ours(bundle, target, inputs, threads) for name, bundle in bundles.items()}
         contenders = [

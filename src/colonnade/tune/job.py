@@ -92,10 +92,11 @@ def reference(step: Operands, inputs: Sequence[Array]) -> Array:
     return evaluate(step.workload, inputs, step.constants)
 
 
-def problem(step: Tunable, vector: int = 0) -> Problem:
+def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
     """Random inputs for ``step``, its reference result, and where all of it stands. Deterministic by the step's key.
 
-    ``vector``: f32 lanes of a vector register on the target, which steps on panels need.
+    ``vector``: f32 lanes of a vector register on the target, which steps on panels need; ``whole``: are the last
+    vectors of panels written whole, zeros behind the last pixel?
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(step.key().encode()).digest()[:8], "little"))
     moved, arena = _move(step)
@@ -124,7 +125,7 @@ def problem(step: Tunable, vector: int = 0) -> Problem:
     else:
         expected = [
             Expected(0, a, image[a:b].tobytes(), tolerance)
-            for a, b in _write_expected(image, moved.output, result, vector)
+            for a, b in _write_expected(image, moved.output, result, vector, whole)
         ]
     return Problem(moved, arena, tuple(externals), tuple(segments), tuple(expected))
 
@@ -309,13 +310,20 @@ def _move(step: Operands) -> tuple[Operands, int]:
     ), arena
 
 
-def _write_expected(image: npt.NDArray[np.uint8], output: Placed, result: Array, vector: int) -> list[Span]:
+def _write_expected(
+    image: npt.NDArray[np.uint8], output: Placed, result: Array, vector: int, whole: bool
+) -> list[Span]:
     """Put the expectation into ``image``, halo and lead as NaN (exactly zero); its spans."""
     write_planes(image, output, result, vector)
     layout = output.layout
     if isinstance(layout, Panels):
         lanes = panel_lanes(output, vector)
         image.view(np.float32)[lanes[:, ~layout.planes.valid()[: layout.planes.lanes]]] = np.nan
+        if behind := -layout.planes.lanes % vector if whole else 0:
+            last = lanes[:, -1:] + np.arange(1, behind + 1)
+            image.view(np.float32)[last] = np.nan
+            more = [(4 * int(a), 4 * int(b) + 4) for a, b in zip(last[:, 0], last[:, -1], strict=True)]
+            return _merged([*_extents(output, vector), *more])
     if isinstance(layout, Planes):
         phases = layout.stored_phases
         valid = {phase: layout.valid(phase) for phase in phases}

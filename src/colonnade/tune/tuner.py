@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from colonnade.build.toolchain import Toolchain
 from colonnade.errors import TargetError, UserError
@@ -18,7 +18,7 @@ from colonnade.kernels import registry, render
 from colonnade.kernels.call import Call
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
-from colonnade.plan import Plan
+from colonnade.plan import Plan, Variants
 from colonnade.targets.base import Machine, Target
 from colonnade.tune import walks
 from colonnade.tune.database import Database, Place, Record
@@ -26,6 +26,7 @@ from colonnade.tune.job import Problem, Run, Tunable, problem
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.tune.network import decide
 from colonnade.tune.search import DUEL, FINAL, Duel, duel, next_batch, valid
+from colonnade.tune.variants import alternatives, settle
 
 CHUNK = 16  # candidates a process: the deadline is looked at in between
 SCREEN = (3, 15, 8_000_000)  # least and most repetitions, ns: a first impression
@@ -35,6 +36,7 @@ ALONE = 0.7  # share of the time for layers by themselves, where their network i
 MS = 1_000_000
 
 
+@runtime_checkable
 class Steps(Protocol):
     """What is tuned; ``plan.Plan`` is one."""
 
@@ -72,7 +74,8 @@ class Choices:
 class Summary:
     """``measured``: visits made now; ``known``: workloads that needed none; ``left``: workloads whose search the budget
     cut short; ``walks``: runs of the whole network, ``unsettled``: workloads whose contest in it the budget cut short;
-    ``outcomes``: visits by outcome; times in seconds; ``choices`` by all that is known at the end."""
+    ``outcomes``: visits by outcome; times in seconds; ``plan`` and ``choices`` by all that is known at the end.
+    """
 
     workloads: int = 0
     known: int = 0
@@ -83,6 +86,7 @@ class Summary:
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    plan: Steps | None = None
     choices: Choices | None = None
 
 
@@ -184,8 +188,18 @@ class Tuner:
     ) -> None:
         self.harness, self.chooser, self.bind, self.limit_s = harness, chooser, bind, limit_s
 
-    def tune(self, plan: Steps, budget_s: float = 120.0, progress: Progress | None = None) -> Summary:
-        """Measure what the records lack, the layers that take longest first. Ctrl-C keeps what was recorded."""
+    def tune(
+        self,
+        plan: Steps,
+        budget_s: float = 120.0,
+        progress: Progress | None = None,
+        model: Variants | None = None,
+    ) -> Summary:
+        """Measure what the records lack, the layers that take longest first. Ctrl-C keeps what was recorded.
+
+        ``model``: that of which ``plan`` is one variant. Time that is left after the steps is for those of the other
+        variants, and the variant that is best then is the one whose network is walked through.
+        """
         started = time.monotonic()
         summary = Summary()
         counts = Counter(step.key() for step in plan.steps)
@@ -224,6 +238,13 @@ class Tuner:
             if not left:
                 break
         summary.left = len(left)
+        if model is not None and not left:
+            others = {step.key(): step for step in alternatives(model)}
+            for step in others.values():
+                if not self._search(step, deadline, summary):
+                    break
+            plan = settle(model, self.chooser)
+        summary.plan = plan
         if networked:
             assert isinstance(plan, Plan)
             try:
@@ -245,7 +266,7 @@ class Tuner:
         while (batch := next_batch(candidates, self.chooser.records(step, candidates, sources))) is not None:
             if time.monotonic() >= until:
                 return False
-            prepared = prepared or problem(step, self.harness.vector)
+            prepared = prepared or problem(step, self.harness.vector, not self.harness.isa.scalable)
             turns = TURNS.get(batch.stage, 0)
             chunk = batch.candidates if turns else batch.candidates[:CHUNK]
             least, most, budget = FINALS if turns else SCREEN
@@ -284,7 +305,7 @@ def _estimate(step: Tunable) -> float:
 
 
 def tune(
-    plan: Steps,
+    model: Steps | Variants,
     target: Target,
     isa: Isa | None = None,
     threads: int = 1,
@@ -293,7 +314,8 @@ def tune(
     progress: Progress | None = None,
     toolchain: Toolchain | None = None,
 ) -> Summary:
-    """Measure ``plan`` on ``target`` for at most ``budget_s`` seconds (compiling not counted) into the database.
+    """Measure a plan, or a model in its variants, on ``target`` for at most ``budget_s`` seconds (compiling not
+    counted) into the database.
 
     Raises ``TargetError`` when the target fails, ``UserError`` for an ISA it lacks, an unusable database or a target
     whose times mean nothing. A candidate that fails raises nothing: it is recorded and never chosen.
@@ -305,24 +327,29 @@ def tune(
     try:
         harness = Harness(target, isa or machine.isas[0], threads, toolchain)
         chooser = Chooser(database, place(machine, harness.isa, threads, harness.toolchain), harness.isa)
-        summary = Tuner(harness, chooser).tune(plan, budget_s, progress)
-        summary.choices = chooser.choose(plan)
+        varied = None if isinstance(model, Steps) else model
+        plan = model if isinstance(model, Steps) else settle(model, chooser)
+        summary = Tuner(harness, chooser).tune(plan, budget_s, progress, varied)
+        summary.choices = chooser.choose(summary.plan or plan)
         return summary
     finally:
         database.close()
 
 
 def choose(
-    plan: Steps,
+    model: Variants,
     isa: Isa,
     machine: Machine,
     threads: int = 1,
     db_path: Path | None = None,
     toolchain: Toolchain | None = None,
-) -> Choices:
-    """The best known candidates of ``plan`` on ``machine``; measures nothing and needs no target."""
+) -> tuple[Plan, Choices]:
+    """The best known variant of ``model`` on ``machine``, and its best candidates; measures nothing and needs no
+    target."""
     database = Database(db_path)
     try:
-        return Chooser(database, place(machine, isa, threads, toolchain or Toolchain()), isa).choose(plan)
+        chooser = Chooser(database, place(machine, isa, threads, toolchain or Toolchain()), isa)
+        plan = settle(model, chooser)
+        return plan, chooser.choose(plan)
     finally:
         database.close()
