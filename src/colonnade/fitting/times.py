@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colonnade.build.toolchain import Toolchain
-from colonnade.frontend.load import load
+from colonnade.frontend import LayoutCosts, load
 from colonnade.kernels.isa import Isa
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Plan, Step
@@ -89,12 +89,14 @@ def layer_times(
 
     Raises UserError for a model that cannot be imported, a target whose times mean nothing, or an unusable database.
     """
-    whole = load(model, batch=where.batch)
+    costs = LayoutCosts.of(where.isa.name)
+    whole = load(model, batch=where.batch, layout_costs=costs)
     steps = {step.name: step for step in whole.steps}
     names = {name: step for name, step in step_names(layers, whole).items() if step is not None}
     own: dict[tuple[str, ColumnPattern], Step] = {}
     for pattern in dict.fromkeys(p for row in patterns.values() for p in row):
-        alike = {step.name: step for step in load(pruned_alike(model, layers, pattern), batch=where.batch).steps}
+        copy = load(pruned_alike(model, layers, pattern), batch=where.batch, layout_costs=costs)
+        alike = {step.name: step for step in copy.steps}
         for name in [name for name in names if pattern in patterns.get(name, ())]:
             if names[name] in alike:
                 own[name, pattern] = alike[names[name]]

@@ -16,7 +16,7 @@ from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
 from colonnade.frontend.importer import Importer
 from colonnade.frontend.registry import HANDLERS
-from colonnade.layout import Layout, Placed, Planes, Rows, place
+from colonnade.layout import Layout, Panels, Placed, Planes, Rows, place
 from colonnade.pattern import discover
 from colonnade.plan import Buffer, Plan, Step
 from colonnade.workload import Conv2d, ConvTranspose2d, Linear, Workload, matrix
@@ -199,7 +199,10 @@ def _in_place_of_residuals(
         if addend is None or addend.shape != output.shape or addend in draft.inputs[0].tensors or last[addend] != index:
             continue
         mine, other = chosen[output], chosen[addend]
-        assert isinstance(mine, Planes) and isinstance(other, Planes)
+        if isinstance(mine, Panels) and mine == other:
+            held[output] = held[addend]
+        if not isinstance(mine, Planes) or not isinstance(other, Planes):
+            continue
         lead = max(mine.lead, other.lead)
         if replace(mine, lead=lead) == replace(other, lead=lead):
             held[output] = held[addend]
