@@ -1,7 +1,8 @@
 """Accuracy after pruning without any label, calibrated on at most 512 images: the numbers of docs/accuracy.md.
 
     python bench/accuracy/oneshot.py --network resnet18 [--sparsity 0.5]… [--tile 8]… [--method obs+grouping]…
-        [--images 512] [--seed 0] [--test] [--bundle] [--records FILE.json] [--keep DIR] [--data ../shared/data]
+        [--schedule joint_epochs=8,joint_lr=0.02] [--images 512] [--seed 0] [--test] [--bundle]
+        [--records FILE.json] [--keep DIR] [--data ../shared/data]
     python bench/accuracy/oneshot.py --table --records FILE.json
 
 Without --test, accuracy is that on photos of the calibration set (CIFAR: training images) that were not used to
@@ -21,7 +22,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, action="append")
     parser.add_argument("--tile", type=int, action="append")
     parser.add_argument("--method", choices=METHODS, action="append")
-    parser.add_argument("--epochs", type=int, default=Schedule().epochs, help="of reconstruction")
+    parser.add_argument("--schedule", default="", help="of reconstruction: fields of Schedule, name=number,…")
     parser.add_argument("--images", type=int, default=MOST, help=f"for calibration, at most {MOST}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -72,6 +73,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, metavar="DIR")
     parser.add_argument("--table", action="store_true")
     return parser.parse_args()
+
+
+def scheduled(words: str) -> Schedule:
+    """The default schedule with the fields that `name=number,…` names."""
+    pairs = dict(word.split("=") for word in words.split(",") if word)
+    default = Schedule()
+    return replace(default, **{name: type(getattr(default, name))(float(value)) for name, value in pairs.items()})
 
 
 def load(options: argparse.Namespace) -> Task:
@@ -197,9 +205,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         chosen.sort(key=lambda row: (row["sparsity"], row["tile"], METHODS.index(row["method"])))
         for row in chosen:
             tile = "" if row["method"] in ("unstructured", "2:4") else row["tile"]
+            how = f"{row['method']} {row['schedule']}".strip()
             points, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "low", "high"))
             parts.append(
-                f"| {100 * row['sparsity']:g} % | {tile} | {row['method']} | {100 * row['top1']:.1f} | "
+                f"| {100 * row['sparsity']:g} % | {tile} | {how} | {100 * row['top1']:.1f} | "
                 f"{points} ({low} to {high}) | {100 * row['agreement']:.1f} % | {row['seconds'] / 60:.1f} | "
                 f"{'equal' if row['bundle'] else ''} |"
             )
@@ -227,7 +236,8 @@ def main() -> int:
 
     def key(sparsity: float, tile: int, method: str) -> dict[str, Any]:
         elementwise = method in ("unstructured", "2:4")
-        return {**common, "sparsity": sparsity, "method": method, **({} if elementwise else {"tile": tile})}
+        own = {"schedule": options.schedule} if method == RECONSTRUCTED else {}
+        return {**common, "sparsity": sparsity, "method": method, **({} if elementwise else {"tile": tile}), **own}
 
     wanted = [row for row in wanted if not records.has(key(*row))]
     if not wanted:
@@ -238,7 +248,8 @@ def main() -> int:
 
     def kept(sparsity: float, tile: int, method: str) -> tuple[nn.Module, float]:
         """A pruned network and the seconds it took, from --keep where it is there."""
-        name = f"{options.network}-{sparsity}-{tile}-{method}-{common['calibration']}-{options.seed}.pt"
+        name = f"{options.network}-{sparsity}-{tile}-{method}-{common['calibration']}-{options.seed}"
+        name += f"-{options.schedule}.pt" if method == RECONSTRUCTED and options.schedule else ".pt"
         path = options.keep / name if options.keep else None
         if path is not None and path.exists():
             model, seconds = torch.load(path, weights_only=False)  # made by this script
@@ -247,7 +258,7 @@ def main() -> int:
         if method == RECONSTRUCTED:
             model, seconds = kept(sparsity, tile, "obs+grouping")
             start = time.perf_counter() - seconds
-            cn.reconstruct_(model, twin(task.dense), task.calibration, Schedule(epochs=options.epochs))
+            cn.reconstruct_(model, twin(task.dense), task.calibration, scheduled(options.schedule))
         else:
             start = time.perf_counter()
             model = pruned(task, method, sparsity, tile)
@@ -270,7 +281,7 @@ def main() -> int:
             **common, "sparsity": sparsity, "tile": tile, "method": method, "images": result.images,
             "dense": base.top1, "top1": result.top1, "difference": change.points, "low": change.low,
             "high": change.high, "agreement": change.agreement, "seconds": seconds, "bundle": options.bundle,
-            "epochs": options.epochs if method == RECONSTRUCTED else 0,
+            "schedule": options.schedule if method == RECONSTRUCTED else "",
         })  # fmt: skip
     return 0
 
