@@ -12,8 +12,13 @@ HEAD = """# Operators
 
 Written by `scripts/operators.py` from the registry of the frontend (`src/colonnade/frontend/registry.py`).
 
-ONNX operators of opsets 9 to 23 that can be imported, with what becomes of them. Everything is computed in float32:
-float16 inputs and outputs are converted at the model's edges, whole numbers and truths too (exact up to 2^24).
+ONNX operators of opsets 9 to 23 that can be imported, with what becomes of them. Floats of at most 32 bits are
+computed in float32; float16, bfloat16 and the floats of 8 and 4 bits are converted at the model's edges and where it
+casts. Whole numbers and float64 are computed as what they are where the last column says so (plain C, for the few
+numbers that models keep beside their pixels; whole ones wrap around); elsewhere whole numbers become float32 (exact
+up to 2^24) and float64 is refused. What only moves elements moves those of any type. Strings, sequences and optional
+values are refused.
+
 `Planes` are what convolutions read (see `layout.md`), `dense arrays` are row-major. Sizes are fixed when a model is
 imported; axes, shapes, pads and the weights of convolutions must be constants. Nodes whose inputs are all constant, and
 `Constant`, `ConstantOfShape`, `Range`, `Shape` and the like that follow from sizes, are computed at import. Functions
@@ -22,21 +27,23 @@ end the step before them where they can.
 
 What the onnx package's own tests try that is refused stands in `tests/onnx_refused.txt`, a reason each.
 
-| operator | how |
-|---|---|
+| operator | how | whole numbers, float64 |
+|---|---|---|
 """
 
 
 def text() -> str:
     """The whole page."""
-    from colonnade.frontend.registry import HANDLERS
+    from colonnade.frontend.context import MOVES
+    from colonnade.frontend.registry import HANDLERS, TYPED
 
     rows = []
     for name in sorted(HANDLERS):
         handler = HANDLERS[name]
         plain = handler.func if isinstance(handler, functools.partial) else handler
         words = " ".join((inspect.getdoc(plain) or "").split("\n\n")[0].split())
-        rows.append(f"| {name} | {words} |")
+        other = "moved" if name in MOVES else "computed" if name in TYPED or name in ("Cast", "CastLike") else ""
+        rows.append(f"| {name} | {words} | {other} |")
     return HEAD + "\n".join(rows) + "\n"
 
 

@@ -36,7 +36,7 @@ from colonnade.layout import (
     round_up,
     write_planes,
 )
-from colonnade.workload import Workload, evaluate
+from colonnade.workload import Cast, Workload, evaluate
 
 SLACK = 4096  # bytes after the last plane that a strip of several vectors may read, never write
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -167,10 +167,12 @@ def run(
     tolerance: float = 2e-6,
     slack: int = SLACK,
     magnitude: float = 0.0,
+    view: str = "float32",
 ) -> np.ndarray:
     """Run ``candidate`` on ``inputs`` (data first, then residual; of an import step the user's array).
 
     ``magnitude`` is that of the terms where sums may cancel.
+    ``view``: the type of what stands in the output's lanes.
     ``slack`` bytes follow the last tensor, then comes the page that cannot be touched.
     Checked: the result (within ``tolerance`` of the largest magnitude, plus ``tolerance`` relative), zeros in every
     halo and the lead of the output, and that no other byte of arena, constants or inputs has changed.
@@ -194,16 +196,23 @@ def run(
                 with guarded(max(call.shared for call in calls), LINE, poison) as (shared, _):
                     for call in calls:
                         _run_call(call, target, threads, base, user, shared, poison, backwards)
-            user_after = user_bytes.view(np.float32).reshape(external.shape).copy()
+            user_after = user_bytes.copy().view(external.dtype).reshape(external.shape)
         result = user_after
         if case.output is not None:
             result = read_planes(arena, case.output, vector)
             if case.external:
-                np.testing.assert_array_equal(user_after, external, "the user's input was written")
+                same = user_after.tobytes() == external.tobytes()
+                assert same, "the user's input was written"
             _check_zeros(arena, case.output, vector)
             _forget(before, arena, case.output, vector)
         changed = np.flatnonzero(before != arena)
         assert not changed.size, f"{candidate.key()} wrote {changed.size} bytes it does not own, first at {changed[0]}"
+    if view != "float32":
+        result, wanted = (np.ascontiguousarray(x, np.float32).reshape(-1).view(view) for x in (result, wanted))
+    elif wanted.dtype != np.float32:
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_array_equal(result.astype(np.float64), wanted.astype(np.float64), candidate.key())
+        return result
     with np.errstate(invalid="ignore"):
         finite = np.abs(wanted[np.isfinite(wanted)])
     scale = max(magnitude, float(finite.max()) if finite.size else 0.0)
@@ -216,8 +225,9 @@ def _external(case: Any, inputs: Sequence[np.ndarray], wanted: np.ndarray) -> np
     if not case.external:
         return np.zeros(1, np.float32)
     if case.output is None:
-        return np.full(wanted.shape, np.nan, np.float32)
-    return np.ascontiguousarray(inputs[0], np.float32)
+        return np.full(wanted.nbytes, 0xFF, np.uint8).view(wanted.dtype).reshape(wanted.shape)
+    typed = isinstance(case.workload, Cast)
+    return np.ascontiguousarray(inputs[0], None if typed else np.float32)
 
 
 def _run_call(

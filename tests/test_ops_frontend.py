@@ -300,11 +300,77 @@ def test_old_opsets() -> None:
     check(b.build(b.op("Softmax", y, axis=1), opset=9))
 
 
+def typed(b: Builder, *outputs: tuple[str, int]) -> onnx.ModelProto:
+    """A model whose outputs have types of their own."""
+    outs = [onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in outputs]
+    graph = onnx.helper.make_graph(b.nodes, "typed", b.inputs, outs, b.constants)
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    return onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8))
+
+
+def exactly(model: onnx.ModelProto, feeds: dict[str, Any]) -> Plan:
+    """The interpreter's and the kernels' results are onnxruntime's, bit by bit."""
+    plan = frontend.load(model)
+    theirs = onnxruntime_outputs(model, feeds)
+    for ours in (reference.run(plan, feeds), Program(plan, isa("portable")).run(feeds)):
+        for name, wanted in theirs.items():
+            assert ours[name].dtype == wanted.dtype
+            np.testing.assert_array_equal(ours[name], wanted)
+    return plan
+
+
 def test_whole_numbers_that_single_precision_cannot_hold() -> None:
+    """Arithmetic, moves, joins, look-ups and comparisons beyond 2^24, and what wraps around."""
     b = Builder()
-    x = b.input("x", (2,), TensorProto.INT64)
-    y = b.op("Add", x, b.constant(np.array([(1 << 24) + 1], np.int64)), name="sum")
-    outs = [onnx.helper.make_tensor_value_info(y, TensorProto.INT64, None)]
-    model = onnx.helper.make_model(onnx.helper.make_graph(b.nodes, "ints", b.inputs, outs, b.constants))
-    with pytest.raises(UserError, match="whole numbers"):
-        frontend.load(model)
+    x, i = b.input("x", (2, 3), TensorProto.INT64), b.input("i", (2,), TensorProto.INT64)
+    total = b.op("Add", b.op("Mul", x, b.constant(np.int64(3))), b.constant(np.array([(1 << 24) + 1, -1, 5], np.int64)))
+    joined = b.op(
+        "Concat", b.op("Transpose", total, perm=(1, 0)), b.constant(np.full((3, 1), 1 << 60, np.int64)), axis=1
+    )
+    pads = b.constant(np.array([0, 1, 0, 0], np.int64))
+    padded = b.op("Pad", joined, pads, b.constant(np.array(-(1 << 40), np.int64)))
+    picked = b.op("Gather", padded, i, axis=1)
+    narrow = b.op("Cast", picked, to=TensorProto.INT8)
+    less = b.op("Less", x, b.constant(np.array(1 << 62, np.int64)))
+    kept = b.op("Where", less, x, b.op("Neg", x))
+    peak = b.op("ReduceMax", kept, b.constant(np.array([1], np.int64)), keepdims=0)
+    kinds = [
+        (picked, TensorProto.INT64),
+        (narrow, TensorProto.INT8),
+        (less, TensorProto.BOOL),
+        (peak, TensorProto.INT64),
+    ]
+    feeds = {"x": np.array([[1 << 24, (1 << 62) + 1, -(1 << 63)], [7, -9, 1 << 33]]), "i": np.array([0, -2])}
+    exactly(typed(b, *kinds), feeds)
+
+
+def test_double_precision() -> None:
+    b = Builder()
+    x = b.input("x", (3, 4), TensorProto.DOUBLE)
+    third = b.op("Div", x, b.constant(np.array(3)))
+    y = b.op("MatMul", third, b.input("w", (4, 2), TensorProto.DOUBLE))
+    b.constants[0].CopyFrom(onnx.numpy_helper.from_array(np.array(3.0), "c0"))
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.standard_normal((3, 4)), "w": rng.standard_normal((4, 2))}
+    model = typed(b, (y, TensorProto.DOUBLE))
+    plan = frontend.load(model)
+    (wanted,) = onnxruntime_outputs(model, feeds).values()
+    for ours in (reference.run(plan, feeds), Program(plan, isa("portable")).run(feeds)):
+        np.testing.assert_allclose(ours[y], wanted, rtol=1e-14, atol=1e-15)
+    conv = Builder()
+    z = conv.op("Conv", conv.input("x", (1, 1, 4, 4), TensorProto.DOUBLE), conv.random(1, 1, 3, 3))
+    with pytest.raises(UserError, match="not in float64; cast to float32"):
+        frontend.load(typed(conv, (z, TensorProto.DOUBLE)))
+
+
+def test_bytes_wrap_around() -> None:
+    b = Builder()
+    x, y = b.input("x", (64,), TensorProto.UINT8), b.input("y", (64,), TensorProto.UINT8)
+    feeds = {"x": np.arange(64, dtype=np.uint8) * 4, "y": np.full(64, 200, np.uint8)}
+    feeds["y"][::3] = 3
+    model = typed(b, (b.op("Add", x, y), TensorProto.UINT8), (b.op("Div", x, y), TensorProto.UINT8))
+    plan = frontend.load(model)
+    ours = Program(plan, isa("portable")).run(feeds)
+    total, quotient = ours.values()
+    np.testing.assert_array_equal(total, feeds["x"] + feeds["y"])
+    np.testing.assert_array_equal(quotient, feeds["x"] // feeds["y"])

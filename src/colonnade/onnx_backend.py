@@ -17,6 +17,7 @@ from onnx.backend.base import Backend, BackendRep
 from colonnade.codegen.in_process import Program
 from colonnade.errors import UserError
 from colonnade.frontend import load
+from colonnade.frontend.context import TYPES
 from colonnade.kernels.isa import PORTABLE, isa
 
 
@@ -32,6 +33,9 @@ class Prepared(BackendRep):
         known = {tensor.name for tensor in model.graph.initializer}
         self._names = [value.name for value in model.graph.input if value.name not in known]
         self._programs: dict[object, Program] = {}
+        self._through = _through(model)
+        if len(self._through) == len(model.graph.output):
+            return
         try:
             self._programs[()] = self._program({})
         except UserError as error:
@@ -52,10 +56,12 @@ class Prepared(BackendRep):
             given = inputs if isinstance(inputs, (list, tuple)) else [inputs]
             inputs = dict(zip(self._names, given, strict=True))
         try:
+            if len(self._through) == len(self._model.graph.output):
+                return tuple(inputs[self._through[value.name]] for value in self._model.graph.output)
             feeds = {name: np.asarray(inputs[name]) for name in self._names}
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"inputs: {error}; only arrays of numbers or truths are supported") from error
-        strange = [name for name, array in feeds.items() if array.dtype.kind not in "fiub"]
+        strange = [name for name, array in feeds.items() if str(array.dtype) not in TYPES.values()]
         if strange:
             raise UserError(f"input {strange[0]}: only arrays of numbers or truths are supported")
         program = self._programs.get(()) or self._special(feeds)
@@ -84,6 +90,15 @@ class Prepared(BackendRep):
                 continue
             return self._programs[key]
         raise problem
+
+
+def _through(model: onnx.ModelProto) -> dict[str, str]:
+    """Input by output, for outputs that are an input: these may be anything (a sequence, nothing), not only arrays."""
+    source = {value.name: value.name for value in model.graph.input}
+    for node in model.graph.node:
+        if node.op_type == "Identity" and node.input[0] in source:
+            source[node.output[0]] = source[node.input[0]]
+    return {value.name: source[value.name] for value in model.graph.output if value.name in source}
 
 
 def _wants_constants(problem: str) -> bool:

@@ -26,6 +26,7 @@ from onnxscript.rewriter.rules.common import (
 
 from colonnade.errors import UserError
 from colonnade.frontend.patterns import recognise
+from colonnade.frontend.transposes import sink
 
 RULES = (
     *_no_op.rules,
@@ -35,10 +36,10 @@ RULES = (
     _basic_rules.no_op_expand_rule,
     _basic_rules.no_op_transpose_rule,
     _basic_rules.transpose_transpose_rule,
-    _fuse_pad_into_conv.fuse_pad_into_conv_rule,
     _fuse_batchnorm.fuse_batchnorm_into_conv_rule,
     _fuse_batchnorm.fuse_batchnorm_into_gemm_rule,
 )
+PADS = _fuse_pad_into_conv.fuse_pad_into_conv_rule
 FOLD_LIMIT = 1 << 28  # elements: weights may be computed (transposed, cast, dequantised) from constants
 
 
@@ -70,12 +71,14 @@ def clean(
         _cut(model, outputs)
     _fix_shapes(model, batch, dict(input_shapes or {}))
     try:
+        _casts_like(model)
+        _old_pads(model)
         PassManager(
             [
                 folding.FoldConstantsPass(
                     shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
                 ),
-                RewritePass(RULES),
+                RewritePass(_rules(model)),
                 common.RemoveUnusedNodesPass(),
             ],
             steps=3,
@@ -88,12 +91,64 @@ def clean(
             common.TopologicalSortPass(),
         )(model)
         recognise(model)
+        if sink(model):
+            Sequential(RewritePass(_rules(model)), common.RemoveUnusedNodesPass())(model)
+            recognise(model)
     except Exception as error:  # the passes raise many types on graphs that are not valid ONNX
         cause = error.__cause__ or error
         raise UserError(
             f"the model cannot be simplified: {cause}; check it with onnx.checker".replace("\n", " ")
         ) from error
     return model
+
+
+def _rules(model: ir.Model) -> tuple[Any, ...]:
+    return RULES if model.graph.opset_imports.get("", 18) < 11 else (*RULES, PADS)
+
+
+def _casts_like(model: ir.Model) -> None:
+    """CastLike with attributes → Cast with the same ones, which constant folding would drop on that way."""
+    nodes = [node for node in model.graph if node.op_type == "CastLike" and node.attributes]
+    if nodes:
+        common.ShapeInferencePass()(model)
+    for node in nodes:
+        like = node.inputs[1]
+        if like is None or like.dtype is None:
+            continue
+        old, to = node.outputs[0], ir.AttrInt64("to", like.dtype.value)
+        new = ir.Value(name=old.name, shape=old.shape, type=ir.TensorType(like.dtype))
+        made = ir.Node("", "Cast", [node.inputs[0]], [*node.attributes.values(), to], outputs=[new], name=node.name)
+        model.graph.insert_before(node, made)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+
+
+def _old_pads(model: ir.Model) -> None:
+    """No padding, said as the rules below know it; Pad of opsets before 11 → into the convolution behind it."""
+    for node in model.graph:
+        if node.op_type in ("Conv", "ConvTranspose") and node.attributes.get_string("auto_pad", "") == "VALID":
+            for name in ("auto_pad", "pads"):
+                node.attributes.pop(name, None)
+    if model.graph.opset_imports.get("", 18) >= 11:
+        return
+    for node in [node for node in model.graph if node.op_type == "Pad"]:
+        uses = list(node.outputs[0].uses())
+        pads = [int(p) for p in node.attributes["pads"].as_ints()] if "pads" in node.attributes else []
+        zeros = node.attributes.get_string("mode", "constant") == "constant" and not node.attributes.get_float(
+            "value", 0
+        )
+        half = len(pads) // 2
+        edges = [*pads[:2], *pads[half : half + 2]]
+        if len(uses) != 1 or not pads or not zeros or any(edges) or min(pads) < 0 or node.outputs[0].is_graph_output():
+            continue
+        conv = uses[0].node
+        if conv.op_type != "Conv" or uses[0].idx != 0 or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+            continue
+        more = [*pads[2:half], *pads[half + 2 :]]
+        own = conv.attributes["pads"].as_ints() if "pads" in conv.attributes else [0] * len(more)
+        conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, more, strict=True)])
+        conv.replace_input_with(0, node.inputs[0])
+        model.graph.remove(node, safe=True)
 
 
 def _cut(model: ir.Model, names: Sequence[str]) -> None:

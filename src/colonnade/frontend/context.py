@@ -16,22 +16,40 @@ from colonnade.frontend.tokens import Tokens, row_major
 from colonnade.plan import Port
 from colonnade.workload import (
     Array,
+    Cast,
     Constant,
     Convert,
     Reorder,
     Take,
+    TypedElementwise,
     Workload,
     digest,
     spread,
 )
+from colonnade.workload.typed import F32, WIDE, as_lanes, lanes
 
-# element types of the model's inputs and outputs: numpy's names
+# element types of the model's inputs and outputs: numpy's names (those of ml_dtypes where numpy has none)
 TYPES = {
     ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.DOUBLE: "float64",
     ir.DataType.BOOL: "bool",
     ir.DataType.INT8: "int8", ir.DataType.INT16: "int16", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64",
     ir.DataType.UINT8: "uint8", ir.DataType.UINT16: "uint16", ir.DataType.UINT32: "uint32",
-    ir.DataType.UINT64: "uint64",
+    ir.DataType.UINT64: "uint64", ir.DataType.INT4: "int4", ir.DataType.UINT4: "uint4",
+    ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT4E2M1: "float4_e2m1fn",
+    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn", ir.DataType.FLOAT8E4M3FNUZ: "float8_e4m3fnuz",
+    ir.DataType.FLOAT8E5M2: "float8_e5m2", ir.DataType.FLOAT8E5M2FNUZ: "float8_e5m2fnuz",
+}  # fmt: skip
+# of newer versions of ONNX
+TYPES |= {
+    getattr(ir.DataType, ours): name
+    for ours, name in (("FLOAT8E8M0", "float8_e8m0fnu"), ("INT2", "int2"), ("UINT2", "uint2"))
+    if hasattr(ir.DataType, ours)
+}
+
+# operators that move elements whatever they are: their handlers see values of other types than float32 as they are
+MOVES = {
+    "Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Resize", "Slice",
+    "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Upsample",
 }  # fmt: skip
 
 
@@ -54,11 +72,12 @@ class Context:
         self._planes: dict[tuple[Tensor, tuple[int, ...]], Tensor] = {}
         self._dense: dict[object, tuple[Tensor, Value]] = {}
         self._reordered: dict[object, tuple[Tensor, Value]] = {}
+        self._converted: dict[tuple[Tensor, str], Tensor] = {}
 
     # --- what handlers read -----------------------------------------------------------------------------------------
 
     def raw(self, node: ir.Node, index: int) -> Value | Tokens:
-        """The imported value of an input, in whatever order of axes it stands."""
+        """The imported value of an input, in whatever order of axes it stands and of whatever type it is in memory."""
         source = node.inputs[index] if index < len(node.inputs) else None
         if source is None or source not in self._values:
             raise Unsupported(f"input {index} must be computed from the model's inputs; it is a constant or missing")
@@ -69,7 +88,13 @@ class Context:
         return replace(ours, sole=sole)
 
     def value(self, node: ir.Node, index: int) -> Value:
-        """The imported value of an input: planes (N, \\*dims, H, W) or a dense array."""
+        """The imported value of an input: planes (N, \\*dims, H, W) or a dense array; of float32, unless the operator
+        only moves elements."""
+        ours = self.held(node, index)
+        return ours if node.op_type in MOVES else self.narrowed(ours)
+
+    def held(self, node: ir.Node, index: int) -> Value:
+        """The imported value of an input, of whatever type it is in memory."""
         return self.ordinary(self.raw(node, index), node.outputs[0].name or "")
 
     def tokens(self, node: ir.Node, index: int) -> Tokens | None:
@@ -132,6 +157,54 @@ class Context:
         constant = self.constant(node, index)
         return tuple(constant.shape) if constant is not None else self.raw(node, index).shape
 
+    def narrowed(self, value: Value) -> Value:
+        """Whole numbers as float32, exact up to 2^24.
+
+        Raises:
+            Unsupported: it is float64, which would lose what it is for.
+        """
+        if value.dtype == "float64":
+            raise Unsupported("not in float64; cast to float32 before it")
+        return self.converted(value, F32, value.tensors[0].name)
+
+    def converted(self, value: Value, dtype: str, name: str) -> Value:
+        """A dense array's numbers as those of another type of the arena; once for all who ask."""
+        if value.dtype == dtype:
+            return value
+        key = (value.tensors[0], dtype)
+        if key not in self._converted:
+            writer = self._writer[value.tensors[0]]
+            n, width = value.placed_shape
+            tensor = Tensor(f"{name}.{dtype}", (n, width // lanes(value.dtype) * lanes(dtype)))
+            label = self.unique(tensor.name)
+            imported = isinstance(writer.workload, Cast) and writer.workload.kind == "import"
+            if imported and value.dtype != F32:
+                assert isinstance(writer.workload, Cast)
+                work = replace(writer.workload, target=dtype)
+                self.add(Draft(label, work, [], tensor, external=writer.external))
+            else:
+                self.add(Draft(label, Cast("within", value.shape, value.dtype, dtype), [value], tensor))
+            self._converted[key] = tensor
+        return Value(value.shape, (self._converted[key],), sole=False, dtype=dtype)
+
+    def typed(self, node: ir.Node, index: int, dtype: str) -> Value:
+        """An input as a dense array of numbers of type ``dtype``, constants brought into the arena."""
+        name, constant = node.outputs[0].name or "", self.constant(node, index)
+        if constant is not None:
+            return self.brought(name, constant, dtype)
+        return self.converted(self.dense(self.held(node, index), name), dtype, name)
+
+    def type_of(self, node: ir.Node, index: int = 0) -> str:
+        """numpy's name of the type that an input has in the model."""
+        source = node.inputs[index] if index < len(node.inputs) else None
+        constant = self.constant(node, index)
+        if constant is not None:
+            return str(constant.dtype)
+        if source is not None and source.dtype is not None:
+            return TYPES.get(source.dtype, "")
+        ours = self._values.get(source) if source is not None else None
+        return ours.dtype if isinstance(ours, Value) else F32 if ours is not None else ""
+
     def planes(self, node: ir.Node, index: int) -> Value:
         """The value of an input that must be [N, C, H, W], in planes."""
         value = self.value(node, index)
@@ -179,15 +252,17 @@ class Context:
         constant = self.constant(node, index)
         if constant is None:
             return self.dense(self.value(node, index), node.outputs[0].name or "")
-        return self.brought(node.outputs[0].name or "", constant)
+        own = node.op_type in MOVES and str(constant.dtype) in WIDE
+        return self.brought(node.outputs[0].name or "", constant, str(constant.dtype) if own else F32)
 
-    def brought(self, name: str, constant: npt.NDArray[np.generic]) -> Value:
-        """A constant as a dense array in the arena."""
-        numbers = exact(constant)
-        placed = (numbers.shape[0] if numbers.ndim else 1, prod(numbers.shape[1:]))
+    def brought(self, name: str, constant: npt.NDArray[np.generic], dtype: str = F32) -> Value:
+        """A constant as a dense array of ``dtype`` in the arena."""
+        numbers = exact(constant) if dtype == F32 else as_lanes(constant, dtype)
+        rows = constant.shape[0] if constant.ndim else 1
+        placed = (rows, prod(constant.shape[1:]) * lanes(dtype))
         tensor = Tensor(f"{name}.constant", placed)
-        self.add(Draft(self.unique(tensor.name), Constant(placed), [], tensor, {"value": numbers}))
-        return Value(numbers.shape, (tensor,), sole=False)
+        self.add(Draft(self.unique(tensor.name), Constant(placed), [], tensor, {"value": numbers.reshape(placed)}))
+        return Value(constant.shape, (tensor,), sole=False, dtype=dtype)
 
     def constant_planes(self, node: ir.Node, values: Array) -> Value:
         """Constant planes [N, C, H, W] in the arena."""
@@ -206,11 +281,6 @@ class Context:
     def more_outputs(self, node: ir.Node) -> bool:
         """Does anybody want an output of the node beyond the first?"""
         return any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
-
-    def is_integer(self, node: ir.Node, index: int = 0) -> bool:
-        """Is that input of a type of whole numbers?"""
-        value = node.inputs[index]
-        return value is not None and value.dtype is not None and "int" in TYPES.get(value.dtype, "")
 
     def constant(self, node: ir.Node, index: int) -> npt.NDArray[np.generic] | None:
         """The array of an input, or None when that input is absent or no constant."""
@@ -303,13 +373,13 @@ class Context:
 
     def dense_step(
         self, node: ir.Node, workload: Workload, inputs: list[Value], shape: tuple[int, ...],
-        constants: dict[str, Array] | None = None, index: int = 0, name: str = "",
+        constants: dict[str, Array] | None = None, index: int = 0, name: str = "", dtype: str = F32,
     ) -> Value:  # fmt: skip
-        """Append a step that writes a dense array of ``shape``, the node's output ``index``."""
+        """Append a step that writes a dense array of ``shape`` and ``dtype``, the node's output ``index``."""
         output = node.outputs[index].name or node.op_type
-        tensor = Tensor(output, (shape[0] if shape else 1, prod(shape[1:])))
+        tensor = Tensor(output, (shape[0] if shape else 1, prod(shape[1:]) * lanes(dtype)))
         self.add(Draft(self.unique(name or node.name or output), workload, inputs, tensor, constants or {}))
-        value = Value(shape, (tensor,))
+        value = Value(shape, (tensor,), dtype=dtype)
         self.set(node, value, index)
         return value
 
@@ -334,8 +404,29 @@ class Context:
             self.set(node, value, index)
             return value
         dense = self.dense(x, node.outputs[0].name or "")
+        shape = target if shape is None else shape
+        if dense.dtype != F32:
+            return self._take_typed(node, dense, tables, fill, index, shape)
         take = Take(dense.shape, target, digest(tables), fill)
-        return self.dense_step(node, take, [dense], target if shape is None else shape, constants, index)
+        return self.dense_step(node, take, [dense], shape, constants, index)
+
+    def _take_typed(
+        self, node: ir.Node, x: Value, tables: list[npt.NDArray[np.int64]], fill: float, index: int,
+        shape: tuple[int, ...],
+    ) -> Value:  # fmt: skip
+        """A move of elements that are one or two lanes each; what is filled in is put there by a step of its own."""
+        width, target = lanes(x.dtype), tuple(len(table) for table in tables)
+        each = [np.where(t < 0, t, t * width) for t in tables] + [np.arange(width)]
+        constants = {f"axis{i}": table for i, table in enumerate(each)}
+        take = Take((*x.shape, width), (*target, width), digest(each))
+        moved = self.dense_step(node, take, [x], shape, constants, index, dtype=x.dtype)
+        if fill == 0 or all((t >= 0).all() for t in tables):
+            return moved
+        name = node.outputs[index].name or ""
+        inside = self.brought(name, (spread(tables) >= 0).reshape(shape))
+        number = self.brought(name, np.full(1, fill).astype(x.dtype), x.dtype)
+        work = TypedElementwise("where", x.dtype, (shape, shape, (1,)))
+        return self.dense_step(node, work, [inside, moved, number], shape, None, index, dtype=x.dtype)
 
     def to_rows(self, node: ir.Node, value: Value) -> Value:
         """``value`` as rows: pixels flattened in (channel, row, column) order."""

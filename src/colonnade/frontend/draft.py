@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.workload import Activation, Array, Workload, activation_of
+from colonnade.workload.typed import F32, lanes
 
 
 @dataclass(eq=False)
@@ -39,13 +40,14 @@ class Tensor:
 class Value:
     """``shape`` is the ONNX shape. Planes: (N, \\*dims, H, W), and ``channels`` is an int64 array [\\*dims, 2] of
     (index into ``tensors``, channel). Rows: a dense array in row-major order, all of the one entry of ``tensors``,
-    whatever the shape: a view costs nothing.
+    whatever the shape: a view costs nothing. ``dtype``: that of the elements in memory; see ``workload.typed``.
     ``sole``: the chain of ONNX values from the step that wrote it has no other reader."""
 
     shape: tuple[int, ...]
     tensors: tuple[Tensor, ...]
     channels: npt.NDArray[np.int64] | None = None
     sole: bool = True
+    dtype: str = F32
 
     @property
     def is_rows(self) -> bool:
@@ -61,7 +63,7 @@ class Value:
     def placed_shape(self) -> tuple[int, ...]:
         """(N, C, H, W) or (N, C)."""
         if self.is_rows:
-            return (self.shape[0] if self.shape else 1, self.width)
+            return (self.shape[0] if self.shape else 1, self.width * lanes(self.dtype))
         return (self.shape[0], self.width, *self.shape[-2:])
 
     def seen(self, shape: tuple[int, ...]) -> Value:

@@ -142,6 +142,7 @@ class Fusing(Context):
         """A linear layer on the last axis of input 0: a 1x1 convolution where tokens are the lanes, or ``linear``."""
         outs, ins = weight.shape
         x = self.raw(node, 0)
+        x = self.narrowed(x) if isinstance(x, Value) else x
         if x.shape[-1] != ins:
             raise Unsupported(f"shapes {list(x.shape)} and {[ins, outs]} do not fit together")
         if isinstance(x, Tokens):

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
 from colonnade.errors import UserError
-from colonnade.frontend.context import TYPES, Unsupported
-from colonnade.frontend.draft import Draft, Tensor, whole
+from colonnade.frontend import edges
+from colonnade.frontend.context import Unsupported
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.fusion import Fusing
-from colonnade.plan import Port
-from colonnade.workload import Cast, Convert, Workload
+from colonnade.workload.small import INTEGERS
+from colonnade.workload.typed import WIDE
 
 Handler = Callable[["Importer", ir.Node], None]
+ARITHMETIC = {*WIDE, *INTEGERS}  # types whose arithmetic is not that of float32
 
 
 class Importer(Fusing):
     """Walks a cleaned graph once; ``steps`` are in order when ``run`` returns."""
 
-    def __init__(self, graph: ir.Graph, handlers: dict[str, Handler], costs: LayoutCosts | None = None) -> None:
+    def __init__(
+        self, graph: ir.Graph, handlers: dict[str, Handler], costs: LayoutCosts | None = None,
+        typed: dict[str, Handler] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(graph, costs)
         self.handlers = handlers
+        self.typed_handlers = typed or {}  # for operators on other numbers than float32
         self.problems: list[str] = []
         self._unknown: set[ir.Value] = set()
         self._trusted = True  # the shapes that the graph says
@@ -45,17 +49,23 @@ class Importer(Fusing):
     def walk(self) -> None:
         """Import what can be; ``problems`` names the rest."""
         for value in self.graph.inputs:
-            self._import(value)
+            ours = edges.import_input(self, value)
+            if ours is None:
+                self._unknown.add(value)
+            else:
+                self._values[value] = ours
         for node in self.graph:
             self._node(node)
             for value in node.outputs:
                 if value.is_graph_output() and value in self._values:
-                    self._export(value)
+                    edges.export_output(self, value, self._values[value])
         for value in self.graph.outputs:
             if value.is_graph_input() and value in self._values:
-                self._export(value)
+                edges.export_output(self, value, self._values[value])
             elif value not in self._values and value not in self._unknown:
-                self._export_constant(value)
+                constant = edges.export_constant(self, value)
+                if constant is not None:
+                    edges.export_output(self, value, constant)
 
     def _node(self, node: ir.Node) -> None:
         label = f"{node.op_type} {node.name or node.outputs[0].name!r}"
@@ -72,13 +82,19 @@ class Importer(Fusing):
             if any(value in self._unknown for value in node.inputs if value is not None):
                 self._unknown.update(node.outputs)
                 return
-            self.handlers[node.op_type](self, node)
+            self._handler(node)(self, node)
             self._check_shapes(node)
         except Unsupported as problem:
             self.problems.append(f"{label}: {problem}")
         except (ArithmeticError, LookupError, ValueError) as error:  # attributes and shapes that contradict each other
             self.problems.append(f"{label}: is malformed ({error}); check the model with onnx.checker")
         self._unknown.update(v for v in node.outputs if v not in self._values and v.const_value is None)
+
+    def _handler(self, node: ir.Node) -> Handler:
+        """Arithmetic on whole numbers and on float64 has handlers of its own."""
+        typed = self.typed_handlers.get(node.op_type)
+        kind = self.type_of(node, 1 if node.op_type == "Where" else 0)
+        return typed if typed is not None and kind in ARITHMETIC else self.handlers[node.op_type]
 
     def _fold(self, node: ir.Node) -> bool:
         """Compute a node whose inputs are all constant (now that sizes are); False where it cannot be."""
@@ -113,58 +129,3 @@ class Importer(Fusing):
                 self._trusted = False  # ONNX's inference keeps the last window that begins in the padding
             if self._trusted:
                 raise Unsupported(f"{value.name}: shape {list(ours.shape)} is not the {list(value.shape)} of the model")
-
-    def _import(self, value: ir.Value) -> None:
-        shape = tuple(int(d) for d in value.shape or () if isinstance(d, int))
-        name = value.name or "input"
-        kind = TYPES.get(value.dtype) if value.dtype is not None and isinstance(value.type, ir.TensorType) else None
-        if kind == "float64":
-            self.problems.append(
-                f"input {name}: is float64, but everything is computed in float32; cast before the model"
-            )
-        elif not isinstance(value.type, ir.TensorType):
-            self.problems.append(f"input {name}: is no plain array (optional, sequence); only arrays are supported")
-        elif kind is None:
-            self.problems.append(f"input {name}: is {value.dtype}; only numbers and truths; cast before the model")
-        elif prod(shape) == 0:
-            self.problems.append(f"input {name}: shape {list(shape)} is empty; give one with --input-shape")
-        else:
-            moved = {node.op_type for node, _ in value.uses()} <= {"Transpose", "Reshape", "Flatten"}
-            planes = kind == "float32" and len(shape) == 4 and shape[2:] != (1, 1) and not moved
-            placed = shape if planes else (shape[0] if shape else 1, prod(shape[1:]))
-            tensor = Tensor(name, placed)
-            workload = Convert("import", placed) if kind == "float32" else Cast("import", placed, kind)
-            self.add(Draft(self.unique(name), workload, [], tensor, external=name))
-            self._values[value] = whole(tensor, shape)
-            self.inputs.append(Port(name, shape, kind))
-            return
-        self._unknown.add(value)
-
-    def _export_constant(self, value: ir.Value) -> None:
-        array = value.const_value.numpy() if value.const_value is not None else None
-        if array is None or array.size == 0 or TYPES.get(ir.DataType.from_numpy(array.dtype)) is None:
-            self.problems.append(f"output {value.name}: is an empty constant or no number; remove it from the outputs")
-            return
-        try:
-            self._values[value] = self.brought(value.name or "output", array)
-        except Unsupported as problem:
-            self.problems.append(f"output {value.name}: {problem}")
-            return
-        value.dtype = ir.DataType.from_numpy(array.dtype)
-        self._export(value)
-
-    def _export(self, value: ir.Value) -> None:
-        name = value.name or "output"
-        ours = self.ordinary(self._values[value], name)
-        kind = TYPES.get(value.dtype or ir.DataType.FLOAT)
-        if kind is None:
-            self.problems.append(
-                f"output {name}: is {value.dtype}; only numbers and truths; cut before it with --outputs"
-            )
-            return
-        self.outputs.append(Port(name, ours.shape, kind))
-        workload: Workload = Convert("export", ours.placed_shape)
-        if kind != "float32":
-            ours = self.dense(ours, name)
-            workload = Cast("export", ours.shape, kind)
-        self.add(Draft(self.unique(f"{name}.export"), workload, [ours], None, external=name))

@@ -15,7 +15,7 @@ from colonnade.frontend.clean import clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
 from colonnade.frontend.importer import Importer
-from colonnade.frontend.registry import HANDLERS
+from colonnade.frontend.registry import HANDLERS, TYPED
 from colonnade.layout import Layout, Panels, Placed, Planes, Rows, place
 from colonnade.pattern import discover
 from colonnade.plan import Buffer, Plan, Step
@@ -67,7 +67,7 @@ def imported(
     source = read(model)
     name = Path(model).stem if isinstance(model, (str, Path)) else source.graph.name or "model"
     graph = clean(source, batch, input_shapes, outputs).graph
-    importer = Importer(graph, HANDLERS, layout_costs)
+    importer = Importer(graph, HANDLERS, layout_costs, TYPED)
     importer.run()
     return Imported(name, importer)
 
@@ -126,7 +126,7 @@ def examine(
     Raises:
         UserError: the file cannot be read, a size stays free, or a name is unknown.
     """
-    importer = Importer(clean(read(model), batch, input_shapes, outputs).graph, HANDLERS)
+    importer = Importer(clean(read(model), batch, input_shapes, outputs).graph, HANDLERS, typed=TYPED)
     importer.walk()
     return [(step.name, _with_sparsity(step)) for step in importer.steps], importer.problems
 

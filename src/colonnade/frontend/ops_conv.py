@@ -58,8 +58,9 @@ def along(importer: Importer, node: ir.Node, x: Value, then: Callable[[Value], N
     """Do with [N, C, 1, W] what the node does with [N, C, W]."""
     n, c, w = x.shape
     then(importer.dense(x).seen((n, c, 1, w)))
-    done = importer.dense(importer.result(node), node.outputs[0].name or "")
-    importer.set(node, done.seen((*done.shape[:2], done.shape[3])))
+    for index in range(1 + importer.more_outputs(node)):
+        done = importer.dense(importer.result(node, index), node.outputs[index].name or "")
+        importer.set(node, done.seen((*done.shape[:2], done.shape[3])), index)
 
 
 def conv(importer: Importer, node: ir.Node) -> None:

@@ -9,24 +9,64 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from colonnade.frontend.context import TYPES, Unsupported, exact, is_vector
+from colonnade.frontend.context import Unsupported, counting, exact, is_vector
 from colonnade.frontend.draft import Value
 from colonnade.frontend.importer import Handler, Importer
 from colonnade.frontend.ops_tokens import of_two, scale_and_shift, with_constant
-from colonnade.workload import FUNCTIONS, RELU, Activation, Affine, Array, Binary, Elementwise, Function, Unary
+from colonnade.workload import FUNCTIONS, RELU, Activation, Affine, Array, Binary, Elementwise, Function, Reduce, Unary
+
+Wide = npt.NDArray[np.float64]
 
 
 def batch_norm(importer: Importer, node: ir.Node) -> None:
     """BatchNormalization → into the convolution before it, else Affine."""
-    if node.attributes.get_int("training_mode", 0) or importer.more_outputs(node):
-        raise Unsupported("it is in training mode; export the model with .eval()")
     x = importer.value(node, 0)
     gamma, beta, mean, variance = (importer.numbers(node, 1 + i, "statistics").astype(np.float64) for i in range(4))
+    if node.attributes.get_int("training_mode", 0):
+        _batch_statistics(importer, node, x, gamma, beta, mean, variance)
+        return
+    if importer.more_outputs(node):
+        raise Unsupported("it is in training mode; export the model with .eval()")
     channels = x.shape[1] if len(x.shape) > 1 else 1
     if channels != gamma.size:
         raise Unsupported(f"{gamma.size} statistics do not fit shape {list(x.shape)}; expected [N, {gamma.size}, ...]")
     scale = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     per_channel_affine(importer, node, x, scale.astype(np.float32), (beta - mean * scale).astype(np.float32))
+
+
+def _batch_statistics(importer: Importer, node: ir.Node, x: Value, *parameters: Wide) -> None:
+    """BatchNormalization in training mode: by the mean and variance of the batch, which the running ones follow."""
+    gamma, beta, mean, variance = parameters
+    x = importer.dense(x)
+    rank, channels = len(x.shape), x.shape[1]
+    name = node.outputs[0].name or ""
+    order = [1, 0, *range(2, rank)]
+    tables = counting(x.shape)
+    moved = importer.take(node, x, [tables[i] for i in order])
+    count, column = prod(x.shape) // channels, (channels, 1)
+    matrix, wide = moved.seen((channels, count)), ((channels, count), (channels, 1))
+
+    def step(kind: str, a: Value, b: Value, index: int = 0) -> Value:
+        work = Elementwise(kind, (a.shape, b.shape))
+        return importer.dense_step(node, work, [a, b], work.shape, index=index)
+
+    def constant(numbers: Wide) -> Value:
+        return importer.brought(name, numbers.astype(np.float32).reshape(-1, 1))
+
+    average = importer.dense_step(node, Reduce("avg", channels, count, 1), [matrix], column)
+    less = step("sub", matrix, average)
+    square = importer.emit(node, Unary(Function("square"), wide[0]), [less], wide[0])
+    spread = importer.dense_step(node, Reduce("avg", channels, count, 1), [square], column)
+    momentum = node.attributes.get_float("momentum", 0.9)
+    for index, now, before in ((1, average, mean), (2, spread, variance)):
+        if index < len(node.outputs):
+            share = step("mul", now, constant(np.full(1, 1 - momentum)), index)
+            importer.set(node, step("add", share, constant(before * momentum), index).seen((channels,)), index)
+    epsilon = step("add", spread, constant(np.full(1, node.attributes.get_float("epsilon", 1e-5))))
+    deviation = importer.emit(node, Unary(Function("sqrt"), column), [epsilon], column)
+    done = step("add", step("mul", step("div", less, deviation), constant(gamma)), constant(beta)).seen(moved.shape)
+    back = counting(moved.shape)
+    importer.take(node, done, [back[order.index(i)] for i in range(rank)])
 
 
 def per_channel_affine(importer: Importer, node: ir.Node, x: Value, scale: Array, shift: Array) -> None:
@@ -95,9 +135,14 @@ def is_inf(importer: Importer, node: ir.Node) -> None:
 def swish(importer: Importer, node: ir.Node) -> None:
     """x * sigmoid(alpha * x)."""
     alpha = node.attributes.get_float("alpha", 1.0)
-    if alpha != 1.0:
-        raise Unsupported(f"alpha {alpha} is not supported; only 1")
-    function(importer, node, "silu")
+    if alpha == 1.0:
+        function(importer, node, "silu")
+        return
+    x = importer.dense(importer.value(node, 0))
+    factor = importer.brought(node.outputs[0].name or "", np.full(1, alpha, np.float32))
+    inner = importer.dense_step(node, Elementwise("mul", (x.shape, (1,))), [x, factor], x.shape)
+    gate = importer.emit(node, Unary(Function("sigmoid"), inner.placed_shape), [inner], inner.placed_shape, x.shape)
+    importer.dense_step(node, Elementwise("mul", (x.shape, x.shape)), [x, gate], x.shape)
 
 
 def power(importer: Importer, node: ir.Node) -> None:
@@ -115,9 +160,6 @@ def power(importer: Importer, node: ir.Node) -> None:
 
 def binary(importer: Importer, node: ir.Node, kind: str) -> None:
     """Add, Sub, Mul, Div, Max, Min → a fused residual, Binary, with constants Affine; else element by element."""
-    if kind == "div" and importer.is_integer(node):
-        elementwise(importer, node, "int_div")
-        return
     if len(node.inputs) == 1:
         importer.set(node, importer.value(node, 0))
         return
@@ -128,9 +170,7 @@ def binary(importer: Importer, node: ir.Node, kind: str) -> None:
     if any(c is not None for c in constants):
         index = 0 if constants[0] is not None else 1
         tokens, c = importer.tokens(node, 1 - index), constants[index]
-        if tokens is None or c is None or importer.is_integer(node):
-            pass
-        elif with_constant(importer, node, kind, tokens, exact(c), index == 0):
+        if tokens is not None and c is not None and with_constant(importer, node, kind, tokens, exact(c), index == 0):
             return
         if not _with_constant(importer, node, kind, importer.value(node, 1 - index), constants[index], index == 0):
             elementwise(importer, node, kind)
@@ -138,7 +178,9 @@ def binary(importer: Importer, node: ir.Node, kind: str) -> None:
     if of_two(importer, node, kind):
         return
     a, b = importer.value(node, 0), importer.value(node, 1)
-    if kind in ("add", "mul", "max", "min") and (b.width > a.width or (a.is_rows and not b.is_rows)):
+    if kind in ("add", "mul", "max", "min") and (
+        prod(b.shape) > prod(a.shape) or (a.shape == b.shape and a.is_rows and not b.is_rows)
+    ):
         a, b = b, a
     if a.shape == b.shape and len(a.shape) == 4 and not a.is_rows and b.is_rows:
         b = importer.in_planes(b)
@@ -165,6 +207,9 @@ def _chain(importer: Importer, node: ir.Node, kind: str) -> None:
 
 def mean(importer: Importer, node: ir.Node) -> None:
     """Mean of several arrays."""
+    if len(node.inputs) == 1:
+        importer.set(node, importer.value(node, 0))
+        return
     _chain(importer, node, "add")
     total = importer.result(node)
     count = np.full(1, 1 / len(node.inputs), np.float32)
@@ -227,8 +272,6 @@ def _with_constant(
     if c is None or pair is None:
         return False
     scale, shift = pair
-    if kind == "div" and (scale * c != 1).any() and importer.is_integer(node):
-        return False
     importer.affine(node, x, scale, shift)
     return True
 
@@ -271,29 +314,6 @@ def modulo(importer: Importer, node: ir.Node) -> None:
     elementwise(importer, node, "fmod" if node.attributes.get_int("fmod", 0) else "mod")
 
 
-def cast(importer: Importer, node: ir.Node) -> None:
-    """Cast: everything is computed in float32, so only what it rounds away is left to do."""
-    like = node.inputs[1].dtype if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    target = ir.DataType(node.attributes["to"].as_int()) if "to" in node.attributes else like
-    source = node.inputs[0].dtype if node.inputs[0] is not None else None
-    kind = TYPES.get(target) if target is not None else None
-    if target is None or kind is None or source is None or source not in TYPES:
-        raise Unsupported(f"from {source} to {target}: only between numbers and truths of 8 to 64 bits")
-    if kind == "bool" and source != ir.DataType.BOOL:
-        negate = Function("logical_not")
-        importer.activation(node, Activation(function=negate))
-        x = importer.result(node)
-        importer.emit(node, Unary(negate, x.placed_shape), [x], x.placed_shape, x.shape)
-    elif "int" in kind and TYPES[source].startswith("float"):
-        function(importer, node, "trunc")
-    elif "int" in kind and np.iinfo(kind).bits < 32 and TYPES[source] not in (kind, "bool"):
-        raise Unsupported(f"from {source} to {target}: what wraps around is not computed; use wider numbers")
-    elif kind == "float16" and source != target:
-        function(importer, node, "half")
-    else:
-        importer.set(node, importer.raw(node, 0))
-
-
 HANDLERS: dict[str, Handler] = {
     "BatchNormalization": batch_norm,
     "Relu": relu,
@@ -304,8 +324,6 @@ HANDLERS: dict[str, Handler] = {
     "Pow": power,
     "PRelu": prelu,
     "Mod": modulo,
-    "Cast": cast,
-    "CastLike": cast,
     "Gelu": gelu,
     "Swish": swish,
     "IsInf": is_inf,

@@ -12,7 +12,7 @@ from colonnade.frontend.draft import Value
 from colonnade.frontend.importer import Handler, Importer
 from colonnade.frontend.ops_conv import along, padding, pair
 from colonnade.frontend.ops_shape import view
-from colonnade.workload import GlobalPool, Pool2d, Reduce
+from colonnade.workload import GlobalPool, MaxIndices, Pool2d, Reduce
 
 
 def pool(importer: Importer, node: ir.Node, kind: str) -> None:
@@ -29,7 +29,7 @@ def pool(importer: Importer, node: ir.Node, kind: str) -> None:
 def _pool_3d(importer: Importer, node: ir.Node, x: Value, kind: str) -> None:
     """A window of three axes: first over rows and columns, then over the depth (maxima and means both allow it)."""
     if importer.more_outputs(node):
-        raise Unsupported("the indices of a maximum are not supported; remove their reader")
+        raise Unsupported("the indices of a maximum over three axes are not supported; remove their reader")
     n, c, d, h, w = x.shape
     kernel, stride, dilation = (
         importer.ints(node, name) or [1, 1, 1] for name in ("kernel_shape", "strides", "dilations")
@@ -60,8 +60,6 @@ def _pool_3d(importer: Importer, node: ir.Node, x: Value, kind: str) -> None:
 
 def _pool(importer: Importer, node: ir.Node, x: Value, kind: str) -> None:
     kernel, stride, dilation = (pair(importer, node, name) for name in ("kernel_shape", "strides", "dilations"))
-    if importer.more_outputs(node):
-        raise Unsupported("the indices of a maximum are not supported; remove their reader")
     if len(x.shape) != 4:
         raise Unsupported(f"expected an input [N, C, H, W], got shape {list(x.shape)}")
     x = importer.in_planes(x)
@@ -73,6 +71,9 @@ def _pool(importer: Importer, node: ir.Node, x: Value, kind: str) -> None:
     out = (n, c, workload.out_height, workload.out_width)
     if min(out) < 1:
         raise Unsupported(f"kernel {kernel} does not fit into the padded {h}x{w} input; use larger inputs")
+    if importer.more_outputs(node):
+        work = MaxIndices(workload, bool(node.attributes.get_int("storage_order", 0)))
+        importer.dense_step(node, work, [importer.dense(x)], out, index=1, dtype="int64")
     if kernel == (h, w) and out[2:] == (1, 1) and not any(pads) and dilation == (1, 1):
         importer.emit(node, GlobalPool(kind, n, c, h, w), [x], (n, c), out)
     else:

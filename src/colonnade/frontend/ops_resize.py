@@ -117,6 +117,7 @@ def resize(importer: Importer, node: ir.Node) -> None:
                 tables[i] = tables[i][nearest(positions(axis, transform), axis.size, rounding)]
         importer.take(node, x, tables)
         return
+    x = importer.narrowed(x)
     mode = mode.removeprefix("bi") if mode in ("bilinear", "bicubic") else mode
     if mode not in ("linear", "cubic"):
         raise Unsupported(f"mode {mode} is not known")

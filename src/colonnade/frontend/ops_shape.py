@@ -13,20 +13,33 @@ from colonnade.frontend.importer import Handler, Importer
 from colonnade.frontend.ops_tokens import concat_tokens
 from colonnade.frontend.tokens import Tokens
 from colonnade.workload import FILL, Convert, Elementwise, Join, Lookup, Zeros
+from colonnade.workload.typed import F32, WIDE, as_lanes, lanes
 
 Table = np.typing.NDArray[np.int64]
-# what reads planes for certain: an array that channels-last models transpose for them goes there at once
+# what reads planes for certain: an array that channels-last models transpose for them goes there at once; and what
+# would have planes written as dense arrays again
 PLANE_READERS = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"}
+DENSE_READERS = {"Flatten", "Gather", "Gemm", "LayerNormalization", "MatMul", "Reshape", "Softmax", "Transpose"}
+
+
+def _read_as_planes(value: ir.Value) -> bool:
+    kinds = {node.op_type for node, _ in value.uses()}
+    return bool(kinds & PLANE_READERS) and not kinds & DENSE_READERS and not value.is_graph_output()
 
 
 def identity(importer: Importer, node: ir.Node) -> None:
     """Identity, Dropout in inference mode."""
-    training = importer.constant(node, 2)
-    if node.op_type == "Dropout" and importer.has(node, 2) and (training is None or bool(np.asarray(training).any())):
-        raise Unsupported("it is in training mode; export the model with .eval()")
-    if importer.more_outputs(node):
-        raise Unsupported("its mask is not supported as an output; remove its reader")
-    importer.set(node, importer.raw(node, 0))
+    training, ratio = importer.constant(node, 2), importer.constant(node, 1)
+    kept = ratio is not None and not np.asarray(ratio, np.float32).any()  # nothing is dropped in training either
+    trained = importer.has(node, 2) and (training is None or bool(np.asarray(training).any()))
+    if node.op_type == "Dropout" and trained and (training is None or ratio is None):
+        raise Unsupported("its ratio and mode must be constant; export the model with .eval()")
+    if node.op_type == "Dropout" and trained and not kept:
+        raise Unsupported("it drops at random in training mode; export the model with .eval()")
+    x = importer.raw(node, 0)
+    if importer.more_outputs(node):  # the mask: all is kept
+        importer.set(node, importer.brought(node.outputs[1].name or "mask", np.ones(x.shape, np.float32)), 1)
+    importer.set(node, x)
 
 
 def view(importer: Importer, node: ir.Node, x: Value | Tokens, shape: tuple[int, ...]) -> None:
@@ -97,7 +110,7 @@ def transpose(importer: Importer, node: ir.Node) -> None:
     if isinstance(x, Tokens):
         importer.set(node, x.transposed(order))
         return
-    if order == [0, 3, 1, 2] and {user.op_type for user, _ in node.outputs[0].uses()} <= PLANE_READERS:
+    if order == [0, 3, 1, 2] and x.is_rows and x.dtype == F32 and _read_as_planes(node.outputs[0]):
         n, h, w, c = x.shape
         planes = Tensor(node.outputs[0].name or node.op_type, shape)
         tables = counting(x.shape)
@@ -140,7 +153,11 @@ def concat(importer: Importer, node: ir.Node) -> None:
     shape = (*shapes[0][:axis], total, *shapes[0][axis + 1 :])
     if any(s[:axis] + s[axis + 1 :] != shapes[0][:axis] + shapes[0][axis + 1 :] for s in shapes):
         raise Unsupported(f"shapes {', '.join(str(list(s)) for s in shapes)} do not fit together")
-    importer.dense_step(node, Join(tuple(shapes), axis), parts, shape)
+    kind = next((part.dtype for part in parts if part.dtype != F32), F32)
+    if kind != F32:  # as lanes, one or two an element
+        parts = [importer.converted(part, kind, node.outputs[0].name or "") for part in parts]
+        shapes = [(*part, lanes(kind)) for part in shapes]
+    importer.dense_step(node, Join(tuple(shapes), axis), parts, shape, dtype=kind)
 
 
 def split(importer: Importer, node: ir.Node) -> None:
@@ -180,15 +197,17 @@ def gather(importer: Importer, node: ir.Node) -> None:
 
 
 def _lookup(importer: Importer, node: ir.Node, axis: int) -> None:
-    index, table = importer.array(node, 1), importer.constant(node, 0)
+    index, table = importer.narrowed(importer.array(node, 1)), importer.constant(node, 0)
     data = None if table is not None else importer.array(node, 0)
+    kind = data.dtype if data is not None else str(table.dtype) if table is not None else ""
+    kind = kind if kind in WIDE else F32
     shape = tuple(table.shape) if table is not None else data.shape if data is not None else ()
     axis %= len(shape)
-    outer, inner = prod(shape[:axis]), prod(shape[axis + 1 :])
+    outer, inner = prod(shape[:axis]), prod(shape[axis + 1 :]) * lanes(kind)
     work = Lookup(outer, shape[axis], inner, prod(index.shape), table is not None)
-    constants = {} if table is None else {"table": exact(table)}
+    constants = {} if table is None else {"table": exact(table) if kind == F32 else as_lanes(table, kind)}
     inputs = [index] if data is None else [index, data]
-    importer.dense_step(node, work, inputs, (*shape[:axis], *index.shape, *shape[axis + 1 :]), constants)
+    importer.dense_step(node, work, inputs, (*shape[:axis], *index.shape, *shape[axis + 1 :]), constants, dtype=kind)
 
 
 def _pick(

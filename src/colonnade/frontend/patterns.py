@@ -95,6 +95,23 @@ def hard_swish(node: ir.Node) -> Match | None:
     return None
 
 
+def hard_sigmoid(node: ir.Node) -> Match | None:
+    """clip(x + 3, 0, 6) / 6."""
+    inner = None
+    if node.op_type == "Mul":
+        inner = next(
+            (v for v, c in sides(node) if (n := number(c)) is not None and isclose(n, 1 / 6, rel_tol=1e-4)), None
+        )
+    elif node.op_type == "Div" and (n := number(node.inputs[1])) is not None and isclose(n, 6.0, rel_tol=1e-4):
+        inner = node.inputs[0]
+    clip = made_by(inner, "Clip")
+    if clip is not None and len(clip.inputs) > 2 and number(clip.inputs[1]) == 0 and number(clip.inputs[2]) == 6:
+        x = plus(clip.inputs[0], 3.0)
+        if x is not None:
+            return "HardSigmoid", x, {"alpha": 1 / 6, "beta": 0.5}
+    return None
+
+
 def _relu6_of(value: ir.Value, x: ir.Value) -> bool:
     clip = made_by(value, "Clip")
     if clip is None or len(clip.inputs) < 3 or number(clip.inputs[1]) != 0 or number(clip.inputs[2]) != 6:
@@ -194,7 +211,7 @@ def _last_axis(node: ir.Node) -> bool:
     return bool(node.attributes.get_int("keepdims", 1)) and axes is not None and [a % rank for a in axes] == [rank - 1]
 
 
-PATTERNS: tuple[Pattern, ...] = (silu, hard_swish, mish, gelu, layer_norm)
+PATTERNS: tuple[Pattern, ...] = (silu, hard_swish, hard_sigmoid, mish, gelu, layer_norm)
 
 
 def recognise(model: ir.Model) -> None:

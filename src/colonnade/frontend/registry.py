@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from colonnade.frontend import ops_conv, ops_dense, ops_pointwise, ops_pool, ops_resize, ops_shape, ops_transposed
+from colonnade.frontend import (
+    ops_conv,
+    ops_dense,
+    ops_pointwise,
+    ops_pool,
+    ops_resize,
+    ops_shape,
+    ops_transposed,
+    ops_typed,
+)
 from colonnade.frontend.importer import Handler
 
 HANDLERS: dict[str, Handler] = {
@@ -13,4 +22,6 @@ HANDLERS: dict[str, Handler] = {
     **ops_shape.HANDLERS,
     **ops_dense.HANDLERS,
     **ops_resize.HANDLERS,
+    **ops_typed.CASTS,
 }
+TYPED: dict[str, Handler] = ops_typed.HANDLERS  # the same operators on whole numbers and on float64

@@ -74,10 +74,22 @@ class Operator:
 
 def rows() -> dict[str, Operator]:
     """All operators by ``Workload.op``."""
-    from colonnade.kernels.ops import conv, convert, dense, linear, pointwise, pool, resample, tokens, transposed, unary
+    from colonnade.kernels.ops import (
+        conv,
+        convert,
+        dense,
+        linear,
+        pointwise,
+        pool,
+        resample,
+        tokens,
+        transposed,
+        typed,
+        unary,
+    )
 
     table = (*conv.ROWS, *linear.ROWS, *pool.ROWS, *pointwise.ROWS, *convert.ROWS, *unary.ROWS, *transposed.ROWS)
-    table += (*dense.ROWS, *resample.ROWS, *tokens.ROWS)
+    table += (*dense.ROWS, *resample.ROWS, *tokens.ROWS, *typed.ROWS)
     return {row.op: row for row in table}
 
 

@@ -5,7 +5,6 @@ from colonnade.workload.conv import Conv2d, Reach, im2col, matrix, unmatrix
 from colonnade.workload.convert import Convert, Zeros
 from colonnade.workload.dense import (
     FILL,
-    Cast,
     Constant,
     Elementwise,
     Join,
@@ -20,15 +19,17 @@ from colonnade.workload.dense import (
 from colonnade.workload.function import FUNCTIONS, Function
 from colonnade.workload.linear import Linear
 from colonnade.workload.pointwise import Affine, Binary, Softmax, Unary
-from colonnade.workload.pool import GlobalPool, Pool2d
+from colonnade.workload.pool import GlobalPool, MaxIndices, Pool2d
 from colonnade.workload.resample import Lrn, Resample
 from colonnade.workload.tokens import ChannelNorm, ChannelSoftmax, PlaneProduct, Reorder
 from colonnade.workload.transposed import ConvTranspose2d, Interleave
+from colonnade.workload.typed import Cast, TypedElementwise, TypedMatMul, TypedReduce
 
 __all__ = [
     "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "ChannelNorm",
     "ChannelSoftmax", "Constant", "Conv2d", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue", "Function",
-    "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "Normalise", "PlaneProduct", "Pool2d",
-    "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "Unary", "Workload", "Zeros", "activation_of",
+    "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "MaxIndices", "Normalise", "PlaneProduct",
+    "Pool2d", "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "TypedElementwise", "TypedMatMul",
+    "TypedReduce", "Unary", "Workload", "Zeros", "activation_of",
     "digest", "evaluate", "im2col", "matrix", "spread", "unmatrix",
 ]  # fmt: skip

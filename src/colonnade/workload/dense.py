@@ -101,7 +101,6 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "fmod": np.fmod,
     "mod": np.mod,
     "div_or_zero": lambda a, b: np.where(b == 0, 0, a / np.where(b == 0, 1, b)),
-    "int_div": lambda a, b: np.trunc(a.astype(np.float64) / b),
     "equal": np.equal,
     "less": np.less,
     "less_equal": np.less_equal,
@@ -242,21 +241,3 @@ class Lookup(Workload):
         picked = index.reshape(-1).astype(np.int64)
         picked = np.clip(np.where(picked < 0, picked + self.size, picked), 0, self.size - 1)
         return np.ascontiguousarray(data.reshape(self.outer, self.size, self.inner)[:, picked])
-
-
-@dataclass(frozen=True)
-class Cast(Workload):
-    """The user's array of another type to f32 (``import``) or back (``export``); numpy names.
-
-    Whole numbers are exact up to 2^24, the largest that f32 holds.
-    """
-
-    op: ClassVar[str] = "cast"
-    kind: str
-    shape: tuple[int, ...]
-    type: str
-    dtype: str = "f32"
-
-    def reference(self, x: Any, *_: Any) -> Any:
-        """The same values."""
-        return x.astype(np.float32 if self.kind == "import" else np.dtype(self.type)).reshape(self.shape)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from colonnade.workload import small
+
 Wide = npt.NDArray[np.float64]
 
 
@@ -37,8 +39,19 @@ def _softplus(x: Wide) -> Wide:
     return np.asarray(np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))))
 
 
+Definition = Callable[[Wide, float, float], Any]
+
+
+def _to_float(kind: small.SmallFloat) -> Definition:
+    return lambda x, a, b: small.to_float(x, kind, a)
+
+
+def _to_integer(name: str, bits: int) -> Definition:
+    return lambda x, a, b: small.to_integer(x, bits, not name.startswith("u"))
+
+
 # name: (definition in float64 of x, a and b; a and b when none are given)
-FUNCTIONS: dict[str, tuple[Callable[[Wide, float, float], Any], float, float]] = {
+FUNCTIONS: dict[str, tuple[Definition, float, float]] = {
     "abs": (lambda x, a, b: np.abs(x), 0, 0),
     "acos": (lambda x, a, b: np.arccos(x), 0, 0),
     "acosh": (lambda x, a, b: np.arccosh(x), 0, 0),
@@ -84,6 +97,11 @@ FUNCTIONS: dict[str, tuple[Callable[[Wide, float, float], Any], float, float]] =
     "trunc": (lambda x, a, b: np.trunc(x), 0, 0),
     "is_inf": (lambda x, a, b: ((x == np.inf) & (a != 0)) | ((x == -np.inf) & (b != 0)), 1, 1),
     "is_nan": (lambda x, a, b: np.isnan(x), 0, 0),
+    # rounding to a type that float32 holds; a: what is too large becomes the largest number
+    "to_bool": (lambda x, a, b: x != 0, 0, 0),
+    f"to_{small.POWERS}": (small.to_power, 1, 0),
+    **{f"to_{name}": (_to_float(kind), 0, 0) for name, kind in small.FLOATS.items()},
+    **{f"to_{name}": (_to_integer(name, bits), 0, 0) for name, bits in small.INTEGERS.items()},
 }
 
 

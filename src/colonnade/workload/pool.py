@@ -9,6 +9,7 @@ import numpy as np
 
 from colonnade.workload.base import Array, Workload
 from colonnade.workload.conv import out_size
+from colonnade.workload.typed import as_lanes
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Pool2d(Workload):
         oh, ow = self.out_height, self.out_width
         out = np.empty((self.batch, self.channels, oh, ow), np.float32)
         for i in range(oh):
-            rows, row_count = self._window(i, 0, self.height)
+            rows, row_count = self.window(i, 0, self.height)
             for j in range(ow):
-                columns, column_count = self._window(j, 1, self.width)
+                columns, column_count = self.window(j, 1, self.width)
                 window = x[:, :, rows][:, :, :, columns]
                 if self.kind == "max":
                     out[:, :, i, j] = window.max(axis=(2, 3), initial=-np.inf)
@@ -68,7 +69,7 @@ class Pool2d(Workload):
                     out[:, :, i, j] = window.sum(axis=(2, 3), dtype=np.float64) / max(count, 1)
         return out
 
-    def _window(self, index: int, axis: int, size: int) -> tuple[list[int], int]:
+    def window(self, index: int, axis: int, size: int) -> tuple[list[int], int]:
         """Positions of one window inside the input, and their number when padding counts."""
         first = index * self.stride[axis] - self.padding[axis]
         taps = [first + t * self.dilation[axis] for t in range(self.kernel[axis])]
@@ -94,3 +95,33 @@ class GlobalPool(Workload):
         reduce: np.ufunc = np.maximum if self.kind == "max" else np.add
         y = reduce.reduce(wide, axis=(2, 3)) / (self.height * self.width if self.kind == "avg" else 1)
         return np.asarray(y, np.float32)
+
+
+@dataclass(frozen=True)
+class MaxIndices(Workload):
+    """Where in the whole array x [N, C, H, W] the maximum of every window of ``pool`` stands: int64 [N, C, OH, OW].
+
+    The first of equal ones, row by row. ``column_major``: a plane's elements are counted column by column.
+    """
+
+    op: ClassVar[str] = "max_indices"
+    pool: Pool2d
+    column_major: bool = False
+    dtype: str = "f32"
+
+    def reference(self, x: Array, *_: Any) -> Array:
+        """Lanes of int64 [N, C, OH, OW]"""
+        pool = self.pool
+        n, c, h, w = pool.batch, pool.channels, pool.height, pool.width
+        x = x.reshape(n, c, h, w)
+        places = np.arange(h * w).reshape((w, h) if self.column_major else (h, w))
+        places = places.T if self.column_major else places
+        out = np.empty((n, c, pool.out_height, pool.out_width), np.int64)
+        for i in range(pool.out_height):
+            rows = pool.window(i, 0, h)[0]
+            for j in range(pool.out_width):
+                columns = pool.window(j, 1, w)[0]
+                best = x[:, :, rows][:, :, :, columns].reshape(n, c, -1).argmax(-1)
+                out[:, :, i, j] = places[np.ix_(rows, columns)].reshape(-1)[best]
+        out += np.arange(n * c).reshape(n, c, 1, 1) * h * w
+        return as_lanes(out, "int64")

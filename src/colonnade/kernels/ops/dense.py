@@ -8,14 +8,13 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Arena, Call, Const, External, Field
+from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed, Planes, Rows
 from colonnade.workload import (
-    Cast,
     Constant,
     Elementwise,
     Join,
@@ -126,11 +125,6 @@ LOOKUP = Struct(
         Member("count", "u32"),
     ),
 )
-CAST = Struct(
-    "cn_cast",
-    "Numbers of one type as those of another.",
-    (Member("x", "const void *"), Member("y", "void *"), Member("count", "u32")),
-)
 EXPRESSIONS = {
     "add": "a + b",
     "sub": "a - b",
@@ -143,7 +137,6 @@ EXPRESSIONS = {
     "fmod": "__builtin_fmodf(a, b)",
     "mod": "__builtin_fmodf(a, b) + (__builtin_fmodf(a, b) * b < 0.0f ? b : 0.0f)",
     "div_or_zero": "b == 0.0f ? 0.0f : a / b",
-    "int_div": "__builtin_truncf(a / b)",
     "equal": "a == b ? 1.0f : 0.0f",
     "less": "a < b ? 1.0f : 0.0f",
     "less_equal": "a <= b ? 1.0f : 0.0f",
@@ -156,11 +149,6 @@ EXPRESSIONS = {
 }
 REDUCTIONS = ("sum", "avg", "max", "min", "prod", "l1", "l2", "sumsq", "logsum", "logsumexp")
 MATMUL_SHAPES = ((4, 2), (6, 2), (8, 1), (1, 4))
-C_TYPES = {
-    "bool": "uint8_t", "int8": "int8_t", "uint8": "uint8_t", "int16": "int16_t", "uint16": "uint16_t",
-    "int32": "int32_t", "uint32": "uint32_t", "int64": "int64_t", "uint64": "uint64_t",
-    "float16": "_Float16", "float64": "double",
-}  # fmt: skip
 
 
 def _symbol(name: str, isa: Isa) -> str:
@@ -450,9 +438,6 @@ def _normalise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...
     return (Call(candidate.kernel, NORMALISE.name, fields),)
 
 
-# --- tables of the user's and other types -----------------------------------------------------------------------------
-
-
 def _lookup_variants(isa: Isa) -> Iterator[Variant]:
     yield Variant(_symbol("lookup", isa), "lookup.c.in", {"NV": 1})
 
@@ -472,32 +457,6 @@ def _lookup_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     return (Call(candidate.kernel, LOOKUP.name, fields),)
 
 
-def _cast_variants(isa: Isa) -> Iterator[Variant]:
-    for name, kind in C_TYPES.items():
-        plain = {"NV": 1, "FROM": kind, "TO": "float", "TRUTH": 0}
-        back = {"NV": 1, "FROM": "float", "TO": kind, "TRUTH": int(name == "bool")}
-        yield Variant(_symbol(f"from_{name}", isa), "cast.c.in", plain)
-        yield Variant(_symbol(f"to_{name}", isa), "cast.c.in", back)
-
-
-def _cast_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    work = operands.workload
-    assert isinstance(work, Cast)
-    yield Candidate(_symbol(f"{'from' if work.kind == 'import' else 'to'}_{work.type}", isa))
-
-
-def _cast_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
-    work, y = operands.workload, operands.output
-    assert isinstance(work, Cast)
-    outside = External(operands.external)
-    fields: dict[str, Field] = {
-        "x": outside if y is not None else _at(operands.inputs[0]),
-        "y": _at(y) if y is not None else outside,
-        "count": prod(work.shape),
-    }
-    return (Call(candidate.kernel, CAST.name, fields),)
-
-
 ROWS: tuple[Operator, ...] = (
     Operator("take", (TAKE,), take_variants, take_candidates, take_bind),
     Operator("join", (TAKE,), take_variants, take_candidates, _join_bind),
@@ -507,5 +466,4 @@ ROWS: tuple[Operator, ...] = (
     Operator("matmul", (MATMUL,), matmul_variants, _matmul_candidates, _matmul_bind),
     Operator("normalise", (NORMALISE,), _normalise_variants, _normalise_candidates, _normalise_bind),
     Operator("lookup", (LOOKUP,), _lookup_variants, _lookup_candidates, _lookup_bind),
-    Operator("cast", (CAST,), _cast_variants, _cast_candidates, _cast_bind),
 )

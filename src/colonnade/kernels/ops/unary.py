@@ -11,6 +11,7 @@ from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed, Rows
 from colonnade.workload import Function, Unary
+from colonnade.workload.small import FLOATS, INTEGERS, POWERS, SmallFloat
 
 UNARY = Struct(
     "cn_unary",
@@ -54,6 +55,19 @@ VECTOR = {
     "square": "vec@_mul(x, x, vl)",
     "tanh": "cn_tanh@(x, vl)",
 }
+
+
+def _rounded(kind: SmallFloat) -> str:
+    """To the nearest number of that type; without a NaN, -0 stands for none."""
+    over = "__builtin_inff()" if kind.infinite else '__builtin_nanf("")'
+    most = f"{kind.most.hex()}f"
+    beyond = f"a != 0.0f ? {most} : {over}" if kind.nan else most
+    call = f"cn_small_float(x, {kind.mantissa}, {kind.least}, {most}, {beyond})"
+    if not kind.nan:
+        call = f"x != x ? -0.0f : {call}"
+    return call if kind.negative_zero else f"0.0f + {call}"
+
+
 # C expressions of x, a and b, one element at a time
 SCALAR = {
     **{name: f"__builtin_{name}f(x)" for name in (
@@ -72,6 +86,10 @@ SCALAR = {
     "logical_not": "x == 0.0f ? 1.0f : 0.0f",
     "is_inf": "(x == __builtin_inff() && a != 0.0f) || (x == -__builtin_inff() && b != 0.0f) ? 1.0f : 0.0f",
     "is_nan": "x != x ? 1.0f : 0.0f",
+    "to_bool": "x != 0.0f ? 1.0f : 0.0f",
+    f"to_{POWERS}": "cn_small_power(x, a != 0.0f, (int)b)",
+    **{f"to_{name}": _rounded(kind) for name, kind in FLOATS.items()},
+    **{f"to_{n}": f"cn_small_integer(x, {bits}, {int(not n.startswith('u'))})" for n, bits in INTEGERS.items()},
 }  # fmt: skip
 
 
