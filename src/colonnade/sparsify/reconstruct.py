@@ -41,10 +41,10 @@ class Schedule:
     epochs: int = 8
     lr: float = 0.03
     batch: int = 32
-    joint_epochs: int = 0
+    joint_epochs: int = 6
     joint_lr: float = 0.01
     answers: float = 0.0
-    zoom: float = 0.5
+    zoom: float = 0.0
     mirror: bool = True
     seed: int = 0
 
