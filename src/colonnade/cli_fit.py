@@ -209,7 +209,7 @@ def _print(found: Fit, model: Path) -> None:
     for heading in (f"ms, {timed}", "speed", "work left", "top-1" if found.labelled else "", "lost", "same answers"):
         if heading:
             table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("bundle", overflow="fold")
+    table.add_column(f"bundle in {found.folder}", overflow="fold")
     for point in found.points:
         at = point.record
         cells = [
@@ -223,7 +223,7 @@ def _print(found: Fit, model: Path) -> None:
         else:
             share = "" if point is dense else f"at most {100 * point.loss:.1f}"
             cells.append(share)
-        cells += [f"{100 * at['agreement']:.1f} %", at["bundle"]]
+        cells += [f"{100 * at['agreement']:.1f} %", str(Path(at["bundle"]).relative_to(found.folder))]
         table.add_row(*cells, style="bold" if best is not None and point is best else None)
     out.print(table)
     for note in found.notes:

@@ -155,6 +155,8 @@ class _Rest:
         made.functions.extend(chain.model.functions)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Threads that wait sleep: spinning, they take the cores from others and from each other.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = onnxruntime.InferenceSession(made.SerializeToString(), options, ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has its own exception for every kind
