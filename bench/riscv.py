@@ -1,24 +1,29 @@
 """Every convolution of ResNet-50 on a RISC-V core nobody has at hand: XNNPACK dense beside ours dense and pruned.
 
-    python bench/riscv.py [--model x60] [--sparsity 0,0.5,0.75,0.875] [--layers 3x3,1x1] [--candidates 3] [--json FILE]
-                           [--sensitivity]
+    python bench/riscv.py [--model x60] [--sparsity 0,0.5,0.75,0.875] [--layers 3x3,1x1] [--candidates 3] [--cores 4]
+                           [--jobs 2] [--json FILE] [--sensitivity]
 
 All figures are **modelled** (docs/machine-models.md): the programs run under an instrumented QEMU. XNNPACK is Debian
 trixie's riscv64 package, fetched by apt with folders of its own into the cache and run from there; nothing of it is
 kept in this repository. Ours are the best of a few candidates of the static ranking, each checked against numpy first.
-`bound` is what the vector units alone need for the arithmetic that was executed; the rest are stalls.
+`bound` is what the vector units alone need for the arithmetic that was executed; the rest are stalls. Results stay in
+the cache, so that after a change only what it touches is run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +36,10 @@ from colonnade.layout import Layout, Panels, Planes, place, round_up
 from colonnade.machine import Instrument, Model, read
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Step
-from colonnade.targets.model import Modelled
-from colonnade.tune.job import Run, problem
-from colonnade.tune.measure import Harness, Measurement
+from colonnade.targets.model import Modelled as Target
+from colonnade.tune.job import Problem, Run, encode, problem
+from colonnade.tune.measure import Harness
+from colonnade.tune.tuner import source_digest
 from colonnade.workload import RELU, Conv2d, Epilogue, unmatrix
 
 SUITE = "trixie"
@@ -117,26 +123,85 @@ def step(layer: Layer, sparsity: float, seed: int = 0) -> Step:
     return Step(layer.name, conv, (x,), y, constants)
 
 
-def ours(model: Model, layer: Layer, sparsity: float, tried: int) -> tuple[float, str]:
-    """Modelled cycles of the best of ``tried`` candidates, and its key."""
-    target = Modelled(model.key)
+@dataclass(frozen=True)
+class Modelled:
+    """What a model says of one layer, of all cores: ``cycles`` of the slowest, ``bound``: what the vector units alone
+    need; bytes from and to memory. ``chosen``: the candidate."""
+
+    cycles: float
+    bound: float
+    read_bytes: int
+    written_bytes: int
+    chosen: str = ""
+
+
+def kept(key: str, parts: Iterable[str], make: Callable[[], Modelled]) -> Modelled:
+    """The result of ``make`` for these inputs, from the cache where they were met before."""
+    digest = hashlib.sha256("\0".join([key, *parts]).encode()).hexdigest()
+    path = Path(platformdirs.user_cache_dir("colonnade")) / "riscv" / f"{digest}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        aside.write_text(json.dumps(asdict(make())))
+        aside.rename(path)
+    return Modelled(**json.loads(path.read_text()))
+
+
+def instrument() -> list[str]:
+    """What all modelled figures depend on besides the model's numbers."""
+    folder = resources.files("colonnade.machine") / "c"
+    return [f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith((".c", ".h"))]
+
+
+def ours(model: Model, layer: Layer, sparsity: float, tried: int, cores: int) -> Modelled:
+    """The best of ``tried`` candidates, each checked against numpy."""
     rvv = isa("rvv")
     made = step(layer, sparsity)
-    candidates = registry.candidates(made, rvv, 1)[:tried]
-    found: list[tuple[float, str]] = []
+    prepared: list[Problem] = []
 
-    def record(index: int, result: Measurement) -> None:
-        if result.outcome != "ok":
-            print(f"{layer.name}: {candidates[index].key()}: {result.outcome} {result.detail}", file=sys.stderr)
-        elif result.reps:
-            found.append((min(result.reps) * model.ghz, candidates[index].key()))
+    def run(candidate: registry.Candidate) -> Modelled:
+        if not prepared:
+            prepared.append(problem(made, model.vlen // 32))
+        calls = registry.bind(prepared[0].step, candidate)
+        variants = {call.kernel: registry.variants(rvv)[call.kernel] for call in calls}
+        program = Harness(Target(model.key), rvv, cores, variants=variants).program
+        # the limit is in seconds of the emulation, the one repetition in modelled time
+        runs = [Run(0, check=True, least=1, most=1, budget_ns=1, limit_s=3000)]
+        flush = int(model["l2.size"]) // cores
+        with tempfile.TemporaryDirectory() as work:
+            (Path(work) / "job").write_bytes(encode(prepared[0], [calls], runs, cores, flush))
+            report = Instrument(model, cores=cores).run(program, ["job"], timeout=3600, folder=Path(work))
+        if not report.outcome.ok or "wrong" in report.outcome.stdout:
+            raise SystemExit(f"{layer.name}: {candidate.key()}: {report.outcome.describe()} {report.outcome.stdout}")
+        last = replace(report, threads=tuple({**t, **t["last"]} for t in report.threads))
+        memory = last.memory()
+        return Modelled(
+            last.regions[-1], last.bound(model), memory["read_bytes"], memory["written_bytes"], candidate.key()
+        )
 
-    # the limit is in seconds of the emulation, the repetition in modelled time
-    runs = [Run(i, check=True, least=1, most=1, budget_ns=1, limit_s=3000) for i in range(len(candidates))]
-    Harness(target, rvv, 1).run(problem(made), candidates, runs, record)
-    if not found:
-        raise SystemExit(f"{layer.name}: no candidate gave a right result")
-    return min(found)
+    found = []
+    for candidate in registry.candidates(made, rvv, cores)[:tried]:
+        sources = [source_digest("conv2d", candidate.kernel, rvv), *instrument(), model.text(cores)]
+        harness = (resources.files("colonnade.runtime") / "harness.c").read_text()
+        key = f"{layer} {sparsity} {candidate.key()} {cores}"
+        found.append(kept(key, [*sources, harness], lambda c=candidate: run(c)))
+    return min(found, key=lambda m: m.cycles)
+
+
+def lanes_bound(layer: Layer, sparsity: float, vlen: int) -> float:
+    """Cycles of the multiply-adds on kept weights alone, one register of one row a cycle, halos and last vectors
+    counted."""
+    lanes = step(layer, 0.0).output.grid.lanes
+    per_group = (
+        ColumnPattern(sparsity, tile=8).kept(layer.ic * layer.kernel**2) if sparsity else layer.ic * layer.kernel**2
+    )
+    return layer.oc * per_group * -(-lanes // (vlen // 32))
+
+
+def im2col_bytes(layer: Layer) -> int:
+    """What the published design moves through memory: the im2col matrix written and read, weights and output once."""
+    pixels, k = (layer.size // layer.stride) ** 2, layer.ic * layer.kernel**2
+    return 4 * (2 * k * pixels + layer.oc * k + layer.oc * pixels)
 
 
 def fetch(folder: Path) -> Path:
@@ -184,19 +249,18 @@ def xnnpack(root: Path, folder: Path) -> Path:
     return program
 
 
-@dataclass
-class Row:
-    """Modelled cycles of one layer. ``bound``: XNNPACK's vector units alone; ``stalls``: the rest of its time."""
+def peer(model: Model, layer: Layer, root: Path, program: Path, source: str) -> Modelled:
+    """XNNPACK's dense convolution on one core, its second inference."""
+    words = [layer.ic, layer.oc, layer.size, layer.kernel, layer.stride, layer.kernel // 2, 1]
 
-    layer: str
-    count: int
-    macs: int
-    xnnpack: float
-    bound: float
-    stalls: float
-    read_bytes: int
-    ours: dict[str, float]
-    chosen: dict[str, str]
+    def run() -> Modelled:
+        report = Instrument(model, root=root).run(program, [str(w) for w in words], timeout=3600)
+        if not report.outcome.ok:
+            raise SystemExit(f"XNNPACK: {layer.name}: {report.outcome.describe()}")
+        memory = report.memory()
+        return Modelled(report.cycles, report.bound(model), memory["read_bytes"], memory["written_bytes"])
+
+    return kept(f"xnnpack {words}", [source, *instrument(), model.text()], run)
 
 
 def main() -> None:
@@ -205,52 +269,82 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0,0.5,0.75,0.875")
     parser.add_argument("--layers", default="", help="only layers whose name contains one of these, comma-separated")
     parser.add_argument("--candidates", type=int, default=3)
+    parser.add_argument("--cores", type=int, default=1, help="that work together, with one L2 and one memory")
+    parser.add_argument("--jobs", type=int, default=1, help="layers that are run at once")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sensitivity", action="store_true", help="what the assumed numbers do to XNNPACK's figures")
     options = parser.parse_args()
     model = read(options.model)
     levels = [float(x) for x in options.sparsity.split(",")]
-    folder = Path(platformdirs.user_cache_dir("colonnade")) / "xnnpack-riscv64"
-    root = fetch(folder)
-    rows = []
-    print(f"modelled on {model.name} ({model.chip}, VLEN {model.vlen}, {model.ghz:g} GHz), Mcycles, one core")
+    root = fetch(Path(platformdirs.user_cache_dir("colonnade")) / "xnnpack-riscv64")
+    merged: dict[Layer, int] = {}
+    for layer in resnet50():
+        shape = replace(layer, count=1)
+        merged[shape] = merged.get(shape, 0) + layer.count
+    chosen = [x for x in merged if not options.layers or any(part in x.name for part in options.layers.split(","))]
+    cores = f"{options.cores} cores" if options.cores > 1 else "one core"
+    print(f"modelled on {model.name} ({model.chip}, VLEN {model.vlen}, {model.ghz:g} GHz), Mcycles, {cores}")
+    print("(XNNPACK dense on one core; its bound: what its vector units alone need, the rest are stalls)")
     head = "".join(f"{f'{100 * s:g} %':>9}" for s in levels)
-    print(f"{'layer':26}{'×':>3}{'XNNPACK':>9}{'bound':>9}{head}")
-    with tempfile.TemporaryDirectory() as work:
+    print(f"{'layer':22}{'in → out':>16}{'×':>3}{'XNNPACK':>9}{'bound':>9}{head}", flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(options.jobs) as pool:
         program = xnnpack(root, Path(work))
-        merged: dict[Layer, int] = {}
-        for layer in resnet50():
-            shape = Layer(1, layer.ic, layer.oc, layer.size, layer.kernel, layer.stride)
-            merged[shape] = merged.get(shape, 0) + layer.count
-        for layer, count in merged.items():
-            if options.layers and not any(part in layer.name for part in options.layers.split(",")):
-                continue
-            words = [layer.ic, layer.oc, layer.size, layer.kernel, layer.stride, layer.kernel // 2, 1]
-            report = Instrument(model, root=root).run(program, [str(w) for w in words], timeout=3600)
-            if not report.outcome.ok:
-                raise SystemExit(f"XNNPACK: {layer.name}: {report.outcome.describe()}")
-            row = Row(layer.name, count, layer.macs, report.cycles, report.bound(model), report.cycles
-                      - report.bound(model), report.memory()["read_bytes"], {}, {})  # fmt: skip
-            for level in levels:
-                sparsity = 0.0 if layer.kernel == 7 else level  # the stem stays dense
-                row.ours[f"{level:g}"], row.chosen[f"{level:g}"] = ours(model, layer, sparsity, options.candidates)
-            rows.append(row)
+        source = Path(__file__).with_name("xnnpack_conv.c").read_text()
+
+        def one(layer: Layer) -> tuple[Modelled, list[Modelled]]:
+            sparse = [0.0 if layer.kernel == 7 else level for level in levels]  # the stem stays dense
+            mine = [ours(model, layer, s, options.candidates, options.cores) for s in sparse]
+            return peer(model, layer, root, program, source), mine
+
+        for layer, (theirs, mine) in zip(chosen, pool.map(one, chosen), strict=True):
+            cells = "".join(f"{m.cycles / 1e6:9.2f}" for m in mine)
+            way = f"{layer.source} → {layer.target}"
+            figures = f"{theirs.cycles / 1e6:9.2f}{theirs.bound / 1e6:9.2f}"
+            print(f"{layer.name:22}{way:>16}{merged[layer]:3}{figures}{cells}", flush=True)
+            rows.append((layer, merged[layer], theirs, mine))
             if options.sensitivity:
+                words = [layer.ic, layer.oc, layer.size, layer.kernel, layer.stride, layer.kernel // 2, 1]
                 for name, low, high, _ in Instrument(model, root=root).sensitivity(program, [str(w) for w in words]):
                     span = dict(model.assumed())[name]
                     print(f"    {name} (assumed) {span[0]:g}…{span[1]:g}: XNNPACK ×{low:.2f}…{high:.2f}", flush=True)
-            cells = "".join(f"{row.ours[f'{s:g}'] / 1e6:9.2f}" for s in levels)
-            print(f"{layer.name:26}{count:3}{row.xnnpack / 1e6:9.2f}{row.bound / 1e6:9.2f}{cells}", flush=True)
-    total = sum(r.xnnpack * r.count for r in rows)
-    bound = sum(r.bound * r.count for r in rows)
-    sums = {f"{s:g}": sum(r.ours[f"{s:g}"] * r.count for r in rows) for s in levels}
-    cells = "".join(f"{sums[f'{s:g}'] / 1e6:9.1f}" for s in levels)
-    print(f"{'sum':26}{'':3}{total / 1e6:9.1f}{bound / 1e6:9.1f}{cells}")
-    for label, peer in (("× XNNPACK, modelled", total), ("× XNNPACK at its vector limit", bound)):
-        print(f"{label:38}{'':9}" + "".join(f"{peer / sums[f'{s:g}']:9.2f}" for s in levels))
+    total = sum(count * theirs.cycles for _, count, theirs, _ in rows)
+    bound = sum(count * theirs.bound for _, count, theirs, _ in rows)
+    sums = [sum(count * mine[i].cycles for _, count, _, mine in rows) for i in range(len(levels))]
+    units = [sum(count * mine[i].bound for _, count, _, mine in rows) for i in range(len(levels))]
+    least = [
+        sum(count * lanes_bound(x, 0.0 if x.kernel == 7 else level, model.vlen) for x, count, _, _ in rows)
+        for level in levels
+    ]  # fmt: skip
+    moved = [
+        sum(count * (mine[i].read_bytes + mine[i].written_bytes) for _, count, _, mine in rows)
+        for i in range(len(levels))
+    ]
+    published = sum(count * im2col_bytes(x) for x, count, _, _ in rows)
+    share = options.cores
+
+    def line(label: str, values: Iterable[float], form: str) -> None:
+        print(f"{label:59}" + "".join(f"{value:{form}}" for value in values))
+
+    print(f"{'sum':41}{total / 1e6:9.1f}{bound / 1e6:9.1f}" + "".join(f"{x / 1e6:9.1f}" for x in sums))
+    line("× XNNPACK at its vector limit", (bound / share / x for x in sums), "9.2f")
+    line("  that at best, by lanes", (bound / x for x in least), "9.2f")
+    line("  reached of that, %", (100 * x / share / y for x, y in zip(least, sums, strict=True)), "9.0f")
+    line(
+        "our vector units alone, % of our time", (100 * x / share / y for x, y in zip(units, sums, strict=True)), "9.0f"
+    )
+    if share == 1:
+        line("× XNNPACK with its stalls", (total / x for x in sums), "9.2f")
     print(f"XNNPACK's stalls: {100 * (1 - bound / total):.0f} % of its modelled time")
+    line("MB from and to memory, modelled", (x / 1e6 for x in moved), "9.0f")
+    line(f"  im2col in every layer ({published / 1e6:.0f} MB) over that", (published / x for x in moved), "9.1f")
     if options.json:
-        options.json.write_text(json.dumps({"model": model.key, "modelled": True, "rows": [asdict(r) for r in rows]}))
+        content = [
+            {"layer": asdict(x), "count": n, "xnnpack": asdict(theirs),
+             "ours": {f"{s:g}": asdict(m) for s, m in zip(levels, mine, strict=True)}}
+            for x, n, theirs, mine in rows
+        ]  # fmt: skip
+        options.json.write_text(json.dumps({"model": model.key, "modelled": True, "rows": content}))
 
 
 if __name__ == "__main__":

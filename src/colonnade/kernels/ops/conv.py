@@ -215,12 +215,12 @@ def in_place(
     tiled: list[TiledWeights], lanes: int, mr: int, nv: int, dense: int, isa: Isa, threads: int, feed: int = 0
 ) -> Iterator[Candidate]:
     """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls."""
-    distances = (0,) if isa.scalable else (0, 4, 8, 16)  # RVV has no prefetch of its own
+    distances = (0,) if isa.scalable else (0, 4, 8, 16)  # scalable kernels ask for lines in ways of their own
     tiles = min((len(t.tiles) for t in tiled), default=1)
     for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa)):
         blocks = (1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
-        if isa.scalable:  # modelled: strips next to each other share translations, DRAM bursts and the tile's weights
-            blocks = (4, 1, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
+        if isa.scalable:
+            blocks = _blocks_in_order(tiled, cut.count, feed)
         for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
             if index and (block != blocks[0] or ahead not in (0, 8)):
                 continue  # the way to cut that promises less is tried as it usually is best
@@ -230,6 +230,22 @@ def in_place(
             params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": feed}
             idle = _idle(tiles if split else cut.count, threads)
             yield Candidate(symbol(mr, nv, isa), {**params, "tail": int(cut.tail > 0)}, work * habit * idle)
+
+
+def _blocks_in_order(tiled: list[TiledWeights], count: int, feed: int) -> tuple[int, ...]:
+    """Strips at a time by what the caches of an in-order core show (modelled), the best first. Strips in planes share
+    translations and lines; a strip in a panel fills the first cache alone, and the next one comes while it is used;
+    weights that fill half of the second cache are not read again for every strip, nor a block of strips for every
+    tile."""
+    weights = 4 * sum(tile.values.size for t in tiled for tile in t.tiles)
+    columns = max((t.shape[1] for t in tiled), default=0)
+    if count <= 4:
+        order = (0, 2, 1) if feed == 0 or columns <= 1024 else (1, 0, 2)
+    elif feed == 2:
+        order = (1, 2, 4, 0) if weights <= 3 << 17 else (2, 4, 1, 0)
+    else:
+        order = (4, 0, 1)
+    return tuple(b for b in order if b < count) or (0,)
 
 
 def _packed(
@@ -242,6 +258,8 @@ def _packed(
     rows = int(needed.sum())
     for work, cut in cuts([tiled], lanes, mr, nv, isa):
         gather = rows * sum(2.0 * width + 1 for width in cut.widths)
+        if isa.scalable:  # a load waits for its line, and a store follows it
+            gather = rows * cut.count * (20.0 + 9 * nv)
         for block, split in product((1, 4) if cut.count > 4 else (1,), (0, 1) if threads > 1 else (0,)):
             idle = _idle(len(tiled.tiles) if split else cut.count, threads)
             params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
