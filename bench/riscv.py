@@ -161,7 +161,7 @@ def ours(model: Model, layer: Layer, sparsity: float, tried: int, cores: int) ->
 
     def run(candidate: registry.Candidate) -> Modelled:
         if not prepared:
-            prepared.append(problem(made, model.vlen // 32))
+            prepared.append(problem(made, model.vlen // 32, whole=False))
         calls = registry.bind(prepared[0].step, candidate)
         variants = {call.kernel: registry.variants(rvv)[call.kernel] for call in calls}
         program = Harness(Target(model.key), rvv, cores, variants=variants).program

@@ -155,6 +155,24 @@ def test_the_programs_clock_tells_modelled_time() -> None:
 
 
 @needs_qemu
+def test_a_profile_says_where_the_cycles_went() -> None:
+    made = program(loop(vset(32, 2), ["vfmacc.vf v0,fa0,v8", "vfdiv.vv v16,v24,v24"], rounds=50, copies=1))
+    instrument = Instrument(read("x60"))
+    found = instrument.profile(made)
+    assert sum(cycles for _, cycles in found.values()) == pytest.approx(instrument.run(made).cycles, rel=0.05)
+    hot = {cycles / times for times, cycles in found.values() if times >= 50}
+    assert max(hot) > 50  # the division's unit is what the next round waits for
+    assert min(hot) < 3
+
+
+@needs_qemu
+def test_what_the_last_region_did_stands_apart() -> None:
+    report = run("x60", "MARK(1); for (volatile int i = 0; i < 100; i++) ; MARK(2); MARK(1); MARK(2);")
+    (thread,) = report.threads
+    assert thread["instructions"] > 100 > thread["last"]["instructions"]
+
+
+@needs_qemu
 @pytest.mark.parametrize(
     ("lines", "published"),
     [

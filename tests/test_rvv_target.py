@@ -140,5 +140,5 @@ def test_the_static_ranking_of_rvv():
     dense, _ = operands(conv, None, seed=0)
     best = registry.candidates(dense, isa("rvv"), 1)[0]
     rows, lmul = (int(x.rstrip("v")) for x in best.kernel.split("_")[2].split("x"))
-    assert rows * lmul >= 24, "a dense tile fills the registers"
+    assert rows * lmul >= 20, "a dense tile and four columns fill the registers"
     assert np.isfinite([c.rank for c in ranked]).all()

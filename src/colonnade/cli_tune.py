@@ -75,6 +75,8 @@ def tune(
         )
     else:
         typer.echo(f"{summary.known} of {summary.workloads} workloads were known, nothing was measured; {choices}")
+    if modelled := getattr(machine_of, "modelled", ""):
+        typer.echo(f"all times are {modelled}, none is measured")
     if summary.walks:
         typer.echo(f"the leaders of every layer met in {summary.walks} runs of the whole network")
     if choices.dense_instead:

@@ -143,6 +143,29 @@ class Instrument:
                     raise TargetError(f"model:{self.model.key}: the instrument failed: {reason[0]}") from error
         return Report(self.model.key, self.model.ghz, tuple(written["threads"]), outcome)
 
+    def profile(
+        self, program: Path, args: Sequence[str] = (), timeout: float = 600.0, skip: bool = True
+    ) -> dict[int, tuple[int, float]]:
+        """Where the modelled cycles go: by address, (executions, cycles that the clock moved on at it); one thread.
+
+        Raises ``TargetError`` when the program fails.
+        """
+        with tempfile.TemporaryDirectory(prefix="colonnade-") as name:
+            work = Path(name)
+            (work / "model").write_text(self.model.text(self.cores))
+            command = self.command(work / "model", work / "out.json", skip)
+            words = command.index("-plugin") + 1
+            command[words] += f",profile={work / 'profile'}"
+            outcome = execute([*command, str(program.resolve()), *args], work, timeout, None)
+            if not outcome.ok:
+                raise TargetError(f"model:{self.model.key}: {program.name} failed: {outcome.describe()}")
+            found: dict[int, tuple[int, float]] = {}
+            for line in (work / "profile").read_text().splitlines():
+                address, times, cycles = line.split()
+                before = found.get(int(address, 16), (0, 0.0))
+                found[int(address, 16)] = before[0] + int(times), before[1] + float(cycles)
+        return found
+
     def sensitivity(
         self, program: Path, args: Sequence[str] = (), least: float = 0.005, skip: bool = True
     ) -> list[tuple[str, float, float, float]]:

@@ -29,13 +29,16 @@ def table(found: Mapping[str, Any], show_layers: int = 12) -> list[Any]:
             "" if differs is None else f"{differs:.1e}",
         )
     parts: list[Any] = [summary]
+    if "modelled" in found["machine"]["cpu"]:  # as the target's probe says
+        parts.append("all times are modelled, none is measured: docs/machine-models.md")
     if any(row["thrown_away"] for row in found["contenders"]):
         parts.append("(-n): blocks taken under foreign load and thrown away")
     if any(row["disturbed"] for row in found["contenders"]):
         parts.append("?: no block was undisturbed, the figure is not evidence")
     peak = found["peak"]
+    how = "modelled" if "modelled" in found["machine"]["cpu"] else "measured"
     parts.append(
-        f"measured limits: {peak['gflops']:.0f} GFLOP/s f32 multiply-add, {peak['gbps']:.1f} GB/s read from memory"
+        f"{how} limits: {peak['gflops']:.0f} GFLOP/s f32 multiply-add, {peak['gbps']:.1f} GB/s read from memory"
     )
     for row in found["contenders"]:
         if row["options"]:

@@ -270,6 +270,8 @@ class Tuner:
             turns = TURNS.get(batch.stage, 0)
             chunk = batch.candidates if turns else batch.candidates[:CHUNK]
             least, most, budget = FINALS if turns else SCREEN
+            if getattr(self.harness.target, "modelled", ""):  # the same at every repetition, and each takes seconds
+                turns, least, most, budget, limit = min(turns, 1), 1, 1, 1, 3000
             runs = [
                 Run(index, check=turn == 0, least=least, most=most, budget_ns=budget, limit_s=limit)
                 for turn in range(turns or 1)

@@ -239,6 +239,7 @@ def _blocks_in_order(tiled: list[TiledWeights], count: int, feed: int) -> tuple[
     tile."""
     weights = 4 * sum(tile.values.size for t in tiled for tile in t.tiles)
     columns = max((t.shape[1] for t in tiled), default=0)
+    order: tuple[int, ...]
     if count <= 4:
         order = (0, 2, 1) if feed == 0 or columns <= 1024 else (1, 0, 2)
     elif feed == 2:
