@@ -30,7 +30,8 @@ import numpy as np
 import platformdirs
 
 from colonnade.build.toolchain import Toolchain
-from colonnade.kernels import registry
+from colonnade.kernels import registry, render
+from colonnade.kernels.call import Call, Const
 from colonnade.kernels.isa import isa
 from colonnade.layout import Layout, Panels, Planes, place, round_up
 from colonnade.machine import Instrument, Model, read
@@ -39,7 +40,6 @@ from colonnade.plan import Step
 from colonnade.targets.model import Modelled as Target
 from colonnade.tune.job import Problem, Run, encode, problem
 from colonnade.tune.measure import Harness
-from colonnade.tune.tuner import source_digest
 from colonnade.workload import RELU, Conv2d, Epilogue, unmatrix
 
 SUITE = "trixie"
@@ -180,12 +180,21 @@ def ours(model: Model, layer: Layer, sparsity: float, tried: int, cores: int) ->
         )
 
     found = []
+    harness = (resources.files("colonnade.runtime") / "harness.c").read_text()
     for candidate in registry.candidates(made, rvv, cores)[:tried]:
-        sources = [source_digest("conv2d", candidate.kernel, rvv), *instrument(), model.text(cores)]
-        harness = (resources.files("colonnade.runtime") / "harness.c").read_text()
-        key = f"{layer} {sparsity} {candidate.key()} {cores}"
-        found.append(kept(key, [*sources, harness], lambda c=candidate: run(c)))
+        calls = registry.bind(made, candidate)
+        library = render.library(rvv, [registry.variants(rvv)[name] for name in sorted({c.kernel for c in calls})])
+        sources = [*library.values(), harness, *instrument(), model.text(cores), *map(digest, calls)]
+        found.append(kept(f"{layer} {sparsity} {candidate.key()} {cores}", sources, lambda c=candidate: run(c)))
     return min(found, key=lambda m: m.cycles)
+
+
+def digest(call: Call) -> str:
+    """Of all that a call is given."""
+    found = hashlib.sha256(call.kernel.encode())
+    for name, value in sorted(call.fields.items()):
+        found.update(f"{name}={value.data.tobytes() if isinstance(value, Const) else value}".encode())
+    return found.hexdigest()
 
 
 def lanes_bound(layer: Layer, sparsity: float, vlen: int) -> float:

@@ -72,6 +72,7 @@ PACKED = Struct(
 LOAD = 0.25  # a load or broadcast over a multiply-add, behind which most of it is hidden: measured on 7x7 .. 56x56
 OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
 WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
+PLANES_ASKED = 128  # input planes whose next lanes are asked for ahead; of more of them the caches lose them again
 WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: measured beside 512 and 2048
 
 
@@ -398,11 +399,9 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
     places = (source if panel is None else None, output, residual)
     through, scratch = panels.fields(*places, gathered, filled.offsets.size, isa)
-    starts = (
-        furthest(source, filled.offsets)
-        if isa.scalable and isinstance(source.layout, Planes) and panel is None
-        else None
-    )
+    starts = None
+    if isa.scalable and panel is None and isinstance(source.layout, Planes) and len(source.offsets) <= PLANES_ASKED:
+        starts = furthest(source, filled.offsets)
     fields: dict[str, Field] = {
         "arena": Arena(),
         "offsets": Const(filled.offsets),
