@@ -219,7 +219,7 @@ def in_place(
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # scalable kernels ask for lines in ways of their own
     tiles = min((len(t.tiles) for t in tiled), default=1)
     for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa)):
-        blocks = (1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
+        blocks: tuple[int, ...] = (1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
         if isa.scalable:
             blocks = _blocks_in_order(tiled, cut.count, feed)
         for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
