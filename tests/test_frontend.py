@@ -636,6 +636,14 @@ def test_cut_at_an_inner_value() -> None:
     assert [p.name for p in plan.outputs] == [inner] and ops(plan) == ["conv2d"]
 
 
+def test_what_was_cut_off_is_named() -> None:
+    b = Builder()
+    boxes = b.op("Relu", b.conv(b.input("x", (1, 3, 6, 6)), 3, 4, 3))
+    model = b.build(b.op("NonZero", b.op("Sin", b.op("Sin", boxes))))
+    assert frontend.imported(model, outputs=[boxes]).cut == "1 NonZero, 2 Sin"
+    assert frontend.imported(b.build(boxes)).cut == ""
+
+
 def test_everything_unsupported_is_named_at_once() -> None:
     b = Builder()
     x = b.op("Hardmax", b.conv(b.input("x", (1, 3, 6, 6)), 3, 4, 3), name="wave")

@@ -81,6 +81,8 @@ def build(
     if out is not None:
         check_place(Path(out), force)
     steps = imported(model, batch=batch, input_shapes=input_shapes, outputs=outputs)
+    if steps.cut:
+        extra["left_to_the_host"] = steps.cut
     folder = Path(out) if out is not None else Path(re.sub(r"[^\w.-]+", "_", steps.name) + ".bundle")
     check_place(folder, force)
 

@@ -64,6 +64,8 @@ def build(
         f"{kept / 1e6:.1f} of {macs / 1e6:.1f} million multiply-adds kept, "
         f"weights {size_text(manifest['bytes']['weights.bin'])}, arena {size_text(manifest['arena_bytes'])}"
     )
+    if manifest.get("left_to_the_host"):
+        typer.echo(f"cut at {', '.join(outputs or [])}; left to the host: {manifest['left_to_the_host']}")
     tuning = manifest["tuning"]
     if tuning["untuned"]:
         typer.echo(f"{tuning['untuned']} of {tuning['tunable']} layers untuned (`colonnade tune`, or build --tune)")

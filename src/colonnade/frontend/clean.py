@@ -6,6 +6,7 @@ convolutions can meet. Its rule for ``auto_pad`` is left out (it does not look a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ RULES = (
     _fuse_batchnorm.fuse_batchnorm_into_gemm_rule,
 )
 PADS = _fuse_pad_into_conv.fuse_pad_into_conv_rule
+CUT = "colonnade.cut"  # in a cleaned model's properties: the operators behind the outputs that it was cut at
 FOLD_LIMIT = 1 << 28  # elements: weights may be computed (transposed, cast, dequantised) from constants
 
 
@@ -158,8 +160,12 @@ def _cut(model: ir.Model, names: Sequence[str]) -> None:
     if missing:
         known = ", ".join(str(value.name) for value in model.graph.outputs)
         raise UserError(f"no value named {', '.join(missing)} in the model; its outputs are {known}")
+    before = Counter(node.op_type for node in model.graph)
     model.graph.outputs[:] = [values[name] for name in names]
     common.RemoveUnusedNodesPass()(model)
+    before.subtract(node.op_type for node in model.graph)
+    behind = [f"{count} {kind}" for kind, count in sorted(before.items()) if count and kind != "Constant"]
+    model.metadata_props[CUT] = ", ".join(behind)
 
 
 def _fix_shapes(model: ir.Model, batch: int | None, shapes: dict[str, Sequence[int]]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from colonnade.errors import UserError
 from colonnade.frontend import layouts, memory, panels
-from colonnade.frontend.clean import clean, read
+from colonnade.frontend.clean import CUT, clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
 from colonnade.frontend.importer import Importer
@@ -66,18 +66,23 @@ def imported(
         raise UserError(f"batch {batch}: expected at least 1")
     source = read(model)
     name = Path(model).stem if isinstance(model, (str, Path)) else source.graph.name or "model"
-    graph = clean(source, batch, input_shapes, outputs).graph
+    cleaned = clean(source, batch, input_shapes, outputs)
+    graph = cleaned.graph
     importer = Importer(graph, HANDLERS, layout_costs, TYPED)
     importer.run()
-    return Imported(name, importer)
+    return Imported(name, importer, cleaned.metadata_props.get(CUT, ""))
 
 
 @dataclass(eq=False)
 class Imported:
-    """A model as steps without layouts; ``arrange`` may be called once."""
+    """A model as steps without layouts; ``arrange`` may be called once.
+
+    ``cut``: the operators that were left behind the outputs it was cut at, with their numbers; for the host to run.
+    """
 
     name: str
     importer: Importer
+    cut: str = ""
 
     def arrange(self, costs: LayoutCosts | None = None) -> Arranged:
         """Assign layouts by what moving data costs; ``LayoutCosts.of(isa)`` knows that of an ISA."""

@@ -9,6 +9,7 @@ with Session("path/to/bundle", threads=2) as session:
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import platform
 import threading
@@ -135,7 +136,7 @@ class Session:
         arrays = []
         for port in self._inputs:
             array = np.asarray(feeds[port.name])
-            if array.dtype != np.dtype(port.type):
+            if array.dtype != _dtype(port.type):
                 raise SessionError(
                     f"input {port.name!r}: type {array.dtype}, expected {port.type}; use .astype({port.type!r})"
                 )
@@ -145,7 +146,7 @@ class Session:
         return arrays
 
     def _empty(self) -> list[npt.NDArray[Any]]:
-        return [np.empty(port.shape, port.type) for port in self._outputs]
+        return [np.empty(port.shape, _dtype(port.type)) for port in self._outputs]
 
     def _call(self, function: Any, inputs: list[npt.NDArray[Any]], outputs: list[npt.NDArray[Any]], *more: int) -> None:
         with self._lock:
@@ -156,6 +157,18 @@ class Session:
             raise SessionError(f"{self.path}: the session belongs to the parent process; open one after the fork")
         if code != 0:
             raise SessionError(f"{self.path}: the model failed with code {code}")
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    """numpy's own types; bfloat16 and the smaller ones come with ml_dtypes."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        try:
+            small: np.dtype[Any] = np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+        except ImportError:
+            raise SessionError(f"arrays of {name} need the package ml_dtypes; pip install ml_dtypes") from None
+        return small
 
 
 def _pointers(arrays: list[npt.NDArray[Any]]) -> ctypes.Array[ctypes.c_void_p]:
