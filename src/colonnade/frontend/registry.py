@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from colonnade.frontend import (
     ops_conv,
+    ops_crop,
     ops_dense,
     ops_pointwise,
     ops_pool,
@@ -16,6 +17,7 @@ from colonnade.frontend.importer import Handler
 
 HANDLERS: dict[str, Handler] = {
     **ops_conv.HANDLERS,
+    **ops_crop.HANDLERS,
     **ops_transposed.HANDLERS,
     **ops_pool.HANDLERS,
     **ops_pointwise.HANDLERS,
