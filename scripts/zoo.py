@@ -17,16 +17,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 def main(names: list[str]) -> None:
     """A row a network: side of its input, largest difference over largest magnitude for every sparsity."""
-    import torchvision.models
-
     from colonnade.pattern import ColumnPattern
     from colonnade.sparsify.onnx_file import prune_file
+    from tests.models import torchvision_zoo
     from tests.test_models_zoo import LARGE, SMALL, SPARSITIES, check, network
 
+    models = torchvision_zoo()
     print("| network | input | " + " | ".join(f"{s:.0%}" for s in SPARSITIES) + " |", flush=True)
     print("|---|---|" + "---|" * len(SPARSITIES), flush=True)
     for name in names or sorted(SMALL | LARGE):
-        dense = network(torchvision.models, name)
+        dense = network(models, name)
         errors = []
         for sparsity in SPARSITIES:
             model = dense

@@ -62,19 +62,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def torchvision_models() -> Any:
-    """``torchvision.models``, also where torchvision's own compiled operators do not fit this build of torch."""
-    import torch
+    """``torchvision.models``."""
+    from tests.models import torchvision_zoo
 
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        # It only wants to find these two names; no model for classification calls them.
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-
-        torchvision._colonnade_library = library  # the definitions last as long as this object
-    return torchvision.models
+    return torchvision_zoo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -127,3 +128,22 @@ def torchvision_model(models: Any, name: str) -> Any:
             torch.nn.init.normal_(module.running_mean, std=0.2)
             torch.nn.init.normal_(module.bias, std=0.2)
     return model.eval()
+
+
+def torchvision_zoo() -> Any:
+    """``torchvision.models``, also where torchvision's own compiled operators do not fit this build of torch."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        # It only wants to find these two names; no model for classification calls them.
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+
+        torchvision._colonnade_library = library  # the definitions last as long as this object
+    return torchvision.models
