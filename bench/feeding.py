@@ -1,6 +1,7 @@
-"""Where each way of feeding a convolution wins: planes read in place (behind a copy where one is needed), or panels.
+"""Where each way of feeding a convolution wins: planes read in place (behind a copy where one is needed), panels that
+are gathered, or panels that the step in front wrote.
 
-    python bench/feeding.py [--isa avx512] [--threads 1] [--rounds 7] [--only NAME] [--json FILE]
+    python bench/feeding.py [--target local] [--isa avx512] [--threads 1] [--rounds 7] [--only NAME] [--json FILE]
 
 Every row is one layer of a known network. Both ways run in turns in one process tree through the tuner's own harness,
 their results checked first; the best of each way's candidates counts, by the minimum over the rounds (others use this
@@ -20,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
+from colonnade import targets
+from colonnade.frontend.panels import VECTORS
 from colonnade.kernels import registry
 from colonnade.kernels.isa import Isa, available
 from colonnade.kernels.registry import Candidate
-from colonnade.layout import Placed, Planes, place, round_up
+from colonnade.layout import Panels, Placed, Planes, place, round_up
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Step
-from colonnade.targets import Local
 from colonnade.tune.job import Run, problem
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.workload import RELU, Affine, Conv2d, Convert, Epilogue, Reach, matrix, unmatrix
@@ -147,6 +149,12 @@ def steps(layer: Layer) -> Iterator[tuple[str, Step]]:
         x, y = read, placed(plain, True)[2]
     if not 1 < conv.groups == conv.in_channels:
         yield "panels", Step("conv", conv, (x,), y, constants)
+    if conv.kernel == conv.stride == (1, 1) and conv.prologue is None and conv.groups == 1:
+        _, read, y = placed(conv, True)
+        stored = Panels(replace(read.planes, lead=0), VECTORS)
+        at = round_up(stored.buffer_bytes(conv.in_channels), 64)
+        pair = place("x", read.shape, stored, 0), place("y", y.shape, y.planes, at)
+        yield "written", Step("conv", conv, pair[:1], pair[1], constants)
 
 
 def ways(layer: Layer, isa: Isa, threads: int) -> dict[str, tuple[Step, list[Candidate]]]:
@@ -157,7 +165,7 @@ def ways(layer: Layer, isa: Isa, threads: int) -> dict[str, tuple[Step, list[Can
         if way == "copy":
             found[way] = step, listed[:1]
             continue
-        feed = int(way == "panels")
+        feed = {"panels": 1, "written": 2}.get(way, 0)
         own = [c for c in listed if "winograd" not in c.params]
         gathering = [c for c in own if c.params.get("feed") == feed]
         best = {c.kernel: c for c in reversed([c for c in gathering if c.params["dense"] == int(not layer.sparsity)])}
@@ -178,21 +186,22 @@ def fastest(harness: Harness, step: Step, found: Sequence[Candidate], rounds: in
             sys.exit(f"{step.name}: {found[index].key()}: {measured.outcome} {measured.detail}")
         best[index] = min([best.get(index, 1 << 62), *measured.reps])
 
-    runs = [Run(i, True, rounds, rounds, 200_000_000, 20) for i in range(len(found))]
-    harness.run(problem(step), found, runs, record)
+    runs = [Run(i, True, rounds, rounds, 200_000_000, 600) for i in range(len(found))]
+    harness.run(problem(step, harness.vector, not harness.isa.scalable), found, runs, record)
     index = min(best, key=lambda i: best[i])
     return best[index] / 1e6, found[index].key()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--target", default="local")
     parser.add_argument("--isa", default="")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    target = Local()
+    target = targets.parse(options.target)
     machine = target.probe()
     isas = available(machine.arch, frozenset(machine.flags))
     isa = next((row for row in isas if row.name == options.isa), isas[0])

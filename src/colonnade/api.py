@@ -65,7 +65,8 @@ def build(
     """
     from colonnade import targets
     from colonnade import tune as tuning
-    from colonnade.frontend import LayoutCosts, imported
+    from colonnade.bench import layouts
+    from colonnade.frontend import imported
     from colonnade.photo import checked, preprocessing
 
     known = threads is None or (isinstance(threads, int) and not isinstance(threads, bool))
@@ -91,7 +92,7 @@ def build(
     chosen = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=notice)
     records = Path(db) if db is not None else None
-    arranged = steps.arrange(LayoutCosts.of(chosen.name))
+    arranged = steps.arrange(layouts.known(machine, chosen, records))
     if tune:
         tuning.tune(arranged, machine_of, chosen, count, budget, records, progress, toolchain)
     plan, choices = tuning.choose(arranged, chosen, machine, count, records, toolchain)

@@ -49,8 +49,9 @@ def tune(
     from rich.console import Console
 
     from colonnade import targets
+    from colonnade.bench import layouts
     from colonnade.build.toolchain import Toolchain
-    from colonnade.frontend import LayoutCosts, imported
+    from colonnade.frontend import imported
     from colonnade.tune import tune as measure
 
     console = Console(stderr=True)
@@ -60,7 +61,7 @@ def tune(
     machine = machine_of.probe()
     chosen_isa = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=console.print)
-    arranged = steps.arrange(LayoutCosts.of(chosen_isa.name))
+    arranged = steps.arrange(layouts.known(machine, chosen_isa, db))
     with bar(console, "tuning") as progress:
         summary = measure(arranged, machine_of, chosen_isa, count, limit, db, progress, toolchain)
     choices = summary.choices
@@ -117,6 +118,10 @@ def probe(
         str, typer.Argument(metavar="T", help="local | qemu[:vlen=N] | ssh://user@host[:port]")
     ] = "local",
     peak: Annotated[bool, typer.Option("--peak", help="Measure multiply-adds and memory bandwidth too.")] = False,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="Measure what moving data costs, and build by that from now on.")
+    ] = False,
+    db: Db = None,
 ) -> None:
     """Tell what a target has: ISA, caches, cores, memory."""
     from colonnade import targets
@@ -144,6 +149,14 @@ def probe(
         for threads in sorted({1, machine.cores}):
             found = measure_peak(place, machine.isas[0], threads)
             lines[f"peak, {threads} thr."] = f"{found.gflops:.0f} GFLOP/s f32, {found.gbps:.1f} GB/s read"
+    if layouts:
+        from dataclasses import asdict
+
+        from colonnade.bench.layouts import measure
+
+        costs = asdict(measure(place, machine.pick_isa(), db))
+        label = getattr(place, "modelled", "")
+        lines["layout costs"] = ", ".join(f"{name} {ns:.4f}" for name, ns in costs.items()) + f" ns {label}".rstrip()
     for name, value in lines.items():
         typer.echo(f"{name:<13} {value}")
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from colonnade.bench import layouts
 from colonnade.build.toolchain import Toolchain
-from colonnade.frontend import LayoutCosts, load
+from colonnade.frontend import load
 from colonnade.kernels.isa import Isa
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Plan, Step
@@ -89,7 +90,7 @@ def layer_times(
 
     Raises UserError for a model that cannot be imported, a target whose times mean nothing, or an unusable database.
     """
-    costs = LayoutCosts.of(where.isa.name)
+    costs = layouts.known(where.target.probe(), where.isa, where.db)
     whole = load(model, batch=where.batch, layout_costs=costs)
     steps = {step.name: step for step in whole.steps}
     names = {name: step for name, step in step_names(layers, whole).items() if step is not None}

@@ -336,7 +336,7 @@ def _read(graph: "onnx.GraphProto") -> tuple[list[_Layer], list[_Weight]]:
         source = constants.get(node.input[position])
         layer = _Layer(name, node.op_type, int(_attribute(node, "group", 1)), False, at, source)
         if node.op_type == "ConvTranspose":
-            layer.reason = "transposed convolution"
+            layer.reason = "transposed convolution: every phase of its output has columns of its own"
         elif source is None:
             layer.reason = "weights are not constant"
         else:

@@ -103,6 +103,21 @@ class Database:
         )
         return [Record(c, s, stage, Measurement(o, d, tuple(json.loads(r)))) for c, s, stage, o, d, r in rows]
 
+    def keep(self, name: str, text: str) -> None:
+        """Keep ``text`` under ``name``, in place of what was there."""
+        try:
+            self._connection.execute("create table if not exists note (name text primary key, text text not null)")
+            self._connection.execute("insert or replace into note values (?, ?)", (name, text))
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: cannot be written ({error}); choose another --db") from error
+
+    def note(self, name: str) -> str | None:
+        """What was kept under ``name``."""
+        if self._connection.execute("select 1 from sqlite_master where name = 'note'").fetchone() is None:
+            return None
+        row = self._connection.execute("select text from note where name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
     def count(self) -> int:
         """Rows in all."""
         return int(self._connection.execute("select count(*) from measurement").fetchone()[0])
