@@ -46,6 +46,7 @@ def test_costs_follow_from_times(plane: float) -> None:
     assert asdict(found) == pytest.approx(asdict(replace(made, plane=plane if plane > 0.001 else 0.0)))
 
 
+@pytest.mark.slow
 def test_measured_once_and_taken_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "RUN", (1, 2, 1_000_000))
     db, target = tmp_path / "db", Local()
