@@ -5,7 +5,8 @@ are gathered, or panels that the step in front wrote.
 
 Every row is one layer of a known network. Both ways run in turns in one process tree through the tuner's own harness,
 their results checked first; the best of each way's candidates counts, by the minimum over the rounds (others use this
-machine), and what an extra copy costs is measured as a step of its own. The constants of
+machine), and what an extra copy costs is measured as a step of its own. ``whole`` are the candidates that read in place
+and compute the last lanes as one more vector, where others do so with the rows of a tile in the lanes. The constants of
 ``frontend.feeding.LayoutCosts`` follow from it: ms of a copy over its bytes, and what panels add over panel bytes.
 """
 
@@ -60,9 +61,12 @@ LAYERS = [
         for percent in (0, 75)
         for name, ic, oc, size, kernel in (
             ("3x3 64 56", 64, 64, 56, 3),
+            ("3x3 256 14", 256, 256, 14, 3),
             ("3x3 512 7", 512, 512, 7, 3),
             ("1x1 64-256 56", 64, 256, 56, 1),
             ("1x1 1024-256 14", 1024, 256, 14, 1),
+            ("1x1 512-2048 7", 512, 2048, 7, 1),
+            ("1x1 2048-512 7", 2048, 512, 7, 1),
         )
     ),
     Layer("resnet50 3x3/2 128 56 0%", square(128, 128, 56, 3, 2)),
@@ -167,10 +171,11 @@ def ways(layer: Layer, isa: Isa, threads: int) -> dict[str, tuple[Step, list[Can
             continue
         feed = {"panels": 1, "written": 2}.get(way, 0)
         own = [c for c in listed if "winograd" not in c.params]
-        gathering = [c for c in own if c.params.get("feed") == feed]
-        best = {c.kernel: c for c in reversed([c for c in gathering if c.params["dense"] == int(not layer.sparsity)])}
-        if gathering:
-            found[way] = step, sorted(best.values(), key=lambda c: c.rank)[:4]
+        gathering = [c for c in own if c.params.get("feed") == feed and c.params["dense"] == int(not layer.sparsity)]
+        for name, some in ((way, gathering), ("whole", [c for c in gathering if not c.params["tail"]])):
+            best = {c.kernel: c for c in reversed(some)}
+            if best and (name == way or (len(some) < len(gathering) and not feed)):
+                found[name] = step, sorted(best.values(), key=lambda c: c.rank)[:4]
         rows = [c for c in own if "dwconv" in c.kernel]
         if rows and not feed:
             found["depthwise"] = step, rows[:6]

@@ -47,7 +47,7 @@ def test_every_block(name: str) -> None:
                 for tail in {shorter, block}:
                     conv = pointwise(vectors * isa.lanes + tail, mr, epilogue=Epilogue(bool(tail % 2), CLIPPED))
                     case, inputs = operands(conv, None, seed=tail, extra=tail % 3)
-                    params = {"strip_block": 0, "prefetch": 0, "split_tiles": 0, "dense": 1, "feed": 0}
+                    params = {"strip_block": 0, "prefetch": 0, "split_tiles": 0, "dense": 1, "feed": 0, "fetch": 1}
                     rows, whole = (Candidate(ops.symbol(mr, nv, isa), {**params, "tail": t}) for t in (1, 0))
                     (call,) = bind(case, rows)
                     if call.fields["lanes"] == vectors * isa.lanes + tail:  # a wider pitch adds none: one row

@@ -56,6 +56,9 @@ CONV = Struct(
         Member("tail", "u32", "last of the lanes, computed with rows in the lanes of a vector, or 0"),
         Member("strip_block", "u32", "strips that run through all tiles before the next ones start"),
         Member("prefetch", "u32", "kept columns to prefetch ahead; 0: none"),
+        Member(
+            "fetch", "u32", "lines to ask for before they are needed: 1 where sums are stored, 2 what is added, 3 both"
+        ),
         Member("split_tiles", "u32", "threads share out 0: strips, 1: tiles"),
         Member("packed", "u32", "is this the head of a cn_packed_conv?"),
         Member("low", "f32"),
@@ -69,6 +72,7 @@ PACKED = Struct(
     "length is known at run time only. Input planes may have any pitch, halo and phases.",
     (*CONV.members, *packing.MEMBERS),
 )
+FAR = 1 << 20  # bytes of an output from which on its lines are taken to be in no near cache when they are stored to
 LOAD = 0.25  # a load or broadcast over a multiply-add, behind which most of it is hidden: measured on 7x7 .. 56x56
 OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
 WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
@@ -218,19 +222,21 @@ def in_place(
     """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls."""
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # scalable kernels ask for lines in ways of their own
     tiles = min((len(t.tiles) for t in tiled), default=1)
+    far = _far(tiled, lanes, isa)
     for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa)):
         blocks: tuple[int, ...] = (1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
         if isa.scalable:
             blocks = _blocks_in_order(tiled, cut.count, feed)
-        for block, ahead, split in product(blocks, distances, (0, 1) if threads > 1 else (0,)):
-            if index and (block != blocks[0] or ahead not in (0, 8)):
-                continue  # the way to cut that promises less is tried as it usually is best
+        fetches = (0,) if isa.scalable else (far, 1 - far)
+        for block, ahead, split, fetch in product(blocks, distances, (0, 1) if threads > 1 else (0,), fetches):
+            if (index or fetch != far) and (block != blocks[0] or ahead not in (0, 8)):
+                continue  # what promises less is tried with what usually is best
             # measured habits: prefetch eight ahead; few strips at a time, or of a small plane all, whose weights are
             # then read once; strips shared out among threads
-            habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0])
+            habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0]) + 0.01 * (fetch != far)
             params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": feed}
-            idle = _idle(tiles if split else cut.count, threads)
-            yield Candidate(symbol(mr, nv, isa), {**params, "tail": int(cut.tail > 0)}, work * habit * idle)
+            params |= {"tail": int(cut.tail > 0), "fetch": fetch}
+            yield Candidate(symbol(mr, nv, isa), params, work * habit * _idle(tiles if split else cut.count, threads))
 
 
 def _blocks_in_order(tiled: list[TiledWeights], count: int, feed: int) -> tuple[int, ...]:
@@ -265,8 +271,14 @@ def _packed(
         for block, split in product((1, 4) if cut.count > 4 else (1,), (0, 1) if threads > 1 else (0,)):
             idle = _idle(len(tiled.tiles) if split else cut.count, threads)
             params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
+            params |= {"tail": int(cut.tail > 0), "fetch": _far([tiled], lanes, isa)}
             rank = (work * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
-            yield Candidate(symbol(mr, nv, isa), {**params, "tail": int(cut.tail > 0)}, rank)
+            yield Candidate(symbol(mr, nv, isa), params, rank)
+
+
+def _far(tiled: list[TiledWeights], lanes: int, isa: Isa) -> int:
+    """Is the output so large that its lines should be asked for? Kernels of scalable ISAs do so in their own way."""
+    return int(not isa.scalable and 4 * lanes * sum(t.shape[0] for t in tiled) > FAR)
 
 
 def _idle(shares: int, threads: int) -> float:
@@ -423,6 +435,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "tail": cut.tail,
         "strip_block": params["strip_block"],
         "prefetch": params["prefetch"],
+        "fetch": fetched(step) if params["fetch"] else 0,
         "split_tiles": params["split_tiles"],
         "packed": int(panel is not None),
         "low": float(conv.epilogue.activation.low),
@@ -434,6 +447,12 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     fields |= packing.fields(conv, source, layout, panel, step.constants)
     fields |= {"panel_lanes": row}
     return (Call(candidate.kernel, PACKED.name, fields, scratch),)
+
+
+def fetched(step: Operands) -> int:
+    """Which lines a convolution that asks for lines asks for: those of a residual only where it is not the output."""
+    assert step.output is not None
+    return 1 + 2 * any(not np.array_equal(x.offsets, step.output.offsets) for x in step.inputs[1:])
 
 
 def furthest(source: Placed, offsets: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:

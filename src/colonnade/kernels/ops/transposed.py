@@ -150,6 +150,7 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "tail": cut.tail,
             "strip_block": candidate.params["strip_block"],
             "prefetch": candidate.params["prefetch"],
+            "fetch": candidate.params["fetch"],
             "split_tiles": candidate.params["split_tiles"],
             "packed": 0,
             "low": float(conv.epilogue.activation.low),

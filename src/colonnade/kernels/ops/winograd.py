@@ -248,6 +248,7 @@ def _product(
         "strip_block": 0,
         "packed": 0,
         "prefetch": 0,
+        "fetch": 1,  # products go through all of the transformed output
         "split_tiles": 1,
         "low": -np.inf,
         "high": np.inf,
