@@ -179,7 +179,7 @@ CONVERSIONS = ("convert", "interleave", "reorder")  # steps that only move what 
 
 def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str, Any]:
     described = lowered.description(model)
-    steps = []
+    steps, images = [], model.plan.images
     for bound in model.steps:
         step = bound.step
         steps.append(
@@ -190,10 +190,12 @@ def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str
                 "kernel": bound.candidate.kernel,
                 "params": dict(bound.candidate.params),
                 "calls": [call.kernel for call in bound.calls],
-                "macs": int(step.workload.macs),
-                "kept_macs": lowered.kept_macs(step),
-                "constant_bytes": _constants(bound.calls),
-                "activation_bytes": sum(_bytes(p) for p in (*step.inputs, *([step.output] if step.output else []))),
+                # of all images, as are the times of a profile
+                "macs": images * int(step.workload.macs),
+                "kept_macs": images * lowered.kept_macs(step),
+                "constant_bytes": images * _constants(bound.calls),
+                "activation_bytes": images
+                * sum(_bytes(p) for p in (*step.inputs, *([step.output] if step.output else []))),
             }
         )
     return {
@@ -205,6 +207,7 @@ def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str
         "compiler": toolchain.version,
         "inputs": described["inputs"],
         "outputs": described["outputs"],
+        "images_in_turn": images,
         "arena_bytes": model.plan.arena,
         "conversions": [
             {"name": step["name"], "bytes": step["activation_bytes"]}

@@ -75,7 +75,10 @@ class Variants(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A whole model. ``arena`` is its size in bytes, with slack for vector reads past the last plane's end."""
+    """A whole model. ``arena`` is its size in bytes, with slack for vector reads past the last plane's end.
+
+    ``images``: the steps are run so many times, each time for the next of that many equal parts of the ports' arrays.
+    """
 
     name: str
     inputs: tuple[Port, ...]
@@ -83,3 +86,4 @@ class Plan:
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     arena: int
+    images: int = 1

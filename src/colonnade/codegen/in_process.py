@@ -50,10 +50,13 @@ class Program:
         """Outputs by name; inputs are converted to the types of their ports."""
         inputs = {p.name: np.ascontiguousarray(feeds[p.name], p.dtype).reshape(p.shape) for p in self.plan.inputs}
         outputs = {p.name: np.empty(p.shape, p.dtype) for p in self.plan.outputs}
-        for kernel, image, outside, reads in self._calls:
-            for at, name in outside:
-                _point(image, at, (outputs if reads else inputs)[name].ctypes.data)
-            kernel(image.ctypes.data, 0, 1)
+        images = self.plan.images
+        for index in range(images):
+            for kernel, image, outside, reads in self._calls:
+                for at, name in outside:
+                    array = (outputs if reads else inputs)[name]
+                    _point(image, at, array.ctypes.data + index * (array.nbytes // images))
+                kernel(image.ctypes.data, 0, 1)
         return outputs
 
     def _arguments(self, call: Call) -> tuple[npt.NDArray[np.uint8], list[tuple[int, str]]]:

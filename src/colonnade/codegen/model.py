@@ -118,6 +118,7 @@ def tail(model: Model, weights_bytes: int, checksum: tuple[int, int]) -> str:
             "    .step_names = step_names,",
             f"    .step_count = {len(model.steps)},",
             f"    .threads = {model.threads},",
+            f"    .images = {plan.images},",
             f"    .weights_bytes = {weights_bytes},",
             f"    .weights_checksum = {{{sums}}},",
             f"    .arena_bytes = {round_up(plan.arena, PAGE)},",

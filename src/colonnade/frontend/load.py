@@ -14,11 +14,12 @@ from colonnade.frontend import layouts, memory, panels
 from colonnade.frontend.clean import CUT, clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
+from colonnade.frontend.images import one_by_one
 from colonnade.frontend.importer import Importer
 from colonnade.frontend.registry import HANDLERS, TYPED
 from colonnade.layout import Layout, Panels, Placed, Planes, Rows, place
 from colonnade.pattern import discover
-from colonnade.plan import Buffer, Plan, Step
+from colonnade.plan import Buffer, Plan, Port, Step
 from colonnade.workload import Conv2d, ConvTranspose2d, Linear, Workload, matrix
 
 if TYPE_CHECKING:
@@ -66,16 +67,24 @@ def imported(
         raise UserError(f"batch {batch}: expected at least 1")
     source = read(model)
     name = Path(model).stem if isinstance(model, (str, Path)) else source.graph.name or "model"
-    cleaned = clean(source, batch, input_shapes, outputs)
-    graph = cleaned.graph
-    importer = Importer(graph, HANDLERS, layout_costs, TYPED)
-    importer.run()
-    return Imported(name, importer, cleaned.metadata_props.get(CUT, ""))
+    left = ""
+
+    def at(size: int | None) -> Importer:
+        nonlocal left
+        cleaned = clean(source, size, input_shapes, outputs)
+        left = cleaned.metadata_props.get(CUT, "")
+        importer = Importer(cleaned.graph, HANDLERS, layout_costs, TYPED)
+        importer.run()
+        return importer
+
+    whole = at(batch)
+    importer, images = (whole, 1) if left else one_by_one(whole, lambda: at(1))
+    return Imported(name, importer, left, images)
 
 
 @dataclass(eq=False)
 class Imported:
-    """A model as steps without layouts; ``arrange`` may be called once.
+    """A model as steps without layouts, to be run for ``images`` in turn; ``arrange`` may be called once.
 
     ``cut``: the operators that were left behind the outputs it was cut at, with their numbers; for the host to run.
     """
@@ -83,6 +92,7 @@ class Imported:
     name: str
     importer: Importer
     cut: str = ""
+    images: int = 1
 
     def arrange(self, costs: LayoutCosts | None = None) -> Arranged:
         """Assign layouts by what moving data costs; ``LayoutCosts.of(isa)`` knows that of an ISA."""
@@ -91,7 +101,7 @@ class Imported:
         for draft in drafts:
             draft.workload = _with_sparsity(draft)
         found = panels.edges(drafts)
-        return Arranged(self.name, self.importer, drafts, found, panels.chosen(found, costs))
+        return Arranged(self.name, self.importer, self.images, drafts, found, panels.chosen(found, costs))
 
 
 @dataclass(eq=False)
@@ -103,6 +113,7 @@ class Arranged:
 
     name: str
     importer: Importer
+    images: int
     drafts: list[Draft]
     found: list[panels.Edges]
     default: frozenset[int]
@@ -116,7 +127,12 @@ class Arranged:
         """The plan with the choices ``stored`` in panels and all others in planes; by the costs where None."""
         wanted = self.default if stored is None else stored
         tensors = {tensor for i in wanted for tensor in self.found[i].tensors}
-        return _place_all(self.name, self.importer, self.drafts, tensors)
+        plan = _place_all(self.name, self.importer, self.drafts, tensors)
+        inputs, outputs = (tuple(self._port(port) for port in ports) for ports in (plan.inputs, plan.outputs))
+        return replace(plan, inputs=inputs, outputs=outputs, images=self.images)
+
+    def _port(self, port: Port) -> Port:
+        return replace(port, shape=(self.images * port.shape[0], *port.shape[1:])) if self.images > 1 else port
 
 
 def examine(

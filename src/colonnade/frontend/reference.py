@@ -8,6 +8,7 @@ with what it should read, zero halos included.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,11 @@ def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> 
     Raises:
         AssertionError: a convolution would not find its operands in the arena.
     """
+    if plan.images > 1:
+        one = replace(plan, images=1, outputs=tuple(replace(p, shape=(1, *p.shape[1:])) for p in plan.outputs))
+        parts = {name: np.split(np.asarray(array), plan.images) for name, array in inputs.items()}
+        runs = [run(one, {n: a[i] for n, a in parts.items()}, check_feeding) for i in range(plan.images)]
+        return {port.name: np.concatenate([outputs[port.name] for outputs in runs]) for port in plan.outputs}
     arena = np.zeros(plan.arena, np.uint8)
     arena.view(np.float32)[:] = np.nan
     shapes = {port.name: port.shape for port in plan.outputs}

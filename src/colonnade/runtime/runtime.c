@@ -25,6 +25,9 @@ struct colonnade_model {
     char *block; /* activations and scratch, in one mapping */
     size_t block_bytes;
     void *args;
+    const void **inputs; /* the user's arrays, from the image at hand on */
+    void **outputs;
+    uint64_t *ends; /* of every step, when somebody profiles */
 };
 
 uint64_t cn_now(void)
@@ -158,7 +161,11 @@ int colonnade_create(const char *weights_path, int threads, colonnade_model **ou
     model->threads = threads ? (unsigned)threads : cn_program.threads;
     model->owner = getpid();
     model->args = calloc(1, cn_program.args_bytes);
-    int code = model->args ? COLONNADE_OK : fail(to, COLONNADE_NO_MEMORY, "no memory");
+    model->inputs = calloc(cn_program.input_count + 1, sizeof *model->inputs);
+    model->outputs = calloc(cn_program.output_count + 1, sizeof *model->outputs);
+    model->ends = calloc(cn_program.step_count + 1, sizeof *model->ends);
+    const int there = model->args && model->inputs && model->outputs && model->ends;
+    int code = there ? COLONNADE_OK : fail(to, COLONNADE_NO_MEMORY, "no memory");
     if (code == COLONNADE_OK) code = map_weights(model, weights_path, to);
     if (code == COLONNADE_OK) code = map_block(model, to);
     if (code == COLONNADE_OK && model->threads > 1 && !(model->run.team = cn_team_create(model->threads)))
@@ -178,35 +185,51 @@ static void work(void *context, unsigned thread, unsigned threads)
     cn_program.steps(model->args, &model->run, thread, threads);
 }
 
-int colonnade_run(colonnade_model *model, const void *const *inputs, void *const *outputs)
+static int runnable(const colonnade_model *model, const void *const *inputs, void *const *outputs)
 {
     if (!model || !inputs || !outputs) return COLONNADE_BAD_ARGUMENT;
     for (size_t i = 0; i < cn_program.input_count; i++)
         if (!inputs[i]) return COLONNADE_BAD_ARGUMENT;
     for (size_t i = 0; i < cn_program.output_count; i++)
         if (!outputs[i]) return COLONNADE_BAD_ARGUMENT;
-    if (model->owner != getpid()) return COLONNADE_FORKED;
-    cn_program.bind(model->args, inputs, outputs);
+    return model->owner == getpid() ? COLONNADE_OK : COLONNADE_FORKED;
+}
+
+/* the steps, for the part of the user's arrays that belongs to `image` */
+static void run_image(colonnade_model *model, const void *const *inputs, void *const *outputs, unsigned image)
+{
+    for (size_t i = 0; i < cn_program.input_count; i++)
+        model->inputs[i] = cn_at(inputs[i], image * (cn_program.inputs[i].bytes / cn_program.images));
+    for (size_t i = 0; i < cn_program.output_count; i++)
+        model->outputs[i] = cn_at(outputs[i], image * (cn_program.outputs[i].bytes / cn_program.images));
+    cn_program.bind(model->args, model->inputs, model->outputs);
     if (model->run.team)
         cn_team_run(model->run.team, work, model);
     else
         work(model, 0, 1);
-    return COLONNADE_OK;
+}
+
+int colonnade_run(colonnade_model *model, const void *const *inputs, void *const *outputs)
+{
+    const int code = runnable(model, inputs, outputs);
+    for (unsigned image = 0; code == COLONNADE_OK && image < cn_program.images; image++)
+        run_image(model, inputs, outputs, image);
+    return code;
 }
 
 int colonnade_profile(colonnade_model *model, const void *const *inputs, void *const *outputs, uint64_t *ns_per_step)
 {
-    if (!model || !ns_per_step) return COLONNADE_BAD_ARGUMENT;
-    model->run.clock = ns_per_step;
-    uint64_t before = cn_now();
-    const int code = colonnade_run(model, inputs, outputs);
-    model->run.clock = NULL;
+    const int code = ns_per_step ? runnable(model, inputs, outputs) : COLONNADE_BAD_ARGUMENT;
     if (code != COLONNADE_OK) return code;
-    for (size_t i = 0; i < cn_program.step_count; i++) {
-        const uint64_t end = ns_per_step[i];
-        ns_per_step[i] = end - before;
-        before = end;
+    memset(ns_per_step, 0, cn_program.step_count * sizeof *ns_per_step);
+    model->run.clock = model->ends;
+    for (unsigned image = 0; image < cn_program.images; image++) {
+        uint64_t before = cn_now();
+        run_image(model, inputs, outputs, image);
+        for (size_t i = 0; i < cn_program.step_count; before = model->ends[i++])
+            ns_per_step[i] += model->ends[i] - before;
     }
+    model->run.clock = NULL;
     return COLONNADE_OK;
 }
 
@@ -217,5 +240,8 @@ void colonnade_destroy(colonnade_model *model)
     if (model->block) munmap(model->block, model->block_bytes);
     if (model->weights) munmap(model->weights, cn_program.weights_bytes);
     free(model->args);
+    free(model->inputs);
+    free(model->outputs);
+    free(model->ends);
     free(model);
 }

@@ -52,6 +52,7 @@ typedef struct {
     const char *const *step_names;
     size_t input_count, output_count, step_count;
     unsigned threads;             /* the number to use when nobody says otherwise */
+    unsigned images;              /* equal parts of every input and output, for which the steps run in turn */
     uint64_t weights_bytes;       /* of the whole file */
     uint64_t weights_checksum[2]; /* of the constants, see runtime.c */
     uint64_t arena_bytes;         /* activations */
