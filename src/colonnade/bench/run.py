@@ -72,13 +72,14 @@ def build_both(
 
 
 def random_inputs(manifest: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """The same arrays at every call: normal for floats, 0 … 255 for integers."""
+    """The same arrays at every call: normal for floats, 0 … 255 for bytes, 0 and 1 for wider integers (ids, masks)."""
     rng = np.random.default_rng(0)
     arrays = {}
     for port in manifest["inputs"]:
         kind = np.dtype(port.get("type") or port.get("dtype") or "float32")
         shape = port["shape"]
-        values = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 256, shape)
+        limit = 256 if kind.itemsize == 1 else 2  # tables of ids have at least two rows, whatever they are
+        values = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, limit, shape)
         arrays[port["name"]] = values.astype(kind)
     return arrays
 

@@ -273,10 +273,13 @@ class Context:
     def of_channels(self, node: ir.Node, x: Value, tables: list[npt.NDArray[np.int64]]) -> Value:
         """[N, C]: the elements of a dense array that ``tables`` (of images, channels and more) name."""
         shape = (len(tables[0]), len(tables[1]))
-        tensor = Tensor(f"{node.outputs[0].name}.channels", shape)
-        constants: dict[str, Array] = {"axis0": tables[0], "axis1": tables[1]}  # type: ignore[dict-item]
-        self.add(Draft(self.unique(tensor.name), Take(x.shape, shape, digest(tables[:2])), [x], tensor, constants))
-        return Value(shape, (tensor,), sole=False)
+        key = (x.tensors[0], shape, digest(tables[:2]))
+        if key not in self._reordered:
+            tensor = Tensor(f"{node.outputs[0].name}.channels", shape)
+            constants: dict[str, Array] = {"axis0": tables[0], "axis1": tables[1]}  # type: ignore[dict-item]
+            self.add(Draft(self.unique(tensor.name), Take(x.shape, shape, digest(tables[:2])), [x], tensor, constants))
+            self._reordered[key] = (tensor, x)
+        return Value(shape, (self._reordered[key][0],), sole=False)
 
     def more_outputs(self, node: ir.Node) -> bool:
         """Does anybody want an output of the node beyond the first?"""

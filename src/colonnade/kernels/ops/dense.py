@@ -148,7 +148,7 @@ EXPRESSIONS = {
     "where": "a != 0.0f ? b : c",
 }
 REDUCTIONS = ("sum", "avg", "max", "min", "prod", "l1", "l2", "sumsq", "logsum", "logsumexp")
-MATMUL_SHAPES = ((4, 2), (6, 2), (8, 1), (1, 4))
+MATMUL_SHAPES = ((4, 2), (6, 2), (8, 1), (1, 4), (6, 4))  # (rows, vectors); the last one where there are 32 registers
 
 
 def _symbol(name: str, isa: Isa) -> str:
@@ -376,8 +376,13 @@ def _reduce_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     return (Call(candidate.kernel, REDUCE.name, fields),)
 
 
+def matmul_shapes(isa: Isa) -> Iterable[tuple[int, int]]:
+    """Those whose sums, a row of b and one factor fit the registers."""
+    return (shape for shape in MATMUL_SHAPES if (shape[0] + 1) * shape[1] + 1 <= isa.registers)
+
+
 def matmul_variants(isa: Isa) -> Iterator[Variant]:
-    for mr, nv in MATMUL_SHAPES:
+    for mr, nv in matmul_shapes(isa):
         yield Variant(f"f32_matmul_{mr}x{nv}v__{isa.name}", "matmul.c.in", {"MR": mr, "NV": nv})
 
 
@@ -390,12 +395,14 @@ def _matmul_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[C
 def product_candidates(rows: int, columns: int, isa: Isa) -> Iterator[Candidate]:
     """The shape that wastes the least on the edges; ties by the order of the table."""
     lanes = isa.lanes or 8
-    for order, (mr, nv) in enumerate(MATMUL_SHAPES):
+    for order, (mr, nv) in enumerate(matmul_shapes(isa)):
         if mr > 1 and mr >= 2 * rows:
             continue
-        blocks, strips = -(-rows // mr), -(-columns // (nv * lanes))
-        waiting = max(1.0, 8 / (mr * nv))
-        rank = blocks * strips * (mr * nv + mr + nv) * waiting + order
+        # vectors are shared out evenly among strips, so that the last one is no narrower than it must be
+        blocks, vectors = -(-rows // mr), -(-columns // lanes)
+        strips = -(-vectors // nv)
+        waiting = max(1.0, 8 * strips / (mr * vectors))
+        rank = blocks * (vectors * mr + strips * mr + vectors) * waiting + order
         yield Candidate(f"f32_matmul_{mr}x{nv}v__{isa.name}", {}, rank)
 
 
