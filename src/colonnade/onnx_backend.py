@@ -73,12 +73,15 @@ class Prepared(BackendRep):
         return tuple(outputs[port.name] for port in program.plan.outputs)
 
     def _special(self, feeds: dict[str, npt.NDArray[Any]]) -> Program:
-        """The program for these values: of the whole numbers among the inputs, or of all inputs but the first."""
+        """The program for these values: of the whole numbers among the inputs, or of all inputs but the first; of all of
+        them only where none has an element."""
         numbers = [name for name, array in feeds.items() if array.dtype.kind in "iub" and array.ndim < 2]
         rest = self._names[1:]
         empty = [name for name, array in feeds.items() if not array.size]
         problem = self._problem
-        for names in (empty, numbers, rest, self._names):
+        for names in (empty, numbers, list(dict.fromkeys(empty + numbers)), rest):
+            if len(names) == len(self._names) and not empty:
+                continue  # nothing would be left to compute at run time: the answer would be the importer's
             values = {name: feeds[name] for name in names}
             key = tuple((name, array.shape, array.tobytes()) for name, array in values.items())
             if key in self._programs:
