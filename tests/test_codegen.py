@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -194,9 +195,17 @@ def test_full_disk_leaves_no_output(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_it(bundle: Bundle) -> None:
-    process = subprocess.Popen([bundle.path / "run", "--threads", "2", "--repeat", "100000000"])
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT
+    # a shell starts what it puts in the background deaf to Ctrl-C, and children inherit that
+    listens = "import os, signal, sys; signal.signal(2, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    words = [bundle.path / "run", "--threads", "2", "--repeat", "100000000"]
+    with subprocess.Popen([sys.executable, "-c", listens, *words]) as process:
+        while Path(f"/proc/{process.pid}/exe").resolve().name != "run":
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(10) == -signal.SIGINT
+        finally:
+            process.kill()
 
 
 # ---- the bundle ----

@@ -73,8 +73,10 @@ class Prepared(BackendRep):
         return tuple(outputs[port.name] for port in program.plan.outputs)
 
     def _special(self, feeds: dict[str, npt.NDArray[Any]]) -> Program:
-        """The program for these values: of the whole numbers among the inputs, or of all inputs but the first; of all of
-        them only where none has an element."""
+        """The program for these values: of the whole numbers among the inputs, or of all inputs but the first.
+
+        Of all inputs only where one has no element.
+        """
         numbers = [name for name, array in feeds.items() if array.dtype.kind in "iub" and array.ndim < 2]
         rest = self._names[1:]
         empty = [name for name, array in feeds.items() if not array.size]

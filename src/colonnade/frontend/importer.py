@@ -103,6 +103,10 @@ class Importer(Fusing):
         values = [value for value in node.inputs if value is not None]
         feeds = {value.name or "": value.const_value.numpy() for value in values if value.const_value is not None}
         opset = self.graph.opset_imports.get("", 18)
+        if node.op_type == "Unsqueeze" and "axes" in node.attributes:  # before opset 13; onnx's own cannot compute it
+            (array,) = feeds.values()
+            node.outputs[0].const_value = ir.tensor(np.expand_dims(array, tuple(node.attributes["axes"].as_ints())))
+            return True
         try:
             results = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset}).run(None, feeds)
         except Exception:  # it raises whatever its operators raise

@@ -92,7 +92,10 @@ def reduce(importer: Importer, node: ir.Node, kind: str) -> None:
     rank = len(x.shape)
     given = importer.ints(node, "axes", 1)
     if not given and node.attributes.get_int("noop_with_empty_axes", 0) != 0:
-        raise Unsupported("without axes (noop_with_empty_axes) is not supported; remove it")
+        if kind not in ("avg", "sum", "max", "min", "prod"):
+            raise Unsupported("without axes (noop_with_empty_axes) is not supported; remove it")
+        importer.set(node, x)
+        return
     axes = sorted(a % rank for a in given or range(rank))
     keep = node.attributes.get_int("keepdims", 1)
     shape = tuple(1 if i in axes else d for i, d in enumerate(x.shape) if keep or i not in axes)

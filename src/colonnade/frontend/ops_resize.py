@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from colonnade.frontend.context import Unsupported, counting
 from colonnade.frontend.importer import Handler, Importer
-from colonnade.workload import Array, Lrn, Resample, digest
+from colonnade.workload import Array, Elementwise, Lrn, Resample, digest
+from colonnade.workload.dense import FILL
 
 Table = npt.NDArray[np.int64]
 Wide = npt.NDArray[np.float64]
@@ -102,20 +103,27 @@ def resize(importer: Importer, node: ir.Node) -> None:
     out = tuple(a.out for a in resized)
     if prod(out) == 0:
         raise Unsupported(f"its result {list(out)} is empty")
-    same = [a.out == a.size and (a.scale == 1.0 and transform != "tf_crop_and_resize") for a in resized]
+    same = [
+        a.out == a.size and np.array_equal(positions(a, transform), np.arange(a.size))
+        if transform == "tf_crop_and_resize"
+        else a.out == a.size and a.scale == 1.0
+        for a in resized
+    ]
     if all(same):
         importer.set(node, x)
         return
+    beyond = node.attributes.get_float("extrapolation_value", 0.0)
+    inside = [np.ones(a.out, bool) for a in resized]  # where a crop stays within the input
     if transform == "tf_crop_and_resize":
         ats = [positions(a, transform) for a in resized]
-        if any((at < 0).any() or (at > a.size - 1).any() for at, a in zip(ats, resized, strict=True)):
-            raise Unsupported("tf_crop_and_resize beyond the input is not supported; pad before it")
+        inside = [(at >= 0) & (at <= a.size - 1) for at, a in zip(ats, resized, strict=True)]
     if mode == "nearest":
         tables = counting(x.shape)
         for i, axis in enumerate(resized):
             if not same[i]:
                 tables[i] = tables[i][nearest(positions(axis, transform), axis.size, rounding)]
-        importer.take(node, x, tables)
+                tables[i] = np.where(inside[i], tables[i], FILL)
+        importer.take(node, x, tables, beyond)
         return
     x = importer.narrowed(x)
     mode = mode.removeprefix("bi") if mode in ("bilinear", "bicubic") else mode
@@ -133,7 +141,11 @@ def resize(importer: Importer, node: ir.Node) -> None:
     for i in (rank - 2, rank - 1):
         axis = resized[i]
         one = np.arange(axis.size).reshape(-1, 1), np.ones((axis.size, 1), np.float32)
-        both.append(one if same[i] else taps(axis, positions(axis, transform), mode, cubic, exclude, antialias))
+        if same[i]:
+            both.append(one)
+            continue
+        index, weight = taps(axis, positions(axis, transform), mode, cubic, exclude, antialias)
+        both.append((index, weight * inside[i][:, None].astype(np.float32)))
     (row, row_weight), (column, column_weight) = both
     if rank != 4:
         x = importer.dense(x)
@@ -146,6 +158,12 @@ def resize(importer: Importer, node: ir.Node) -> None:
     done = importer.emit(node, work, [importer.in_planes(x)], (n, c, *size), None, constants)  # type: ignore[arg-type]
     if rank != 4:
         importer.set(node, importer.dense(done).seen(out))
+    if beyond and not all(axis.all() for axis in inside):
+        rows, columns = inside[-2:]
+        outside = np.where(rows[:, None] & columns, np.float32(0), np.float32(beyond))
+        name = node.outputs[0].name or ""
+        pair = [importer.dense(importer.result(node), name), importer.brought(name, outside)]
+        importer.dense_step(node, Elementwise("add", (out, outside.shape)), pair, out)
 
 
 def _axes(importer: Importer, node: ir.Node, shape: tuple[int, ...], axes: list[int], old: bool) -> list[Axis]:
@@ -159,6 +177,9 @@ def _axes(importer: Importer, node: ir.Node, shape: tuple[int, ...], axes: list[
         raise Unsupported("its scales must be constant; export the model with fixed shapes")
     sizes = importer.ints(node, "sizes", 3) if not old else None
     roi = importer.constant(node, 1) if not old else None
+    crops = node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_and_resize"
+    if crops and roi is None and importer.has(node, 1):
+        raise Unsupported("its roi must be constant; export the model with fixed shapes")
     result = [Axis(d, d, 1.0) for d in shape]
     if sizes:
         policy = node.attributes.get_string("keep_aspect_ratio_policy", "stretch")

@@ -257,8 +257,10 @@ def slice_(importer: Importer, node: ir.Node) -> None:
         picked = range(*slice(start, None if step < 0 and end < -size else end, step).indices(size))
         if picked == range(size):
             continue
-        if not picked:
-            raise Unsupported(f"elements {start}:{end}:{step} of axis {axis} of {list(x.shape)} are none; remove it")
+        if not picked:  # nothing is a constant
+            shape = [0 if a % rank == axis else d for a, d in enumerate(x.shape)]
+            node.outputs[0].const_value = ir.tensor(np.zeros(shape, importer.type_of(node)))
+            return
         if isinstance(x, Tokens):
             x = x.picked(axis, np.array(picked, np.int64)) or importer.ordinary(x)
             if isinstance(x, Tokens):

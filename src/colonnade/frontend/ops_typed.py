@@ -156,7 +156,9 @@ def _reduce(importer: Importer, node: ir.Node, dtype: str, kind: str) -> Value:
     if kind in ("l2", "logsum", "logsumexp") and dtype != "float64":
         raise Unsupported(f"of {importer.type_of(node)} is not supported; cast to float before it")
     if not given and node.attributes.get_int("noop_with_empty_axes", 0) != 0:
-        raise Unsupported("without axes (noop_with_empty_axes) is not supported; remove it")
+        if kind not in ("avg", "sum", "max", "min", "prod"):
+            raise Unsupported("without axes (noop_with_empty_axes) is not supported; remove it")
+        return x
     axes = sorted(a % rank for a in given or range(rank))
     keep, others = node.attributes.get_int("keepdims", 1), [i for i in range(rank) if i not in axes]
     shape = tuple(1 if i in axes else d for i, d in enumerate(x.shape) if keep or i not in axes)
