@@ -77,4 +77,4 @@ def test_the_page_of_operators_is_current() -> None:
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
     assert page.TARGET.read_text(encoding="utf-8") == page.text(), "run scripts/operators.py"
-    assert all(row.count("|") == 3 and len(row.split("|")[2]) > 5 for row in page.text().splitlines()[-20:])
+    assert all(row.count("|") == 4 and len(row.split("|")[2]) > 5 for row in page.text().splitlines()[-20:])
