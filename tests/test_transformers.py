@@ -242,14 +242,15 @@ def test_small_distilbert_of_free_sizes() -> None:
     assert plan.outputs[0].shape == (3, 21, size.width) and ops(plan)["conv2d"] == 6
 
 
-@pytest.mark.skipif(not os.environ.get("COLONNADE_ALL_MODELS"), reason="minutes and gigabytes: COLONNADE_ALL_MODELS=1")
-@pytest.mark.slow
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75])
-@pytest.mark.parametrize("name", ["bert_base", "distilbert"])
-def test_full_size(name: str, sparsity: float, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    from tests.transformers_like import BASE, DISTILLED, bert_feeds, bert_model
+if os.environ.get("COLONNADE_ALL_MODELS"):  # minutes and gigabytes
 
-    size = BASE if name == "bert_base" else DISTILLED
-    model = pruned(bert_model(size, 1, 128), sparsity, tmp_path)
-    assert ops(check(model, bert_feeds(size, 1, 128)))["conv2d"] == 6 * size.layers
+    @pytest.mark.slow
+    @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75])
+    @pytest.mark.parametrize("name", ["bert_base", "distilbert"])
+    def test_full_size(name: str, sparsity: float, tmp_path: Path) -> None:
+        pytest.importorskip("torch")
+        from tests.transformers_like import BASE, DISTILLED, bert_feeds, bert_model
+
+        size = BASE if name == "bert_base" else DISTILLED
+        model = pruned(bert_model(size, 1, 128), sparsity, tmp_path)
+        assert ops(check(model, bert_feeds(size, 1, 128)))["conv2d"] == 6 * size.layers

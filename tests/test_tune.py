@@ -389,6 +389,7 @@ def wait_for(path: Path, count: int, process: subprocess.Popen[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it would be ignored
     tuner(Path(sys.argv[1]), [f"slow_{i}" for i in range(10)], sleep_ms=int(sys.argv[2])).tune(Model((sample(),)), 60)
 
 
