@@ -226,12 +226,15 @@ def test_many_sessions_leak_nothing(portable: Bundle) -> None:
 
     for _ in range(10):
         use()
-    rss, threads, files, maps = status()
-    for _ in range(100):
-        use()
-    after = status()
-    assert after[0] - rss < 1000  # KiB
-    assert after[1] == threads and after[2] == files and after[3] - maps < 10
+    growth = []
+    for _ in range(3):  # a leak grows every time; a large process's own heap does now and then
+        rss, threads, files, maps = status()
+        for _ in range(100):
+            use()
+        after = status()
+        assert after[1] == threads and after[2] == files and after[3] - maps < 10
+        growth.append(after[0] - rss)
+    assert min(growth) < 500, growth  # KiB
 
 
 def test_failing_create_leaks_no_threads(copied: Path) -> None:
