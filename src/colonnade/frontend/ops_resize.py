@@ -103,25 +103,25 @@ def resize(importer: Importer, node: ir.Node) -> None:
     out = tuple(a.out for a in resized)
     if prod(out) == 0:
         raise Unsupported(f"its result {list(out)} is empty")
+    crops = transform == "tf_crop_and_resize"
     same = [
-        a.out == a.size and np.array_equal(positions(a, transform), np.arange(a.size))
-        if transform == "tf_crop_and_resize"
-        else a.out == a.size and a.scale == 1.0
+        a.out == a.size and (np.array_equal(positions(a, transform), np.arange(a.size)) if crops else a.scale == 1.0)
         for a in resized
     ]
     if all(same):
         importer.set(node, x)
         return
     beyond = node.attributes.get_float("extrapolation_value", 0.0)
-    inside = [np.ones(a.out, bool) for a in resized]  # where a crop stays within the input
-    if transform == "tf_crop_and_resize":
-        ats = [positions(a, transform) for a in resized]
-        inside = [(at >= 0) & (at <= a.size - 1) for at, a in zip(ats, resized, strict=True)]
+    ats = [positions(a, transform) for a in resized]
+    # where a crop stays within the input
+    inside = [
+        (at >= 0) & (at <= a.size - 1) if crops else np.ones(a.out, bool) for at, a in zip(ats, resized, strict=True)
+    ]
     if mode == "nearest":
         tables = counting(x.shape)
         for i, axis in enumerate(resized):
             if not same[i]:
-                tables[i] = tables[i][nearest(positions(axis, transform), axis.size, rounding)]
+                tables[i] = tables[i][nearest(ats[i], axis.size, rounding)]
                 tables[i] = np.where(inside[i], tables[i], FILL)
         importer.take(node, x, tables, beyond)
         return
@@ -144,7 +144,7 @@ def resize(importer: Importer, node: ir.Node) -> None:
         if same[i]:
             both.append(one)
             continue
-        index, weight = taps(axis, positions(axis, transform), mode, cubic, exclude, antialias)
+        index, weight = taps(axis, ats[i], mode, cubic, exclude, antialias)
         both.append((index, weight * inside[i][:, None].astype(np.float32)))
     (row, row_weight), (column, column_weight) = both
     if rank != 4:

@@ -23,6 +23,7 @@ from colonnade.workload import (
     Normalise,
     Reduce,
     Take,
+    TypedElementwise,
     spread,
 )
 
@@ -343,9 +344,10 @@ def _elementwise_candidates(operands: Operands, isa: Isa, threads: int) -> Itera
     yield Candidate(_symbol(f"{operands.workload.kind}_dense", isa))
 
 
-def _elementwise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+def elementwise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    """The call of an operator with ``shapes`` that are broadcast, whatever the type of its numbers."""
     work, y = operands.workload, operands.output
-    assert isinstance(work, Elementwise) and y is not None
+    assert isinstance(work, (Elementwise, TypedElementwise)) and y is not None
     starts, steps, width = broadcast_tables(work.shapes)
     fields: dict[str, Field] = {"y": _at(y), "rows": len(starts[0]), "width": width}
     for i, name in enumerate("abc"):
@@ -468,7 +470,7 @@ ROWS: tuple[Operator, ...] = (
     Operator("take", (TAKE,), take_variants, take_candidates, take_bind),
     Operator("join", (TAKE,), take_variants, take_candidates, _join_bind),
     Operator("constant", (TAKE,), take_variants, take_candidates, _constant_bind),
-    Operator("elementwise", (ELEMENTWISE,), _elementwise_variants, _elementwise_candidates, _elementwise_bind),
+    Operator("elementwise", (ELEMENTWISE,), _elementwise_variants, _elementwise_candidates, elementwise_bind),
     Operator("reduce", (REDUCE,), _reduce_variants, _reduce_candidates, _reduce_bind),
     Operator("matmul", (MATMUL,), matmul_variants, _matmul_candidates, _matmul_bind),
     Operator("normalise", (NORMALISE,), _normalise_variants, _normalise_candidates, _normalise_bind),

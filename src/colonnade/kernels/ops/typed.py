@@ -9,7 +9,7 @@ import numpy as np
 
 from colonnade.kernels.call import Arena, Call, Const, External, Field
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops.dense import ELEMENTWISE, broadcast_tables
+from colonnade.kernels.ops.dense import ELEMENTWISE, elementwise_bind
 from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -263,19 +263,6 @@ def _elementwise_candidates(operands: Operands, isa: Isa, threads: int) -> Itera
     yield Candidate(_elementwise_symbol(work.kind, work.type, isa.name))
 
 
-def _elementwise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
-    work, y = operands.workload, operands.output
-    assert isinstance(work, TypedElementwise) and y is not None
-    starts, steps, width = broadcast_tables(work.shapes)
-    fields: dict[str, Field] = {"y": _at(y), "rows": len(starts[0]), "width": width}
-    for i, name in enumerate("abc"):
-        given = i < len(work.shapes)
-        fields[name] = _at(operands.inputs[i]) if given else None
-        fields[f"{name}_rows"] = u32(starts[i]) if given else None
-        fields[f"{name}_step"] = steps[i] if given else 0
-    return (Call(candidate.kernel, ELEMENTWISE.name, fields),)
-
-
 def _reduction(kind: str, dtype: str) -> dict[str, object]:
     """First value, what joins the next one v to ``total``, and what becomes of it."""
     c, u = HELD[dtype], UNSIGNED[dtype]
@@ -376,7 +363,7 @@ def _indices_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 ROWS: tuple[Operator, ...] = (
     Operator("cast", (CAST,), _cast_variants, _cast_candidates, _cast_bind),
-    Operator("typed_elementwise", (ELEMENTWISE,), _elementwise_variants, _elementwise_candidates, _elementwise_bind),
+    Operator("typed_elementwise", (ELEMENTWISE,), _elementwise_variants, _elementwise_candidates, elementwise_bind),
     Operator("typed_reduce", (REDUCE,), _reduce_variants, _reduce_candidates, _reduce_bind),
     Operator("typed_matmul", (MATMUL,), _matmul_variants, _matmul_candidates, _matmul_bind),
     Operator("max_indices", (INDICES,), _indices_variants, _indices_candidates, _indices_bind),
