@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import platformdirs
 
+from colonnade.arranging import arranged
 from colonnade.bench.ours import Ours, difference
 from colonnade.bench.peers import Peer
 from colonnade.bench.protocol import Contender, Load, Result, alternate
@@ -39,7 +40,7 @@ from colonnade.bench.run import PEAK_MS, profiles, random_inputs
 from colonnade.build.toolchain import Toolchain
 from colonnade.bundle import Bundle, write_bundle
 from colonnade.errors import ColonnadeError
-from colonnade.frontend.load import load
+from colonnade.frontend import imported
 from colonnade.pattern import ColumnPattern
 from colonnade.report.bundle import enrich, percent
 from colonnade.sparsify.onnx_file import prune_file
@@ -150,8 +151,9 @@ class Builder:
         folder = self.work / f"{network}-{setting.sparsity:g}-b{setting.batch}-t{setting.threads}"
         if self.ready:
             return Bundle.load(folder)
-        plan = load(self.networks.file(network, setting.sparsity), batch=setting.batch)
         database = self.networks.folder / "tuning.db"
+        model = imported(self.networks.file(network, setting.sparsity), batch=setting.batch)
+        plan = arranged(model, self.machine, self.isa, database).plan()
         say(f"tuning {network}: {setting.name}")
         found = tune(plan, self.target, self.isa, setting.threads, self.budget_s, database, None, self.toolchain)
         assert found.choices is not None

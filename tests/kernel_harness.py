@@ -56,6 +56,7 @@ class Case:
     arena: int
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     external: str = ""
+    rms: float | None = None
 
 
 class Arranger:
@@ -88,7 +89,7 @@ def machine_has(name: str) -> bool:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
             flags.update(line.split(":", 1)[1].split())
-    return isa(name) in available(host(), frozenset(flags))
+    return name in {row.name for row in available(host(), frozenset(flags))}
 
 
 def need(name: str) -> Isa:

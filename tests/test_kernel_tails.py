@@ -120,7 +120,7 @@ def test_seven_by_seven_is_ranked_by_its_pixels() -> None:
     assert (call.fields["lanes"], call.fields["tail"], call.fields["strips"]) == (49, 1, 1)
 
 
-FUNCTION = re.compile(r"^(f32_spconv_\w+):[^\n]*\n(.*?)^\.Lfunc_end", re.MULTILINE | re.DOTALL)
+FUNCTION = re.compile(r"^(f32_(?:sp|pair)conv_\w+):[^\n]*\n(.*?)^\.Lfunc_end", re.MULTILINE | re.DOTALL)
 LOOP = re.compile(r"^(\.LBB\w+):(?:(?!^\.LBB).)*?\bj\w+\s+\1$", re.MULTILINE | re.DOTALL)
 
 

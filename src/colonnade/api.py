@@ -65,7 +65,7 @@ def build(
     """
     from colonnade import targets
     from colonnade import tune as tuning
-    from colonnade.bench import layouts
+    from colonnade.arranging import arranged
     from colonnade.frontend import imported
     from colonnade.photo import checked, preprocessing
 
@@ -92,10 +92,10 @@ def build(
     chosen = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=notice)
     records = Path(db) if db is not None else None
-    arranged = steps.arrange(layouts.known(machine, chosen, records))
+    made = arranged(steps, machine, chosen, records)
     if tune:
-        tuning.tune(arranged, machine_of, chosen, count, budget, records, progress, toolchain)
-    plan, choices = tuning.choose(arranged, chosen, machine, count, records, toolchain)
+        tuning.tune(made, machine_of, chosen, count, budget, records, progress, toolchain)
+    plan, choices = tuning.choose(made, chosen, machine, count, records, toolchain)
     extra["target"] = machine_of.name
     extra["tuning"] = choices.manifest()
     return write_bundle(

@@ -49,7 +49,7 @@ def tune(
     from rich.console import Console
 
     from colonnade import targets
-    from colonnade.bench import layouts
+    from colonnade.arranging import arranged
     from colonnade.build.toolchain import Toolchain
     from colonnade.frontend import imported
     from colonnade.tune import tune as measure
@@ -61,9 +61,9 @@ def tune(
     machine = machine_of.probe()
     chosen_isa = machine.pick_isa(isa)
     toolchain = Toolchain(cc, notice=console.print)
-    arranged = steps.arrange(layouts.known(machine, chosen_isa, db))
+    made = arranged(steps, machine, chosen_isa, db)
     with bar(console, "tuning") as progress:
-        summary = measure(arranged, machine_of, chosen_isa, count, limit, db, progress, toolchain)
+        summary = measure(made, machine_of, chosen_isa, count, limit, db, progress, toolchain)
     choices = summary.choices
     assert choices is not None
     for line in summary.failures:

@@ -32,7 +32,8 @@ class Step:
     ``constants`` by role: ``weight`` [OC, IC/g, KH, KW] or [OC, IC] and ``bias`` [OC] (conv2d, linear), ``scale``
     and ``shift`` [C] (affine). The order of ``inputs`` is that of the workload's ``reference``: data first, then
     the residual. An ``import`` step has no inputs and an ``export`` step no output tensor of its own; ``external``
-    then names the model's input or output.
+    then names the model's input or output. ``rms``: root mean square of the first input in a run on sample inputs,
+    where somebody made one.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Step:
     output: Placed | None
     constants: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     external: str = ""
+    rms: float | None = None
 
     def key(self) -> str:
         """What decides this step's speed: the workload and the layouts it reads and writes."""

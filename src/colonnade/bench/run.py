@@ -119,12 +119,12 @@ def bench(
             bundle = Bundle.load(model)
             chosen, bundles = machine.pick_isa(bundle.manifest["isa"]), {"colonnade": bundle}
         else:
-            from colonnade.bench import layouts
+            from colonnade.arranging import arranged
             from colonnade.frontend import imported
 
             chosen = machine.pick_isa(isa)
-            arranged = imported(model, batch=batch).arrange(layouts.known(machine, chosen, db))
-            bundles, notes = build_both(arranged, machine, chosen, threads, folder, db, toolchain)
+            made = arranged(imported(model, batch=batch), machine, chosen, db)
+            bundles, notes = build_both(made, machine, chosen, threads, folder, db, toolchain)
         inputs = random_inputs(dict(next(iter(bundles.values())).manifest))
         ours = {name: Ours(bundle, target, inputs, threads) for name, bundle in bundles.items()}
         contenders = [

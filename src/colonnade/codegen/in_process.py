@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,20 @@ from colonnade.build.toolchain import Toolchain, host
 from colonnade.kernels import registry, render
 from colonnade.kernels.call import Arena, Call, Const, External
 from colonnade.kernels.isa import Isa, isa
-from colonnade.kernels.registry import Candidate
+from colonnade.kernels.registry import Candidate, Variant
 from colonnade.layout import LINE, round_up
-from colonnade.plan import Plan
+from colonnade.plan import Plan, Step
 
 Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
 
 class Program:
-    """A plan bound to memory of its own; ``choices`` has a candidate a step (default: the static ranking's best)."""
+    """A plan bound to memory of its own; ``choices`` has a candidate a step (default: the static ranking's best).
 
-    def __init__(self, plan: Plan, isa: Isa, choices: Sequence[Candidate] | None = None) -> None:
+    ``lean``: compile the kernels that it takes, not all those of its operators: sooner ready, of no use to others.
+    """
+
+    def __init__(self, plan: Plan, isa: Isa, choices: Sequence[Candidate] | None = None, lean: bool = False) -> None:
         self.plan = plan
         if choices is None:
             choices = [registry.candidates(step, isa, 1)[0] for step in plan.steps]
@@ -40,21 +43,33 @@ class Program:
         scratch = max((call.scratch for _, calls in bound for call in calls), default=0)
         shared = max((sum(c.shared for c in calls) for _, calls in bound), default=0)
         self._scratch, self._shared = _aligned(scratch), _aligned(shared)
+        symbols = sorted({call.kernel for _, calls in bound for call in calls})
+        if lean:
+            taken = compiled([v for s, v in registry.variants(isa).items() if s in symbols], isa)
+        else:
+            taken = {s: kernels(_row_of(s, isa.name), isa.name)[s] for s in symbols}
         for step, calls in bound:
-            for call in calls:
-                kernel = kernels(_row_of(call.kernel, isa.name), isa.name)[call.kernel]
+            for index, call in enumerate(calls):
+                kernel = taken[call.kernel]
                 image, outside = self._arguments(call)
-                self._calls.append((kernel, image, outside, bool(step.inputs)))
+                self._calls.append((kernel, image, outside, step, index == 0))
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Outputs by name; inputs are converted to the types of their ports."""
+    def run(
+        self,
+        feeds: Mapping[str, npt.NDArray[Any]],
+        before: Callable[[Step, npt.NDArray[np.uint8]], None] | None = None,
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Outputs by name; inputs are converted to the types of their ports. ``before`` sees the arena in front of
+        every step."""
         inputs = {p.name: np.ascontiguousarray(feeds[p.name], p.dtype).reshape(p.shape) for p in self.plan.inputs}
         outputs = {p.name: np.empty(p.shape, p.dtype) for p in self.plan.outputs}
         images = self.plan.images
         for index in range(images):
-            for kernel, image, outside, reads in self._calls:
+            for kernel, image, outside, step, first in self._calls:
+                if first and before is not None:
+                    before(step, self._arena)
                 for at, name in outside:
-                    array = (outputs if reads else inputs)[name]
+                    array = (outputs if step.inputs else inputs)[name]
                     _point(image, at, array.ctypes.data + index * (array.nbytes // images))
                 kernel(image.ctypes.data, 0, 1)
         return outputs
@@ -118,11 +133,15 @@ def _row_of(symbol: str, name: str) -> str:
 @functools.cache
 def kernels(op: str, name: str) -> dict[str, Any]:
     """Symbol → function, of all kernels of operator ``op`` for the ISA called ``name``."""
-    target = isa(name)
-    files = render.library(target, registry.operator(op).variants(target))
+    return compiled(registry.operator(op).variants(isa(name)), isa(name))
+
+
+def compiled(variants: Iterable[Variant], target: Isa) -> dict[str, Any]:
+    """Symbol → function."""
+    files = render.library(target, variants)
     files["exports.c"] = (
-        f"extern const char cn_kernels_{name}[];\n"
-        f'__attribute__((visibility("default"))) const void *cn_table(void) {{ return cn_kernels_{name}; }}\n'
+        f"extern const char cn_kernels_{target.name}[];\n"
+        f'__attribute__((visibility("default"))) const void *cn_table(void) {{ return cn_kernels_{target.name}; }}\n'
     )
     library = ctypes.CDLL(str(Toolchain().compile(files, "shared", host())))
     library.cn_table.restype = ctypes.c_void_p

@@ -7,16 +7,17 @@ grouping rows, once for each pattern, and only the layers' workloads are looked 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from colonnade.arranging import arranged
 from colonnade.bench import layouts
 from colonnade.build.toolchain import Toolchain
-from colonnade.frontend import load
+from colonnade.frontend import imported, load
 from colonnade.kernels.isa import Isa
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Plan, Step
@@ -90,14 +91,17 @@ def layer_times(
 
     Raises UserError for a model that cannot be imported, a target whose times mean nothing, or an unusable database.
     """
-    costs = layouts.known(where.target.probe(), where.isa, where.db)
-    whole = load(model, batch=where.batch, layout_costs=costs)
+    machine = where.target.probe()
+    costs = layouts.known(machine, where.isa, where.db)
+    made = arranged(imported(model, batch=where.batch), machine, where.isa, where.db)
+    whole = made.plan()
     steps = {step.name: step for step in whole.steps}
     names = {name: step for name, step in step_names(layers, whole).items() if step is not None}
     own: dict[tuple[str, ColumnPattern], Step] = {}
     for pattern in dict.fromkeys(p for row in patterns.values() for p in row):
         copy = load(pruned_alike(model, layers, pattern), batch=where.batch, layout_costs=costs)
-        alike = {step.name: step for step in copy.steps}
+        # what goes in is nearly as large as in the whole network
+        alike = {step.name: replace(step, rms=made.rms.get(step.name)) for step in copy.steps}
         for name in [name for name in names if pattern in patterns.get(name, ())]:
             if names[name] in alike:
                 own[name, pattern] = alike[names[name]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,7 +108,8 @@ class Imported:
 class Arranged:
     """A model whose layouts are assigned but for the choice between planes and panels; a ``plan.Variants``.
 
-    ``default``: which of ``found`` are in panels where nothing was measured.
+    ``default``: which of ``found`` are in panels where nothing was measured. ``rms``: what ``plan.Step`` knows by this
+    name, by step.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Arranged:
     drafts: list[Draft]
     found: list[panels.Edges]
     default: frozenset[int]
+    rms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def edges(self) -> tuple[tuple[str, ...], ...]:
@@ -129,7 +131,8 @@ class Arranged:
         tensors = {tensor for i in wanted for tensor in self.found[i].tensors}
         plan = _place_all(self.name, self.importer, self.drafts, tensors)
         inputs, outputs = (tuple(self._port(port) for port in ports) for ports in (plan.inputs, plan.outputs))
-        return replace(plan, inputs=inputs, outputs=outputs, images=self.images)
+        steps = tuple(replace(s, rms=self.rms.get(s.name)) for s in plan.steps) if self.rms else plan.steps
+        return replace(plan, inputs=inputs, outputs=outputs, images=self.images, steps=steps)
 
     def _port(self, port: Port) -> Port:
         return replace(port, shape=(self.images * port.shape[0], *port.shape[1:])) if self.images > 1 else port

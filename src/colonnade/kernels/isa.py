@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,8 @@ class Isa:
     ``lanes``: f32 lanes of one vector register; 0 for a scalable ISA, whose ``vlenb`` is known at run time only.
     ``registers``: architectural vector registers. ``features``: what ``-mcpu=baseline+...`` adds for the kernels'
     file alone; the rest of a bundle stays at the architecture's baseline. ``flags``: the names by which
-    ``/proc/cpuinfo`` (x86 ``flags``, RISC-V ``isa``) shows that the machine has it, all needed.
+    ``/proc/cpuinfo`` (x86 ``flags``, RISC-V ``isa``) shows that the machine has it, all needed. ``adder_flags``:
+    those by which it shows that additions have pipes of their own beside the multiply-adds'; ``adders``: has it?
     """
 
     name: str
@@ -21,6 +22,8 @@ class Isa:
     registers: int
     features: tuple[str, ...]
     flags: tuple[str, ...]
+    adder_flags: tuple[str, ...] = ()
+    adders: bool = False
 
     @property
     def header(self) -> str:
@@ -38,7 +41,7 @@ PORTABLE = "portable"
 # best first: the first one that a machine has is its default
 ISAS: tuple[Isa, ...] = (
     Isa("avx512", "x86_64", 16, 32, ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx2", "fma"),
-        ("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma")),
+        ("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"), ("clzero",)),  # AMD's, from Zen 4 on
     Isa("avx2", "x86_64", 8, 16, ("avx2", "fma"), ("avx2", "fma")),
     Isa("rvv", "riscv64", 0, 32, ("v",), ("v",)),
     Isa("portable", "any", 8, 16, (), ()),
@@ -55,4 +58,8 @@ def isa(name: str) -> Isa:
 
 def available(arch: str, flags: frozenset[str]) -> list[Isa]:
     """What a machine of ``arch`` with these cpuinfo ``flags`` can run, best first."""
-    return [row for row in ISAS if row.arch in (arch, "any") and set(row.flags) <= flags]
+    return [
+        replace(row, adders=bool(row.adder_flags) and set(row.adder_flags) <= flags)
+        for row in ISAS
+        if row.arch in (arch, "any") and set(row.flags) <= flags
+    ]

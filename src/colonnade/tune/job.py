@@ -40,6 +40,7 @@ class Moved:
     output: Placed | None
     constants: object
     external: str
+    rms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
     externals: list[tuple[str, int]] = []
     segments: list[Segment] = []
     inputs = [rng.standard_normal(x.shape, dtype=np.float32) for x in moved.inputs]
+    if step.rms is not None:  # kernels for pairs of columns rely on inputs of about this size
+        inputs[0] *= np.float32(step.rms)
     if step.external and step.output is not None:
         assert isinstance(step.workload, Convert)
         inputs = [rng.standard_normal(step.workload.shape, dtype=np.float32)]
@@ -307,6 +310,7 @@ def _move(step: Operands) -> tuple[Operands, int]:
         output=None if output is None else _shifted(output, -base),
         constants=step.constants,
         external=step.external,
+        rms=step.rms,
     ), arena
 
 

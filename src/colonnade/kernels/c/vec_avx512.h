@@ -27,6 +27,21 @@ VEC_INLINE void vec1_store_n(float *p, vec1_t v, size_t n) { _mm512_mask_storeu_
 VEC_INLINE vec1_t vec1_splat(float x, size_t vl) { (void)vl; return _mm512_set1_ps(x); }
 /* acc + s * v */
 VEC_INLINE vec1_t vec1_fma(vec1_t acc, float s, vec1_t v, size_t vl) { (void)vl; return _mm512_fmadd_ps(_mm512_set1_ps(s), v, acc); }
+/* v + *s, acc + *s * v: the scalar is an operand in memory, whatever the compiler thinks of it. A broadcast by itself takes
+ * a turn of the pipes that add. */
+VEC_INLINE vec1_t vec1_add_at(vec1_t v, const float *s)
+{
+    vec1_t sum;
+    __asm__("vaddps %2%{1to16%}, %1, %0" : "=v"(sum) : "v"(v), "m"(*s));
+    return sum;
+}
+VEC_INLINE vec1_t vec1_fma_at(vec1_t acc, const float *s, vec1_t v)
+{
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(v), "m"(*s));
+    return acc;
+}
+/* the lanes outside of -most .. most, those that are no numbers too */
+VEC_INLINE __mmask16 vec1_beyond(vec1_t v, vec1_t most) { return _mm512_cmp_ps_mask(_mm512_abs_ps(v), most, _CMP_NLE_UQ); }
 VEC_INLINE vec1_t vec1_fmav(vec1_t acc, vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_fmadd_ps(a, b, acc); }
 VEC_INLINE vec1_t vec1_add(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_add_ps(a, b); }
 VEC_INLINE vec1_t vec1_sub(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_sub_ps(a, b); }
@@ -96,6 +111,7 @@ VEC_INLINE float vec1_top(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_
     VEC_INLINE void rows##N##_store(float *p, rows##N##_t v) { PREFIX##_storeu_ps(p, v); } \
     VEC_INLINE rows##N##_t rows##N##_splat(float x) { return PREFIX##_set1_ps(x); } \
     VEC_INLINE rows##N##_t rows##N##_fma(rows##N##_t acc, float s, rows##N##_t v) { return PREFIX##_fmadd_ps(PREFIX##_set1_ps(s), v, acc); } \
+    VEC_INLINE rows##N##_t rows##N##_mul(rows##N##_t a, rows##N##_t b) { return PREFIX##_mul_ps(a, b); } \
     VEC_INLINE rows##N##_t rows##N##_max(rows##N##_t a, rows##N##_t b) { return PREFIX##_max_ps(a, b); } \
     VEC_INLINE rows##N##_t rows##N##_min(rows##N##_t a, rows##N##_t b) { return PREFIX##_min_ps(a, b); }
 VEC_ROWS(4, __m128, _mm)

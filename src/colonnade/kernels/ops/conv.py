@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import depthwise, packing, panels, strips, winograd
+from colonnade.kernels.ops import depthwise, packing, pairs, panels, strips, winograd
 from colonnade.kernels.ops.shared import Identity, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -64,6 +64,7 @@ CONV = Struct(
         Member("low", "f32"),
         Member("high", "f32"),
         *panels.MEMBERS,
+        *pairs.MEMBERS,
     ),
 )
 PACKED = Struct(
@@ -83,21 +84,24 @@ WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: mea
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every (MR, NV) worth compiling for ``isa``."""
     yield from (variant(mr, nv, isa) for mr, nv in shapes(isa))
+    yield from pairs.variants(isa)
     yield from depthwise.variants(isa)
     yield from winograd.variants(isa)
 
 
-def variant(mr: int, nv: int, isa: Isa) -> Variant:
-    """The kernel of ``mr`` rows by ``nv`` vectors."""
+def variant(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> Variant:
+    """The kernel of ``mr`` rows by ``nv`` vectors; ``kind`` is spconv or that of ``pairs``."""
     counts = row_counts(mr)
     rings = {m: ring(m, nv) for m in counts}
-    tails = strips.tails(mr, nv, isa)
+    paired = kind == pairs.KIND
+    tails = strips.tails(mr, nv, isa, paired)
     params = {
         "MR": mr, "NV": nv, "row_counts": counts, "rings": rings,
         "asks": {m: asks(m, rings[m][0]) for m in counts},
         "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa), "weights_ahead": WEIGHTS_FETCHED,
+        "pairs": {m: pairs.rows(m) for m in counts} if paired else {}, "least": f"{pairs.LEAST}f",
     }  # fmt: skip
-    return Variant(symbol(mr, nv, isa), "spconv.c.in", params)
+    return Variant(symbol(mr, nv, isa, kind), "spconv.c.in", params)
 
 
 def row_counts(mr: int) -> list[int]:
@@ -119,9 +123,9 @@ def asks(mr: int, columns: int) -> list[str]:
     return [f"vec_touch((const char *)w0 + {512 + at});" for at in range(0, columns * mr * 4, LINE)]
 
 
-def symbol(mr: int, nv: int, isa: Isa) -> str:
+def symbol(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> str:
     """``f32_spconv_8x3v__avx512``"""
-    return f"f32_spconv_{mr}x{nv}v__{isa.name}"
+    return f"f32_{kind}_{mr}x{nv}v__{isa.name}"
 
 
 def shapes(isa: Isa) -> list[tuple[int, int]]:
@@ -183,6 +187,10 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             if readable:
                 yield from in_place([tiled], lanes, mr, nv, dense, isa, threads)
             packed += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
+        for mr, nv in pairs.shapes(isa) if readable and pairs.applies(step, isa) else ():
+            tiled = tiling(step, dense_tile=mr if dense else 0)
+            if worth_trying(mr, tiled, pairs.shapes(isa)):
+                yield from in_place([tiled], lanes, mr, nv, dense, isa, threads, kind=pairs.KIND)
         best = sorted({c.rank for c in packed})[: 2 * PACKED_SHAPES]
         if packing.packable(conv, source) and not (readable and depthwise.applies(conv)):
             yield from (c for c in packed if not readable or c.rank in best)
@@ -209,21 +217,31 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
         yield from (c for c in found if not c.params["tail"])  # a tail belongs to no strip
 
 
-def cuts(tiled: list[TiledWeights], lanes: int, mr: int, nv: int, isa: Isa) -> list[tuple[float, strips.Strips]]:
+def cuts(
+    tiled: list[TiledWeights], lanes: int, mr: int, nv: int, isa: Isa, paired: bool = False
+) -> list[tuple[float, strips.Strips]]:
     """(static cost, strips) of the ways to cut the lanes, the better one first: whole vectors, or with a tail."""
-    ways = [strips.whole(lanes, nv, isa), strips.tailed(lanes, mr, nv, isa)]
-    found = [(sum(cost(t, cut, lanes, mr, nv, isa) for t in tiled), cut) for cut in ways if cut is not None]
+    ways = [strips.whole(lanes, nv, isa), strips.tailed(lanes, mr, nv, isa, paired)]
+    found = [(sum(cost(t, cut, lanes, mr, nv, isa, paired) for t in tiled), cut) for cut in ways if cut is not None]
     return sorted(found, key=lambda way: way[0])
 
 
 def in_place(
-    tiled: list[TiledWeights], lanes: int, mr: int, nv: int, dense: int, isa: Isa, threads: int, feed: int = 0
+    tiled: list[TiledWeights],
+    lanes: int,
+    mr: int,
+    nv: int,
+    dense: int,
+    isa: Isa,
+    threads: int,
+    feed: int = 0,
+    kind: str = "spconv",
 ) -> Iterator[Candidate]:
     """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls."""
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # scalable kernels ask for lines in ways of their own
     tiles = min((len(t.tiles) for t in tiled), default=1)
     far = _far(tiled, lanes, isa)
-    for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa)):
+    for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa, kind == pairs.KIND)):
         blocks: tuple[int, ...] = (1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
         if isa.scalable:
             blocks = _blocks_in_order(tiled, cut.count, feed)
@@ -236,7 +254,9 @@ def in_place(
             habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0]) + 0.01 * (fetch != far)
             params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": feed}
             params |= {"tail": int(cut.tail > 0), "fetch": fetch}
-            yield Candidate(symbol(mr, nv, isa), params, work * habit * _idle(tiles if split else cut.count, threads))
+            yield Candidate(
+                symbol(mr, nv, isa, kind), params, work * habit * _idle(tiles if split else cut.count, threads)
+            )
 
 
 def _blocks_in_order(tiled: list[TiledWeights], count: int, feed: int) -> tuple[int, ...]:
@@ -292,7 +312,9 @@ def worth_trying(mr: int, tiled: TiledWeights, among: list[tuple[int, int]]) -> 
     return mr <= tallest or mr == min((m for m, _ in among if m >= tallest), default=mr)
 
 
-def cost(tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, isa: Isa) -> float:
+def cost(
+    tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, isa: Isa, paired: bool = False
+) -> float:
     """Static ranking. Fixed vectors: multiply-adds, and loads and broadcasts at a part of their price."""
     if isa.scalable:
         return _cost_in_order(tiled, lanes, mr, nv)
@@ -300,8 +322,9 @@ def cost(tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, 
     total = 0.0
     for tile in tiled.tiles:
         column = 0.0
-        for rows in _heights(len(tile.rows), mr):
-            column += sum(rows * v + LOAD * (rows + v) + 1 for v in widths)
+        for rows in heights(len(tile.rows), mr):
+            turns = pairs.work(rows) if paired else rows
+            column += sum(turns * v + LOAD * (rows + v) + 1 for v in widths)
             if not cut.tail:
                 continue
             if rows == mr:
@@ -320,14 +343,14 @@ def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float
     strips = -(-lanes // (8 * lmul))
     total = 0.0
     for tile in tiled.tiles:
-        for rows in _heights(len(tile.rows), mr):
+        for rows in heights(len(tile.rows), mr):
             late = {1: 7 + 2.2 * lmul, 2: 1.5, 4: 0.0}[ring(rows, lmul)[0]]
             column = max(rows * lmul, 2.2 * lmul, rows + 3.5) + 1 + 0.2 * lmul + late
             total += strips * (len(tile.columns) * column + 5 * rows * lmul)  # limits, holes, store, bias
     return total
 
 
-def _heights(rows: int, mr: int) -> list[int]:
+def heights(rows: int, mr: int) -> list[int]:
     """How a kernel of ``mr`` rows cuts a tile: whole blocks, then what is left in powers of two."""
     heights, left = [mr] * (rows // mr), rows % mr
     for part in row_counts(mr)[1:]:
@@ -390,7 +413,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     if "winograd" in candidate.params:
         return winograd.bind(step, candidate)
     params = candidate.params
-    mr, nv = (int(part.removesuffix("v")) for part in candidate.kernel.split("_")[2].split("x"))
+    _, kind, shape = candidate.kernel.split("_")[:3]
+    mr, nv = (int(part.removesuffix("v")) for part in shape.split("x"))
     tiled = tiling(step, dense_tile=mr if params["dense"] else 0)
     isa = isa_named(candidate.kernel.rpartition("__")[2])
     panel = packing.Panel.of(conv, tiled) if feed == 1 else None
@@ -403,9 +427,14 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         full = [column_offsets(conv, source, g, strip) for g in range(conv.groups)]
     else:
         full = panel.offsets(conv, 1 if isa.scalable else cut.lanes(isa) * layout.itemsize)
+    bias = step.constants.get("bias", np.zeros(conv.out_channels, np.float32))
+    begun: Mapping[str, Field] = pairs.NONE
+    if kind == pairs.KIND:
+        assert step.rms is not None, f"{conv.key()}: {candidate.key()} needs to know how large its inputs are"
+        tiled, factors = pairs.scaled(tiled, step.rms)
+        begun = pairs.fields(tiled, factors, bias, mr, step.rms)
     filled = tables(conv.key(), full, tiled, per_group)
     order = np.concatenate([tile.rows for tile in tiled.tiles])
-    bias = step.constants.get("bias")
     residual = step.inputs[1] if conv.epilogue.residual else None
     row = nv * VECTOR_LANES if isa.scalable else cut.lanes(isa)
     gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
@@ -418,7 +447,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "arena": Arena(),
         "offsets": Const(filled.offsets),
         "weights": Const(filled.weights),
-        "bias": Const(np.zeros(len(order), np.float32) if bias is None else bias[order].astype(np.float32)),
+        "bias": Const(bias[order].astype(np.float32)),
         "rows": u32(panels.offsets(output, strip)[order]),
         "residual": None if residual is None else u32(panels.offsets(residual, strip)[order]),
         "tiles": Const(filled.tiles),
@@ -441,6 +470,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "low": float(conv.epilogue.activation.low),
         "high": float(conv.epilogue.activation.high),
         **through,
+        **begun,
     }
     if panel is None:
         return (Call(candidate.kernel, CONV.name, fields, scratch),)

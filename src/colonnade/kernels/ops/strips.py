@@ -15,6 +15,7 @@ from colonnade.kernels.registry import Candidate
 
 TAILS = (1, 2, 4, 8, 12)  # lanes that a block may have beside its whole vectors
 NARROW = 0.5  # what a multiply-add of at most half a vector costs, where vectors are made of two halves
+VECTOR = 16  # lanes of the widest fixed vector
 GAIN = 0.8  # the tail's multiply-adds over those of the vector that it saves, at most
 
 
@@ -29,11 +30,12 @@ def lane_cost(mr: int, isa: Isa) -> float:
     return NARROW if isa.lanes == 16 and row_width(mr, isa) <= 8 else 1.0
 
 
-def tails(mr: int, nv: int, isa: Isa) -> list[list[int]]:
+def tails(mr: int, nv: int, isa: Isa, paired: bool = False) -> list[list[int]]:
     """For every number of vectors 0 .. ``nv``: the tails for which a block has registers, and that are worth it.
 
     The tail's weights and the strip's vectors are not needed at the same time. Where no instruction broadcasts an
-    operand from memory, the tail's input takes a register as well.
+    operand from memory, the tail's input takes a register as well. ``paired``: of kernels that take two columns at a
+    time, which hold both of them and the sums of their products.
     """
     if not row_width(mr, isa):
         return [[] for _ in range(nv + 1)]
@@ -43,7 +45,7 @@ def tails(mr: int, nv: int, isa: Isa) -> list[list[int]]:
             t
             for t in TAILS
             if t < isa.lanes
-            and mr * v + t + max(v + 1, more) <= isa.registers
+            and mr * v + t + max(3 * v + 3 if paired else v + 1, more) <= isa.registers
             and t * lane_cost(mr, isa) <= GAIN * mr
         ]
         for v in range(nv + 1)
@@ -82,9 +84,9 @@ def whole(lanes: int, nv: int, isa: Isa) -> Strips:
     return Strips(-(-vectors // nv), vectors)
 
 
-def tailed(lanes: int, mr: int, nv: int, isa: Isa) -> Strips | None:
+def tailed(lanes: int, mr: int, nv: int, isa: Isa, paired: bool = False) -> Strips | None:
     """``lanes`` in whole vectors and a tail; None where there is no tail, or no block for it."""
-    allowed = tails(mr, nv, isa)
+    allowed = tails(mr, nv, isa, paired)
     if isa.scalable or not lanes % isa.lanes:
         return None
     vectors, tail = divmod(lanes, isa.lanes)
@@ -98,7 +100,8 @@ def tailed(lanes: int, mr: int, nv: int, isa: Isa) -> Strips | None:
 
 def taken(candidate: Candidate, lanes: int, mr: int, nv: int, isa: Isa) -> Strips:
     """The strips that ``candidate`` stands for. Raises ``ValueError`` where its kernel has no block for the tail."""
-    cut = tailed(lanes, mr, nv, isa) if candidate.params["tail"] else whole(lanes, nv, isa)
+    paired = candidate.kernel.startswith("f32_pairconv_")
+    cut = tailed(lanes, mr, nv, isa, paired) if candidate.params["tail"] else whole(lanes, nv, isa)
     if cut is None:
         raise ValueError(f"{candidate.key()}: no block for the last of {lanes} lanes")
     return cut

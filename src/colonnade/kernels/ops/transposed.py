@@ -17,7 +17,7 @@ from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import conv as gather
-from colonnade.kernels.ops import panels, strips
+from colonnade.kernels.ops import pairs, panels, strips
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -156,6 +156,7 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "low": float(conv.epilogue.activation.low),
             "high": float(conv.epilogue.activation.high),
             **panels.NONE,
+            **pairs.NONE,
         }
         calls.append(Call(candidate.kernel, gather.CONV.name, fields))
     return tuple(calls)

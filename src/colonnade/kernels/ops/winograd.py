@@ -18,7 +18,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import panels, strips
+from colonnade.kernels.ops import pairs, panels, strips
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -253,4 +253,5 @@ def _product(
         "low": -np.inf,
         "high": np.inf,
         **panels.NONE,
+        **pairs.NONE,
     }

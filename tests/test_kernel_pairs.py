@@ -1,0 +1,154 @@
+"""Convolutions that take two kept columns at a time, for machines that add beside their multiply-adds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from convolutions import operands
+from kernel_harness import Case, need, run
+
+from colonnade.arranging import sizes
+from colonnade.codegen.in_process import Program
+from colonnade.frontend import imported
+from colonnade.kernels import registry
+from colonnade.kernels.isa import Isa, available, isa
+from colonnade.kernels.ops import pairs
+from colonnade.kernels.registry import Candidate
+from colonnade.pattern import ColumnPattern
+from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, Epilogue
+from tests.models import export, onnxruntime_outputs
+
+TOLERANCE = 2e-5  # of the largest magnitude, as for every other convolution
+
+
+@pytest.fixture(scope="module")
+def machine() -> Isa:
+    """AVX-512 as if additions had pipes of their own; the kernels run wherever AVX-512 is."""
+    return replace(need("avx512"), adders=True)
+
+
+def paired(case: Case, machine: Isa, threads: int = 1) -> list[Candidate]:
+    """One candidate for each kernel, way to cut the lanes, and pattern used or not."""
+    found = [c for c in registry.candidates(case, machine, threads) if pairs.KIND in c.kernel]
+    return list({(c.kernel, c.params["dense"], c.params["tail"]): c for c in found}.values())
+
+
+@pytest.mark.parametrize("tile", [1, 3, 4, 8, 16, 24])
+def test_against_the_reference(machine: Isa, tile: int) -> None:
+    """Odd counts of columns, tiles with rows left over, groups, images, tails, halos, epilogues, threads."""
+    kernels = set()
+    for index, width in enumerate((5, 9, 16, 19, 30, 33, 49)):
+        activation = (NONE, RELU, RELU6, Activation(-0.5, 0.5))[index % 4]
+        conv = Conv2d(
+            1 + index % 2, 2 * (3 + index), 2 * (tile + 3), 5 + index % 3, width, (3, 3), padding=(1, 1, 1, 1),
+            groups=1 + index % 2, epilogue=Epilogue(index % 3 == 0, activation),
+        )  # fmt: skip
+        case, inputs = operands(conv, ColumnPattern(0.5, tile=tile), seed=index, extra=index % 3)
+        threads = 1 + index % 3
+        for candidate in paired(replace(case, rms=1.0), machine, threads):
+            run(replace(case, rms=1.0), candidate, machine, inputs, threads=threads, tolerance=TOLERANCE)
+            kernels.add(candidate.kernel)
+    assert len(kernels) >= min(tile, 3)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e-3, 0.1, 10.0, 1e3, 1e6, 1e30])
+def test_inputs_of_another_size_than_the_samples(machine: Isa, size: float) -> None:
+    """Much larger or smaller than said beforehand: noticed, and computed as usual."""
+    conv = Conv2d(1, 40, 16, 6, 21, (3, 3), padding=(1, 1, 1, 1))
+    case, (x,) = operands(conv, ColumnPattern(0.5, tile=8), seed=3)
+    case = replace(case, rms=1.0)
+    case.constants["bias"][:] = 0  # type: ignore[index]
+    for candidate in paired(case, machine):
+        run(case, candidate, machine, [x * np.float32(size)], tolerance=TOLERANCE)
+
+
+def test_rows_and_inputs_of_unlike_sizes(machine: Isa) -> None:
+    """Rows of weights from 1e-4 to 1e4, a row of zeros, inputs that are never negative: each row is as accurate by
+    itself as the whole."""
+    conv = Conv2d(1, 64, 24, 7, 16, (3, 3), padding=(1, 1, 1, 1))
+    case, (x,) = operands(conv, ColumnPattern(0.75, tile=8), seed=5)
+    factors = np.geomspace(1e-4, 1e4, 24).astype(np.float32)
+    factors[7] = 0
+    case.constants["weight"][:] *= factors[:, None, None, None]  # type: ignore[index]
+    case.constants["bias"][:] *= factors  # type: ignore[index]
+    x = np.abs(x)
+    wanted = conv.reference(x, case.constants["weight"], case.constants["bias"])
+    case = replace(case, rms=float(np.sqrt(np.square(x).mean())))
+    for candidate in paired(case, machine):
+        found = run(case, candidate, machine, [x], tolerance=TOLERANCE)
+        error = np.abs(found - wanted).max((0, 2, 3)) / np.maximum(np.abs(wanted).max((0, 2, 3)), 1e-30)
+        assert error.max() < TOLERANCE
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_number_stays_none(machine: Isa, value: float) -> None:
+    conv = Conv2d(1, 6, 16, 3, 40, (1, 1), epilogue=Epilogue(False, NONE))
+    case, (x,) = operands(conv, None, seed=1)
+    case = replace(case, rms=1.0)
+    x[0, 2, 1, 20] = value
+    with np.errstate(invalid="ignore"):
+        for candidate in paired(case, machine):
+            found = run(case, candidate, machine, [x], tolerance=TOLERANCE)
+            assert not np.isfinite(found[0, :, 1, 20]).any() and np.isfinite(found).sum() == found.size - 16
+
+
+def test_offered_only_where_they_gain(machine: Isa) -> None:
+    """Not without pipes for additions, nor where nobody knows how large the inputs are; a machine shows the former."""
+    case, _ = operands(Conv2d(1, 64, 64, 14, 14, (3, 3), padding=(1, 1, 1, 1)), ColumnPattern(0.75, tile=8), seed=0)
+    known = replace(case, rms=1.0)
+    assert paired(known, machine)
+    assert not paired(case, machine) and not paired(known, isa("avx512")) and not paired(known, isa("portable"))
+    with pytest.raises(AssertionError, match="how large"):
+        registry.bind(case, paired(known, machine)[0])
+    flags = frozenset(isa("avx512").flags)
+    assert [row.adders for row in available("x86_64", flags)][:1] == [False]
+    assert [row.adders for row in available("x86_64", flags | {"clzero"})][:1] == [True]
+    # the static ranking sees the gain
+    assert pairs.KIND in registry.candidates(known, machine, 1)[0].kernel
+
+
+@pytest.mark.parametrize("mr, taken", [(1, 0), (2, 0), (4, 3), (8, 5), (10, 7), (12, 8), (16, 11)])
+def test_pipes_are_equally_busy(mr: int, taken: int) -> None:
+    """Of all numbers of rows in pairs, the one chosen takes the fewest turns of the busier pipe."""
+    assert sum(pairs.rows(mr)) == taken
+    turns = [max(2 * mr - n + (n > 0), 2 * n) for n in range(mr + 1)]
+    assert 2 * pairs.work(mr) == min(turns)
+
+
+def test_a_network(machine: Isa) -> None:
+    """Sizes from a run on samples, kernels by the static ranking, the network as near to onnxruntime as ever."""
+    import torch
+
+    torch.manual_seed(0)
+    layers: list[Any] = [torch.nn.Conv2d(3, 24, 3, 2, 1), torch.nn.ReLU()]
+    for _ in range(4):
+        layers += [torch.nn.Conv2d(24, 24, 3, 1, 1), torch.nn.ReLU(), torch.nn.Conv2d(24, 24, 1)]
+    model = export(torch.nn.Sequential(*layers).eval(), 1, 3, 40, 40)
+    made = imported(model).arrange()
+    made.rms = sizes(made.plan(()))
+    plan = made.plan()
+    convolutions = [s for s in plan.steps if isinstance(s.workload, Conv2d)]
+    assert all(s.rms is not None and s.rms > 0 for s in convolutions)
+    choices = [registry.candidates(s, machine, 1)[0] for s in plan.steps]
+    assert sum(pairs.KIND in c.kernel for c in choices) >= 8
+    feeds = {plan.inputs[0].name: np.random.default_rng(1).standard_normal((1, 3, 40, 40), dtype=np.float32)}
+    ours, theirs = Program(plan, isa("avx512"), choices).run(feeds), onnxruntime_outputs(model, feeds)
+    for name, wanted in theirs.items():
+        assert np.abs(ours[name] - wanted).max() < TOLERANCE * np.abs(wanted).max()
+
+
+def test_sizes_count_what_is_there() -> None:
+    """Of phases that no layer reads nothing is stored, and they do not count as zeros."""
+    import torch
+
+    model = export(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 1, 2)).eval(), 1, 3, 16, 16)
+    made = imported(model).arrange()
+    plan = made.plan(())
+    first, second = (s for s in plan.steps if isinstance(s.workload, Conv2d))
+    found = sizes(plan)
+    assert found[first.name] == pytest.approx(1.0, rel=0.1)
+    weight, bias = first.constants["weight"].reshape(8, 3), first.constants["bias"]
+    assert found[second.name] == pytest.approx(np.sqrt((np.square(weight).sum(1) + bias**2).mean()), rel=0.15)
