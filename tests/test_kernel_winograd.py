@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 from convolutions import operands
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_harness import machine_has, run
+from kernel_harness import machine_has, need, run
 
 from colonnade.kernels.isa import ISAS
 from colonnade.kernels.ops import winograd
@@ -16,7 +17,8 @@ from colonnade.kernels.registry import candidates
 from colonnade.pattern import ColumnPattern
 from colonnade.workload import NONE, RELU, RELU6, Conv2d, Epilogue
 
-MACHINE = [row for row in ISAS if machine_has(row.name)]
+# as if every machine added beside its multiply-adds: products by pairs too, where there are kernels for them
+MACHINE = [replace(row, adders=True) for row in ISAS if machine_has(row.name)]
 NO_SHRINK = [p for p in Phase if p not in (Phase.shrink, Phase.explain)]
 
 
@@ -54,6 +56,7 @@ def convs(draw: st.DrawFn) -> Conv2d:
 @settings(max_examples=40, deadline=None, phases=NO_SHRINK)
 def test_winograd_equals_the_definition(isa, conv, seed, extra, data):
     case, inputs = operands(conv, data.draw(st.sampled_from([None, ColumnPattern(0.25, 8)])), seed, extra)
+    case = replace(case, rms=1.0)
     threads = data.draw(st.sampled_from([1, 2, 3]))
     found = [c for c in candidates(case, isa, threads) if "winograd" in c.params]
     run(case, data.draw(st.sampled_from(found)), isa, inputs, threads=threads, tolerance=2e-4)
@@ -74,3 +77,24 @@ def test_only_where_it_fits():
 def test_without_records_the_direct_convolution_is_chosen():
     conv = Conv2d(1, 64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
     assert "winograd" not in candidates(operands(conv, None, 0)[0], ISAS[0], 1)[0].params
+
+
+@pytest.mark.parametrize("name", ["rvv-128", "rvv-512"])
+def test_on_vectors_of_any_length(name):
+    """Rows of tiles shorter and longer than a vector, several images, bands of several rows, both sizes of tiles."""
+    isa = need(name)
+    for index, (batch, height, width) in enumerate([(2, 9, 13), (1, 5, 70), (1, 31, 17)]):
+        conv = Conv2d(
+            batch,
+            8,
+            9,
+            height,
+            width,
+            (3, 3),
+            padding=(1, 1, 1, 1),
+            epilogue=Epilogue(index == 1, (NONE, RELU6)[index % 2]),
+        )
+        case, inputs = operands(conv, None, seed=index, extra=index)
+        found = [c for c in candidates(case, isa, 1) if "winograd" in c.params]
+        for m in (2, 4):
+            run(case, next(c for c in found if c.params["winograd"] == m), isa, inputs, tolerance=2e-4)

@@ -72,6 +72,42 @@ VEC_INLINE vec1_t vec1_load_step(const float *p, size_t step, size_t vl)
     if (step == 2) return vec_even(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 7));
     return vec1_load_step_n(p, step, 8);
 }
+VEC_INLINE void vec_apart(__m256 low, __m256 high, vec1_t *even, vec1_t *odd)
+{
+    const __m256d e = _mm256_castps_pd(_mm256_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
+    const __m256d o = _mm256_castps_pd(_mm256_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1)));
+    *even = _mm256_castpd_ps(_mm256_permute4x64_pd(e, _MM_SHUFFLE(3, 1, 2, 0)));
+    *odd = _mm256_castpd_ps(_mm256_permute4x64_pd(o, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+VEC_INLINE void vec1_split2(const float *p, vec1_t *a, vec1_t *b, size_t vl)
+{
+    (void)vl;
+    vec_apart(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), a, b);
+}
+VEC_INLINE void vec1_split4(const float *p, vec1_t *a, vec1_t *b, vec1_t *c, vec1_t *d, size_t vl)
+{
+    __m256 ac_low, ac_high, bd_low, bd_high;
+    vec1_split2(p, &ac_low, &bd_low, vl), vec1_split2(p + 16, &ac_high, &bd_high, vl);
+    vec_apart(ac_low, ac_high, a, c), vec_apart(bd_low, bd_high, b, d);
+}
+VEC_INLINE void vec_beside(__m256 even, __m256 odd, __m256 *low, __m256 *high)
+{
+    const __m256 l = _mm256_unpacklo_ps(even, odd), h = _mm256_unpackhi_ps(even, odd);
+    *low = _mm256_permute2f128_ps(l, h, 0x20), *high = _mm256_permute2f128_ps(l, h, 0x31);
+}
+VEC_INLINE void vec1_join2(float *p, vec1_t a, vec1_t b, size_t vl)
+{
+    (void)vl;
+    __m256 low, high;
+    vec_beside(a, b, &low, &high);
+    _mm256_storeu_ps(p, low), _mm256_storeu_ps(p + 8, high);
+}
+VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, size_t vl)
+{
+    __m256 ac_low, ac_high, bd_low, bd_high;
+    vec_beside(a, c, &ac_low, &ac_high), vec_beside(b, d, &bd_low, &bd_high);
+    vec1_join2(p, ac_low, bd_low, vl), vec1_join2(p + 16, ac_high, bd_high, vl);
+}
 VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl)
 {

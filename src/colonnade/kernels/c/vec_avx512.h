@@ -98,6 +98,39 @@ VEC_INLINE vec1_t vec1_load_step(const float *p, size_t step, size_t vl)
     }
     return vec1_load_step_n(p, step, 16);
 }
+/* p[0], p[2], ... and p[1], p[3], ...; p[0], p[4], ... to p[3], p[7], ...: of 2 and 4 whole vectors (RVV: vl lanes each) */
+VEC_INLINE void vec1_split2(const float *p, vec1_t *a, vec1_t *b, size_t vl)
+{
+    (void)vl;
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
+    *a = _mm512_permutex2var_ps(low, even, high), *b = _mm512_permutex2var_ps(low, odd, high);
+}
+VEC_INLINE void vec1_split4(const float *p, vec1_t *a, vec1_t *b, vec1_t *c, vec1_t *d, size_t vl)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    __m512 ac_low, ac_high, bd_low, bd_high;
+    vec1_split2(p, &ac_low, &bd_low, vl), vec1_split2(p + 32, &ac_high, &bd_high, vl);
+    *a = _mm512_permutex2var_ps(ac_low, even, ac_high), *c = _mm512_permutex2var_ps(ac_low, odd, ac_high);
+    *b = _mm512_permutex2var_ps(bd_low, even, bd_high), *d = _mm512_permutex2var_ps(bd_low, odd, bd_high);
+}
+/* and back */
+VEC_INLINE void vec1_join2(float *p, vec1_t a, vec1_t b, size_t vl)
+{
+    (void)vl;
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    _mm512_storeu_ps(p, _mm512_permutex2var_ps(a, low, b)), _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(a, high, b));
+}
+VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, size_t vl)
+{
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    vec1_join2(p, _mm512_permutex2var_ps(a, low, c), _mm512_permutex2var_ps(b, low, d), vl);
+    vec1_join2(p + 32, _mm512_permutex2var_ps(a, high, c), _mm512_permutex2var_ps(b, high, d), vl);
+}
 /* to the nearest integer, ties to even */
 VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; return _mm512_roundscale_ps(v, 0); }
 /* v * 2^n for integers n in -126..127 */

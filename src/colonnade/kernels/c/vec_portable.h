@@ -48,6 +48,26 @@ VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill) { VEC_EACH(
 VEC_INLINE vec1_t vec1_keep(vec1_t v, size_t n) { VEC_EACH((size_t)i < n ? v.at[i] : 0.0f); }
 VEC_INLINE vec1_t vec1_load_step(const float *p, size_t step, size_t vl) { (void)vl; VEC_EACH(p[(size_t)i * step]); }
 VEC_INLINE vec1_t vec1_load_step_n(const float *p, size_t step, size_t n) { VEC_EACH((size_t)i < n ? p[(size_t)i * step] : 0.0f); }
+VEC_INLINE void vec1_split2(const float *p, vec1_t *a, vec1_t *b, size_t vl)
+{
+    (void)vl;
+    for (int i = 0; i < 8; i++) a->at[i] = p[2 * i], b->at[i] = p[2 * i + 1];
+}
+VEC_INLINE void vec1_split4(const float *p, vec1_t *a, vec1_t *b, vec1_t *c, vec1_t *d, size_t vl)
+{
+    (void)vl;
+    for (int i = 0; i < 8; i++) a->at[i] = p[4 * i], b->at[i] = p[4 * i + 1], c->at[i] = p[4 * i + 2], d->at[i] = p[4 * i + 3];
+}
+VEC_INLINE void vec1_join2(float *p, vec1_t a, vec1_t b, size_t vl)
+{
+    (void)vl;
+    for (int i = 0; i < 8; i++) p[2 * i] = a.at[i], p[2 * i + 1] = b.at[i];
+}
+VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, size_t vl)
+{
+    (void)vl;
+    for (int i = 0; i < 8; i++) p[4 * i] = a.at[i], p[4 * i + 1] = b.at[i], p[4 * i + 2] = c.at[i], p[4 * i + 3] = d.at[i];
+}
 /* |v| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction */
 VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; VEC_EACH((v.at[i] + 12582912.0f) - 12582912.0f); }
 VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl)

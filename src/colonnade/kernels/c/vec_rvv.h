@@ -177,4 +177,20 @@ VEC_GROUP(8, 4)
 /* asks for a line of memory, never waits: a load into no register (Zicbop's hints are not in RVV 1.0) */
 VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "A"(*(const int *)p)); }
 VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop, which RVV 1.0 machines may lack */
+VEC_INLINE void vec1_split2(const float *p, vec1_t *a, vec1_t *b, size_t vl)
+{
+    const vfloat32m1x2_t v = __riscv_vlseg2e32_v_f32m1x2(p, vl);
+    *a = __riscv_vget_v_f32m1x2_f32m1(v, 0), *b = __riscv_vget_v_f32m1x2_f32m1(v, 1);
+}
+VEC_INLINE void vec1_split4(const float *p, vec1_t *a, vec1_t *b, vec1_t *c, vec1_t *d, size_t vl)
+{
+    const vfloat32m1x4_t v = __riscv_vlseg4e32_v_f32m1x4(p, vl);
+    *a = __riscv_vget_v_f32m1x4_f32m1(v, 0), *b = __riscv_vget_v_f32m1x4_f32m1(v, 1);
+    *c = __riscv_vget_v_f32m1x4_f32m1(v, 2), *d = __riscv_vget_v_f32m1x4_f32m1(v, 3);
+}
+VEC_INLINE void vec1_join2(float *p, vec1_t a, vec1_t b, size_t vl) { __riscv_vsseg2e32_v_f32m1x2(p, __riscv_vcreate_v_f32m1x2(a, b), vl); }
+VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, size_t vl)
+{
+    __riscv_vsseg4e32_v_f32m1x4(p, __riscv_vcreate_v_f32m1x4(a, b, c, d), vl);
+}
 #endif

@@ -18,6 +18,7 @@ smaller, are noticed by the sum of x1 x2, and the block is computed again as usu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -71,38 +72,39 @@ def work(mr: int) -> float:
     return max(2 * mr - taken + (taken > 0), 2 * taken) / 2
 
 
-def scaled(tiled: TiledWeights, rms: float) -> tuple[TiledWeights, npt.NDArray[np.float32]]:
-    """The tiles with every row multiplied by a power of two that makes it as large as inputs of ``rms``; and the
-    factors, float32 [OC], by row."""
-    from dataclasses import replace
-
+def scaled(tiled: TiledWeights, rms: float | npt.NDArray[np.float64]) -> tuple[TiledWeights, npt.NDArray[np.float32]]:
+    """The tiles with every row multiplied by a power of two that makes it as large as inputs of ``rms`` (one number, or
+    one a tile); and the factors, float32 [OC], by row."""
     factors = np.ones(tiled.shape[0], np.float32)
     tiles = []
-    for tile in tiled.tiles:
-        size = (
-            np.sqrt(np.square(tile.values, dtype=np.float64).mean(0)) if tile.values.size else np.zeros(len(tile.rows))
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            power = np.where((size > 0) & (rms > 0), np.round(np.log2(rms / size)), 0).clip(-60, 60)
-        factors[tile.rows] = np.exp2(power)
+    for tile, size in zip(tiled.tiles, np.broadcast_to(rms, len(tiled.tiles)), strict=True):
+        weights = np.sqrt(np.square(tile.values, dtype=np.float64).mean(0))
+        known = (weights > 0) & (size > 0)
+        ratio = np.divide(size, weights, out=np.ones_like(weights), where=known)
+        factors[tile.rows] = np.exp2(np.round(np.log2(ratio)).clip(-60, 60))
         tiles.append(replace(tile, values=np.ascontiguousarray(tile.values * factors[tile.rows])))
     return replace(tiled, tiles=tuple(tiles)), factors
 
 
 def fields(
-    tiled: TiledWeights, factors: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], mr: int, rms: float
+    tiled: TiledWeights,
+    factors: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32],
+    mr: int,
+    rms: float | npt.NDArray[np.float64],
 ) -> Mapping[str, Field]:
-    """``bias`` (float32 [OC]) times ``factors``, and all of ``MEMBERS``, in the order of rows, tile by tile."""
+    """Of tiles that are ``scaled`` by ``factors``: ``bias`` (float32 [OC], of the unscaled ones) and all of
+    ``MEMBERS``, in the order of rows, tile by tile."""
     from colonnade.kernels.ops.conv import heights
 
     starts, limits = [], []
-    for tile in tiled.tiles:
+    for tile, size in zip(tiled.tiles, np.broadcast_to(rms, len(tiled.tiles)), strict=True):
         values = tile.values.astype(np.float64)
         even = len(tile.columns) // 2 * 2
         known = (values[0:even:2] * values[1:even:2]).sum(0)
         taken = np.array([r for height in heights(len(tile.rows), mr) for r in rows(height)], bool)
         starts.append(factors[tile.rows] * bias[tile.rows].astype(np.float64) - np.where(taken, known, 0))
-        limits.append(np.full(len(tile.rows), max(even // 2, 1) * (LARGER * rms) ** 2))
+        limits.append(np.full(len(tile.rows), max(even // 2, 1) * (LARGER * size) ** 2))
     order = np.concatenate([tile.rows for tile in tiled.tiles])
     # the rows of a tail are read by whole vectors
     spare = np.zeros(strips.VECTOR, np.float32)

@@ -9,7 +9,7 @@ candidate, worth it where little was pruned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 
 import numpy as np
@@ -23,6 +23,7 @@ from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, round_up
+from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -63,10 +64,15 @@ TILES = (
     Member("image_rows", "u32", "rows from image to image of the planes"),
     Member("channels", "u32"),
     Member("tiles_plane", "u32", "lanes from one plane of tiles to the next"),
+    Member("position", "u32", "lanes from one position in a tile to the next"),
+    Member("band", "u32", "rows of tiles that pass through scratch together"),
+    Member("room", "u32", "lanes of a row of pixels in scratch"),
+    Member("wide", "u32", "lanes of a band of tiles in scratch"),
+    Member("scratch_bytes", "u32"),
 )
 INPUT = Struct(
     "cn_winograd_input",
-    "Tiles of haloed planes, transformed: tiles[position][channel][lane], a lane a tile. Rows of `room` lanes.",
+    "Tiles of haloed planes, transformed: tiles[position][channel][lane], a lane a tile.",
     (
         Member("arena", "const char *", "base of planes"),
         Member("planes", "const uint32_t *", "offset of every channel's plane"),
@@ -75,8 +81,6 @@ INPUT = Struct(
         *TILES,
         Member("top", "u32", "rows of padding above"),
         Member("left", "u32", "columns of padding on the left"),
-        Member("room", "u32", "lanes of a row in scratch"),
-        Member("scratch_bytes", "u32"),
     ),
 )
 OUTPUT = Struct(
@@ -94,14 +98,13 @@ OUTPUT = Struct(
         Member("height", "u32", "rows of pixels"),
         Member("width", "u32", "pixels of a row"),
         Member("plane", "u32", "lanes of a whole plane, all of them written"),
-        Member("room", "u32", "lanes of a row in scratch"),
-        Member("scratch_bytes", "u32"),
         Member("low", "f32"),
         Member("high", "f32"),
     ),
 )
 STRUCTS = (INPUT, OUTPUT)
-SLACK = 64  # lanes behind a row in scratch: whole vectors, read with step 2
+BAND = 64  # tiles, about, that pass through scratch together: 16 KB of it
+VECTOR = 16  # lanes of the widest fixed vector: rows in scratch are written, read and split by whole ones
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
@@ -136,20 +139,39 @@ def applies(step: Operands) -> bool:
 
 
 def candidates(step: Operands, isa: Isa, shapes: list[tuple[int, int]]) -> Iterator[Candidate]:
-    """Tile size x shape of the product's kernel."""
+    """Tile size x shape of the product's kernel, which may be one that takes columns in pairs."""
     conv = step.workload
     assert isinstance(conv, Conv2d)
-    for m, (mr, nv) in product((2, 4), shapes):
-        lanes = _lanes(conv, m)
-        vectors = -(-lanes // (isa.lanes or 8))
+    kernels = [(mr, nv, 0) for mr, nv in shapes]
+    kernels += [(mr, nv, 1) for mr, nv in pairs.shapes(isa)] if pairs.applies(step, isa) else []
+    for m, (mr, nv, paired) in product((2, 4), kernels):
+        cut = _cut(conv, m, mr, nv, isa, bool(paired))
+        vectors = -(-_lanes(conv, m) // (isa.lanes or 8))
         if mr < 6 or nv > vectors:
             continue  # every position has weights of its own: a short block would read them for too few lanes
-        waste = -(-vectors // nv) * nv / vectors
-        products = (m + 2) ** 2 * conv.in_channels * conv.out_channels * vectors * (1 + 0.5 / nv + 0.5 / mr)
-        moves = (m + 2) ** 2 * (conv.in_channels + conv.out_channels) * vectors * 12
+        channels = conv.in_channels * conv.out_channels
+        turns = sum(cut.widths) * (pairs.work(mr) / mr if paired else 1) + cut.done * strips.lane_cost(mr, isa) / mr
+        products = (m + 2) ** 2 * channels * turns * (1 + 0.5 / nv + 0.5 / mr)
+        moves = (m + 2) ** 2 * (conv.in_channels + conv.out_channels) * vectors * 3
         # Unmeasured, the direct convolution is the safer choice: it reads a quarter of the weights.
-        rank = 3 * (products * waste + moves)
-        yield Candidate(f"f32_winograd{m}_{mr}x{nv}v__{isa.name}", {"winograd": m, "dense": 1}, rank)
+        rank = 6 * (products + moves)
+        params = {"winograd": m, "dense": 1, "pairs": paired}
+        yield Candidate(f"f32_winograd{m}_{mr}x{nv}v__{isa.name}", params, rank)
+
+
+def _cut(conv: Conv2d, m: int, mr: int, nv: int, isa: Isa, paired: bool) -> strips.Strips:
+    """Of the product's lanes: with a tail where that takes fewer multiply-adds."""
+    lanes = _lanes(conv, m)
+    whole, tailed = strips.whole(lanes, nv, isa), strips.tailed(lanes, mr, nv, isa, paired)
+    if tailed is None or tailed.vectors * mr + tailed.done * strips.lane_cost(mr, isa) >= whole.vectors * mr:
+        return whole
+    return tailed
+
+
+def position(channels: int, plane: int) -> int:
+    """Lanes from one position in a tile to the next: planes of all channels, and so much more that the positions of a
+    tile, which the transforms touch together, lie in different sets of a cache."""
+    return channels * plane + (LINE // 4 - channels * plane) % 1024
 
 
 def _lanes(conv: Conv2d, m: int) -> int:
@@ -167,83 +189,99 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """Input transform, product, output transform."""
     conv, output, source = step.workload, step.output, step.inputs[0]
     assert isinstance(conv, Conv2d) and output is not None
+    from colonnade.kernels.ops.conv import symbol
+
     m, isa = candidate.params["winograd"], candidate.kernel.rsplit("__", 1)[1]
     mr, nv = (int(n) for n in candidate.kernel.split("_")[2].removesuffix("v").split("x"))
-    kernel = f"f32_spconv_{candidate.kernel.split('_')[2]}__{isa}"
+    paired = bool(candidate.params["pairs"])
+    kernel = symbol(mr, nv, isa_named(isa), pairs.KIND if paired else "spconv")
     layout, n2 = output.planes, (m + 2) ** 2
     tile_rows, tile_columns = -(-conv.out_height // m), -(-conv.out_width // m)
     plane = round_up(_lanes(conv, m), LINE // 4)
     plane += LINE // 4 if plane * 4 % 4096 == 0 else 0
-    source_bytes = n2 * conv.in_channels * plane * 4
-    shared = source_bytes + n2 * conv.out_channels * plane * 4 + 4096
+    into_position, back_position = position(conv.in_channels, plane), position(conv.out_channels, plane)
+    source_bytes = 4 * n2 * into_position
+    shared = source_bytes + 4 * n2 * back_position + 4096
     tiles: dict[str, Field] = {
         "images": conv.batch, "tile_rows": tile_rows, "tile_columns": tile_columns, "pitch": layout.pitch,
         "image_rows": layout.image_rows, "tiles_plane": plane,
     }  # fmt: skip
-    room = round_up((tile_columns + 1) * m + SLACK, LINE // 4)
+    band = max(1, min(tile_rows, BAND // tile_columns))
+    room = round_up((tile_columns + 1) * m + m * VECTOR, LINE // 4)
+    wide = round_up(band * tile_columns + VECTOR, LINE // 4)
+    scratch_in, scratch_out = 4 * (m + 2) * (band * room + wide), 4 * m * (band * room + m * wide)
+    tiles |= {"band": band, "room": room, "wide": wide}
     into = {
         **tiles, "arena": Arena(), "planes": u32(source.offsets), "tiles": Shared(0), "scratch": Scratch(),
-        "channels": conv.in_channels, "top": conv.padding[0], "left": conv.padding[1], "room": room,
-        "scratch_bytes": 2 * (m + 2) * room * 4,
+        "channels": conv.in_channels, "position": into_position, "top": conv.padding[0], "left": conv.padding[1],
+        "scratch_bytes": scratch_in,
     }  # fmt: skip
     back = {
         **tiles, **lead(output), "arena": Arena(), "planes": u32(output.offsets),
         "residual": u32(step.inputs[1].offsets) if conv.epilogue.residual else None,
         "bias": f32(step.constants.get("bias", np.zeros(conv.out_channels))), "tiles": Shared(source_bytes),
-        "scratch": Scratch(), "channels": conv.out_channels, "height": conv.out_height, "width": conv.out_width,
-        "plane": layout.plane, "room": room, "scratch_bytes": (m * m + m) * room * 4,
+        "scratch": Scratch(), "channels": conv.out_channels, "position": back_position, "height": conv.out_height,
+        "width": conv.out_width,
+        "plane": layout.plane, "scratch_bytes": scratch_out,
         "low": float(conv.epilogue.activation.low), "high": float(conv.epilogue.activation.high),
     }  # fmt: skip
     return (
-        Call(f"f32_winograd{m}_input_1v__{isa}", INPUT.name, into, 2 * (m + 2) * room * 4, shared),
-        Call(kernel, "cn_conv", _product(step, m, (mr, nv), isa, plane, source_bytes), 0, shared),
-        Call(f"f32_winograd{m}_output_1v__{isa}", OUTPUT.name, back, (m * m + m) * room * 4, shared),
+        Call(f"f32_winograd{m}_input_1v__{isa}", INPUT.name, into, scratch_in, shared),
+        Call(kernel, "cn_conv", _product(step, m, (mr, nv), paired, isa_named(isa), plane, source_bytes), 0, shared),
+        Call(f"f32_winograd{m}_output_1v__{isa}", OUTPUT.name, back, scratch_out, shared),
     )
 
 
 def _product(
-    step: Operands, m: int, shape: tuple[int, int], isa: str, plane: int, source_bytes: int
+    step: Operands, m: int, shape: tuple[int, int], paired: bool, isa: Isa, plane: int, source_bytes: int
 ) -> dict[str, Field]:
     """(m + 2)^2 products of [OC, IC] by [IC, tiles] as one convolution whose tiles each read one position's planes."""
-    from colonnade.kernels.ops.conv import OFFSETS_AHEAD, TILE_DTYPE, WEIGHTS_AHEAD
+    from colonnade.kernels.ops.conv import tables
 
     conv = step.workload
     assert isinstance(conv, Conv2d)
     mr, nv = shape
     ic, oc, n2 = conv.in_channels, conv.out_channels, (m + 2) ** 2
     transformed = transform(step.constants["weight"], m)
-    starts = np.arange(0, oc, mr)
-    records = np.zeros(n2 * len(starts), TILE_DTYPE)
-    heights = np.minimum(mr, oc - starts)
-    records["rows"] = np.tile(heights, n2)
-    records["columns"] = ic
-    position = np.repeat(np.arange(n2), len(starts))
-    records["first_row"] = position * oc + np.tile(starts, n2)
-    records["first_column"] = position * ic
-    records["first_weight"] = (position * oc + np.tile(starts, n2)).astype(np.int64) * ic
-    # a tile's weights are [ic][rows]
-    weights = [transformed[p, s : s + mr].T.reshape(-1) for p in range(n2) for s in starts]
-    offsets = np.arange(n2 * ic, dtype=np.int64) * plane * 4
-    rows = source_bytes + np.arange(n2 * oc, dtype=np.int64) * plane * 4
+    columns = np.arange(ic, dtype=np.int32)
+    tiles = tuple(
+        Tile(p * oc + rows, columns, np.ascontiguousarray(transformed[p, rows].T))
+        for p in range(n2)
+        for rows in np.array_split(np.arange(oc, dtype=np.int32), range(mr, oc, mr))
+    )
+    tiled, bias = TiledWeights((n2 * oc, ic), tiles, n2), np.zeros(n2 * oc, np.float32)
+    begun: Mapping[str, Field] = {"bias": f32(bias), **pairs.NONE}
+    if paired:
+        assert step.rms is not None
+        # a position's inputs as large as those of a transform of independent pixels
+        gain = np.sqrt(np.square(B[m]).sum(1))
+        rms = np.repeat(step.rms * np.outer(gain, gain).reshape(-1), len(tiles) // n2)
+        tiled, factors = pairs.scaled(tiled, rms)
+        begun = pairs.fields(tiled, factors, bias, mr, rms)
+    offsets, rows = (
+        4 * np.add.outer(np.arange(n2, dtype=np.int64) * position(count, plane), np.arange(count) * plane)
+        for count in (ic, oc)
+    )
+    filled = tables(conv.key(), list(offsets), tiled, oc)
+    cut = _cut(conv, m, mr, nv, isa, paired)
     return {
         "arena": Shared(0),
-        "offsets": u32(np.concatenate([offsets, np.zeros(OFFSETS_AHEAD, np.int64)])),
-        "weights": f32(np.concatenate([*weights, np.zeros(max(WEIGHTS_AHEAD, 8 * mr))])),
-        "bias": f32(np.zeros(n2 * oc)),
-        "rows": u32(rows),
+        "offsets": Const(filled.offsets),
+        "weights": Const(filled.weights),
+        "rows": u32(source_bytes + rows.reshape(-1)),
         "residual": None,
-        "tiles": Const(records),
+        "tiles": Const(filled.tiles),
         "mask": Const(np.full(plane // 8 + 64, 255, np.uint8)),
         "lead": Shared(0),
         "lead_bytes": 0,
         "starts": None,
         "start_count": 0,
-        "tile_count": len(records),
+        "tile_count": len(tiles),
         "row_count": n2 * oc,
         "lanes": _lanes(conv, m),
         "plane": plane,
-        "strips": strips.whole(_lanes(conv, m), nv, isa_named(isa)).count,
-        "tail": 0,
+        "strips": cut.count,
+        "tail": cut.tail,
         # a tile's weights stay near while all its lanes pass; threads share out the many tiles
         "strip_block": 0,
         "packed": 0,
@@ -253,5 +291,5 @@ def _product(
         "low": -np.inf,
         "high": np.inf,
         **panels.NONE,
-        **pairs.NONE,
+        **begun,
     }
