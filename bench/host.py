@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -45,7 +46,7 @@ from colonnade.pattern import ColumnPattern
 from colonnade.report.bundle import enrich, percent
 from colonnade.sparsify.onnx_file import prune_file
 from colonnade.targets import Local
-from colonnade.targets.peak import measure_peak
+from colonnade.targets.peak import Peak, measure_peak
 from colonnade.tune import tune
 
 TILE = 8
@@ -139,7 +140,8 @@ class Networks:
 class Builder:
     """Tuned bundles for this machine, all records in one database. ``ready``: they are there, take them."""
 
-    def __init__(self, networks: Networks, work: Path, budget_s: float, ready: bool = False) -> None:
+    def __init__(self, networks: Networks, work: Path, budget_s: float, ready: bool = False, core: int = 0) -> None:
+        self.core, self.cores = core, os.sched_getaffinity(0)
         self.networks, self.work, self.budget_s, self.ready = networks, work, budget_s, ready
         self.target, self.toolchain = Local(), Toolchain()
         self.machine = self.target.probe()
@@ -151,6 +153,7 @@ class Builder:
         folder = self.work / f"{network}-{setting.sparsity:g}-b{setting.batch}-t{setting.threads}"
         if self.ready:
             return Bundle.load(folder)
+        self.settle(setting.threads)
         database = self.networks.folder / "tuning.db"
         model = imported(self.networks.file(network, setting.sparsity), batch=setting.batch)
         plan = arranged(model, self.machine, self.isa, database).plan()
@@ -166,6 +169,11 @@ class Builder:
             plan, found.choices.candidates, self.isa, folder,
             threads=setting.threads, toolchain=self.toolchain, force=True, manifest_extra=extra,
         )  # fmt: skip
+
+    def settle(self, threads: int) -> None:
+        """From now on, whatever is started runs on one and the same core, or on all where it has several threads: so
+        the probes see what the contenders see."""
+        os.sched_setaffinity(0, {self.core} if threads == 1 else self.cores)
 
     def prepare(self, network: str, sparsities: Sequence[float]) -> None:
         """All bundles that measuring ``network`` takes."""
@@ -183,6 +191,7 @@ def network_record(
     builder: Builder, network: str, sparsities: Sequence[float], vs: Sequence[str], blocks: int, block_s: float
 ) -> dict[str, Any]:
     """Everything about one network: single-threaded beside the peers, then batch and threads beside each other."""
+    builder.settle(1)
     settings = [Setting(s) for s in sparsities]
     bundles = {s: builder.bundle(network, s) for s in settings}
     peak = peaks(builder, 1)
@@ -239,6 +248,7 @@ def scaling(
     builder: Builder, network: str, base: Setting, bundle: Bundle, blocks: int, block_s: float
 ) -> dict[str, Any]:
     """Batch 8 and two threads beside batch 1 and one thread, in turns; images a second."""
+    builder.settle(2)
     others = builder.others(base.sparsity)
     bundles = {base: bundle} | {s: builder.bundle(network, s) for s in others}
     contenders = [
@@ -283,22 +293,27 @@ def contender_record(result: Result) -> dict[str, Any]:
         "thrown_away": len(result.blocks) - len(result.counted),
         "disturbed": result.disturbed,
         "measured": [
-            {"ns": list(b.ns), "peak": [b.peak_before, b.peak_after], "disturbance": b.disturbance}
+            {
+                "ns": list(b.ns),
+                "peak": [b.before.gflops, b.after.gflops],
+                "pace": [b.before.pace, b.after.pace],
+                "disturbance": b.disturbance,
+            }
             for b in result.blocks
         ],
     }
 
 
-def peaks(builder: Builder, threads: int) -> Callable[[], float]:
+def peaks(builder: Builder, threads: int) -> Callable[[], Peak]:
     """The probe around each block."""
-    return lambda: (
-        measure_peak(builder.target, builder.isa, threads, builder.toolchain, memory=False, milliseconds=PEAK_MS).gflops
+    return lambda: measure_peak(
+        builder.target, builder.isa, threads, builder.toolchain, memory=False, milliseconds=PEAK_MS
     )
 
 
 def best(results: Sequence[Result]) -> float:
     """The best peak seen around any block, GFLOP/s."""
-    return max(max(b.peak_before, b.peak_after) for r in results for b in r.blocks)
+    return max(max(b.before.gflops, b.after.gflops) for r in results for b in r.blocks)
 
 
 def kept_gflop(bundle: Bundle) -> float:
@@ -495,6 +510,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=240.0, help="seconds a tuning may take")
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--stage", choices=("prepare", "measure", "all"), default="all", help="do only a part of it")
+    parser.add_argument("--core", type=int, default=0, help="that everything on one thread runs on")
     parser.add_argument("--quick", action="store_true", help="rehearse: few sparsities, one short block, rough tuning")
     options = parser.parse_args()
     models = options.models.split(",")
@@ -510,7 +526,9 @@ def main() -> None:
         before = {}
     bundles = options.cache / ("bundles-quick" if options.quick else "bundles")
     bundles.mkdir(parents=True, exist_ok=True)
-    builder = Builder(networks, bundles, 15.0 if options.quick else options.budget, options.stage == "measure")
+    builder = Builder(
+        networks, bundles, 15.0 if options.quick else options.budget, options.stage == "measure", options.core
+    )
     found |= {
         "machine": {k: getattr(builder.machine, k) for k in ("cpu", "arch", "kernel", "cores")},
         "isa": builder.isa.name, "compiler": builder.toolchain.version, "networks": before.get("networks", {}),

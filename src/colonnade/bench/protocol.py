@@ -11,16 +11,18 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Protocol
+
+from colonnade.targets.peak import Peak
 
 BLOCKS = 6
 RETRIES = 2  # times BLOCKS a contender may take disturbed blocks again
 BLOCK_S = 0.6
 PAUSE_S = 0.02
-PEAK_DROP = 0.08  # below the best peak seen in this run
+PEAK_DROP = 0.08  # below the best peak, or the best pace, seen in this run
 FOREIGN = 0.15  # processor time of other programs, as a share of one core
 STEAL = 0.03
 
@@ -46,11 +48,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Block:
-    """``ns`` of every repetition; peaks in GFLOP/s around it; ``disturbance`` says what disturbed it, or is empty."""
+    """``ns`` of every repetition; the machine's peak and pace around it; ``disturbance`` says what disturbed it, or is
+    empty."""
 
     ns: tuple[int, ...]
-    peak_before: float
-    peak_after: float
+    before: Peak
+    after: Peak
     foreign: float
     steal: float
     disturbance: str = ""
@@ -115,7 +118,7 @@ class Load:
 
 def alternate(
     contenders: Sequence[Contender],
-    peak: Callable[[], float],
+    peak: Callable[[], Peak],
     blocks: int = BLOCKS,
     block_s: float = BLOCK_S,
     local: bool = True,
@@ -123,7 +126,7 @@ def alternate(
 ) -> list[Result]:
     """Time ``contenders`` in turns until each has ``blocks`` clean blocks, or has spent its retries.
 
-    ``peak`` measures the machine now, in GFLOP/s. ``local``: are they on this machine, where foreign load shows?
+    ``peak`` measures the machine now. ``local``: are they on this machine, where foreign load shows?
     """
     results = [Result(c) for c in contenders]
     repeats = [max(3, int(block_s * 1e9 / max(median(c.runner.block(1, 3)), 1))) for c in contenders]
@@ -142,7 +145,7 @@ def alternate(
             foreign, steal = load.shares() if load is not None else (0.0, 0.0)
             time.sleep(PAUSE_S)
             after = peak()
-            best = max(best, before, after)
+            best = Peak(max(p.gflops for p in (best, before, after)), pace=max(p.pace for p in (best, before, after)))
             results[i].blocks.append(Block(tuple(ns), before, after, foreign, steal))
         # judged by the best peak of the whole run, so early blocks are looked at again
         for result in results:
@@ -150,13 +153,14 @@ def alternate(
     return results
 
 
-def _judged(block: Block, best: float) -> Block:
-    lowest = min(block.peak_before, block.peak_after)
+def _judged(block: Block, best: Peak) -> Block:
     why = []
-    if lowest < (1 - PEAK_DROP) * best:
-        why.append(f"peak {lowest:.0f} of {best:.0f} GFLOP/s")
+    for name, unit in (("gflops", "GFLOP/s"), ("pace", "GB/s from the second cache")):
+        lowest, most = min(getattr(p, name) for p in (block.before, block.after)), getattr(best, name)
+        if lowest < (1 - PEAK_DROP) * most:
+            why.append(f"{lowest:.0f} of {most:.0f} {unit}")
     if block.foreign > FOREIGN:
         why.append(f"other programs took {block.foreign:.0%} of a core")
     if block.steal > STEAL:
         why.append(f"the hypervisor took {block.steal:.0%} of a core")
-    return Block(block.ns, block.peak_before, block.peak_after, block.foreign, block.steal, ", ".join(why))
+    return replace(block, disturbance=", ".join(why))

@@ -103,7 +103,8 @@ def record(
                 "difference": differences.get(r.contender.name),
                 "measured": [
                     {
-                        "ns": list(b.ns), "peak": [b.peak_before, b.peak_after], "foreign": b.foreign,
+                        "ns": list(b.ns), "peak": [b.before.gflops, b.after.gflops],
+                        "pace": [b.before.pace, b.after.pace], "foreign": b.foreign,
                         "steal": b.steal, "disturbance": b.disturbance,
                     }
                     for b in r.blocks

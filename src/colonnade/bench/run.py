@@ -146,12 +146,12 @@ def bench(
             contenders.append(Contender(kind, peer, peer.version, peer.options, peer.pid))
             differences[kind] = difference(next(iter(answers.values())), peer.outputs())
 
-        def peak() -> float:
-            return measure_peak(target, chosen, threads, toolchain, memory=False, milliseconds=PEAK_MS).gflops
+        def peak() -> Peak:
+            return measure_peak(target, chosen, threads, toolchain, memory=False, milliseconds=PEAK_MS)
 
         limits: Peak = measure_peak(target, chosen, threads, toolchain)
         results = alternate(contenders, peak, blocks, local=local, progress=progress)
-        best = max(limits.gflops, *(max(b.peak_before, b.peak_after) for r in results for b in r.blocks))
+        best = max(limits.gflops, *(max(b.before.gflops, b.after.gflops) for r in results for b in r.blocks))
         rows = {
             name: layers(ours[name].bundle.manifest, ns, best, name.endswith("dense"))
             for name, ns in profiles(ours).items()

@@ -133,7 +133,7 @@ class Maker:
             lambda: measure_peak(
                 self.where.target, self.where.isa, self.where.threads, self.where.toolchain, memory=False,
                 milliseconds=20,
-            ).gflops,
+            ),
             BLOCKS, local=self.local, progress=lambda done, text: self.tell("latency", done, text),
         )  # fmt: skip
         self.tell("latency", 1.0, "")

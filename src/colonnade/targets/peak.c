@@ -1,9 +1,11 @@
-/* The machine's limits, measured: fused multiply-adds in registers, and reading memory.
+/* The machine's limits, measured: fused multiply-adds in registers, and reading memory; and how it runs just now.
  *
  *   peak THREADS READ_BYTES MILLISECONDS
  *
  * Prints `gflops X` (all threads together, two operations a multiply-add) and `gbps Y` (bytes read / 1e9 / s; only
- * when READ_BYTES > 0). Each is the best of its repetitions: a limit is not a median.
+ * when READ_BYTES > 0). Each is the best of its repetitions: a limit is not a median. `pace Z` is one: the bytes / 1e9 / s
+ * at which the first thread takes multiply-adds and additions from the second cache, the median of all passes. A
+ * neighbour on the other half of the core, whom multiply-adds in registers hardly notice, slows it.
  * Independent chains of 6 and of 12 are tried: enough to hide the latency, few enough for 16 registers.
  */
 #define _GNU_SOURCE
@@ -42,6 +44,21 @@ static double now(void)
 KERNEL(six, SIX)
 KERNEL(twelve, TWELVE)
 
+#define PACE_BYTES (384 << 10)
+#define PASSES 65536
+static float pass(const float *p, float s, size_t vl)
+{
+    vec1_t y = vec1_splat(s, vl), a0 = y, a1 = y, b0 = y, b1 = y, c0 = y, c1 = y, d0 = y, d1 = y;
+    for (size_t i = 0; i + 2 * vl <= PACE_BYTES / 4; i += 2 * vl) {
+        vec1_t v0 = vec1_load(p + i, vl), v1 = vec1_load(p + i + vl, vl);
+        a0 = vec1_fmav(a0, v0, y, vl), a1 = vec1_fmav(a1, v1, y, vl), b0 = vec1_add(b0, v0, vl), b1 = vec1_add(b1, v1, vl);
+        c0 = vec1_fmav(c0, v1, y, vl), c1 = vec1_fmav(c1, v0, y, vl), d0 = vec1_sub(d0, v1, vl), d1 = vec1_sub(d1, v0, vl);
+    }
+    a0 = vec1_add(vec1_add(a0, a1, vl), vec1_add(b0, b1, vl), vl);
+    return vec1_sum(vec1_add(a0, vec1_add(vec1_add(c0, c1, vl), vec1_add(d0, d1, vl), vl), vl), vl);
+}
+static int upwards(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+
 static volatile float sink;
 static volatile float one = 0.5f;
 static double seconds;
@@ -49,7 +66,7 @@ static size_t read_bytes;
 static char *block;
 static unsigned threads;
 
-struct result { double flops, bytes; };
+struct result { unsigned number; double flops, bytes, pace; };
 
 static void *measure(void *argument)
 {
@@ -66,10 +83,22 @@ static void *measure(void *argument)
         if (six_rate > result->flops) result->flops = six_rate;
         if (twelve_rate > result->flops) result->flops = twelve_rate;
     }
+    if (result->number == 0) {
+        static float data[PACE_BYTES / 4];
+        static double took[PASSES];
+        size_t passes = 0;
+        for (size_t i = 0; i < PACE_BYTES / 4; i++) data[i] = 1.0f;
+        for (end = now() + seconds; passes < PASSES && (passes < 3 || now() < end); passes++) {
+            double t = now();
+            sink = pass(data, one, vl);
+            took[passes] = now() - t;
+        }
+        qsort(took, passes, sizeof *took, upwards);
+        result->pace = PACE_BYTES / took[passes / 2];
+    }
     if (!read_bytes) return 0;
     size_t share = read_bytes / threads / 4096 * 4096;
-    const float *p = (const float *)(block + share * (size_t)(result->bytes));
-    result->bytes = 0;
+    const float *p = (const float *)(block + share * result->number);
     for (int repeat = 0; repeat < 3; repeat++) {
         double t = now();
         vec1_t a0 = vec1_splat(0.0f, vl), a1 = a0, a2 = a0, a3 = a0;
@@ -101,7 +130,7 @@ int main(int argc, char **argv)
     }
     struct result results[1024] = {{0}};
     pthread_t ids[1024];
-    for (unsigned i = 0; i < threads; i++) results[i].bytes = i; /* number in, rate out */
+    for (unsigned i = 0; i < threads; i++) results[i].number = i;
     for (unsigned i = 1; i < threads; i++)
         if (pthread_create(&ids[i], 0, measure, &results[i])) return fprintf(stderr, "no threads\n"), 4;
     measure(&results[0]);
@@ -111,7 +140,7 @@ int main(int argc, char **argv)
         flops += results[i].flops;
         bytes += results[i].bytes;
     }
-    printf("gflops %.3f\n", flops * 1e-9);
+    printf("gflops %.3f\npace %.3f\n", flops * 1e-9, results[0].pace * 1e-9);
     if (read_bytes) printf("gbps %.3f\n", bytes * 1e-9);
     return 0;
 }

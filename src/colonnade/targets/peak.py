@@ -14,10 +14,12 @@ from colonnade.targets.base import Target
 @dataclass(frozen=True)
 class Peak:
     """``gflops``: f32, two operations a multiply-add, all threads together. ``gbps``: 10^9 bytes read from memory a
-    second; 0 when it was not measured."""
+    second; 0 when it was not measured. ``pace``: 10^9 bytes a second that the first thread takes from its second cache
+    with arithmetic on them, the median over the whole time: how the machine runs just now, and no limit."""
 
     gflops: float
     gbps: float = 0.0
+    pace: float = 0.0
 
 
 def measure_peak(
@@ -38,7 +40,7 @@ def measure_peak(
     if not outcome.ok:
         raise TargetError(f"{target.name}: the peak probe failed: {outcome.describe()}")
     found = dict(line.split() for line in outcome.stdout.splitlines())
-    return Peak(float(found["gflops"]), float(found.get("gbps", 0.0)))
+    return Peak(float(found["gflops"]), float(found.get("gbps", 0.0)), float(found["pace"]))
 
 
 def _sources(isa: Isa) -> dict[str, str]:
