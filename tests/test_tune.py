@@ -448,12 +448,16 @@ def test_heats_shorten_the_list_and_resume(tmp_path: Path) -> None:
     assert standing(field, records) == Standing(tuple(field), 1, None)
     walk("far", 1300, 1)
     assert standing(field, records) == Standing(tuple(field[:2]), second - first, field[0])
-    # a change of places with more walks; whoever fell behind early stays out
-    walk("quick", 1100, 2 * first)
+    # disturbed walks change nothing, however many they are up to three quarters
+    walk("quick", 1500, second - first)
     walk("near", 1040, second - first)
+    assert second == 3 * first and third > second
+    assert standing(field, records) == Standing(tuple(field[:2]), third - second, field[0])
+    # a change of places with more walks; whoever fell behind early stays out
+    walk("quick", 1100, third)
+    walk("near", 1040, third)
     state = standing(field, records)
     assert (state.running, state.best) == ((), field[1])
-    assert third > second
 
 
 def test_rivals_are_the_best_prefetch_of_every_way_near_the_best(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import quantiles
 
 from colonnade.kernels.registry import Candidate
 from colonnade.tune import search
@@ -19,7 +19,7 @@ from colonnade.tune.search import FINAL, times
 NETWORK = 4  # the stage of records taken in walks
 NEAR = 1.35  # of the best time by itself, to be a rival at all: loop orders change places by as much
 RIVALS = 10
-# (walks that a rival has to its name, factor of the best median within which it stays): shorter and shorter lists
+# (walks that a rival has to its name, factor of the best within which it stays): shorter and shorter lists
 HEATS = ((8, 1.12), (24, 1.05), (60, 1.02))
 
 
@@ -50,7 +50,11 @@ class Standing:
 
 
 def standing(field: Sequence[Candidate], records: Sequence[Record]) -> Standing:
-    """Where the contest of ``field`` is by the records of its walks; a pure function, so it resumes anywhere."""
+    """Where the contest of ``field`` is by the records of its walks; a pure function, so it resumes anywhere.
+
+    By lower quartiles: what disturbs a walk makes it longer, by a half and for seconds where a core has a neighbour on
+    its other half, and of so few walks the median may be one of those. The best quarter of eight is no lucky shot.
+    """
     reps: dict[str, list[int]] = {c.key(): [] for c in field}
     for record in records:
         if record.stage == NETWORK and record.candidate in reps:
@@ -63,7 +67,7 @@ def standing(field: Sequence[Candidate], records: Sequence[Record]) -> Standing:
         fewest = min(len(reps[c.key()]) for c in left)
         if fewest < walks:
             return Standing(left, walks - fewest, best)
-        at = {c.key(): median(reps[c.key()]) for c in left}
+        at = {c.key(): quantiles(reps[c.key()], n=4)[0] for c in left}
         best = min(left, key=lambda c: at[c.key()])
         left = tuple(c for c in left if at[c.key()] <= near * at[best.key()])
     return Standing((), 0, best)
