@@ -278,7 +278,10 @@ def test_search_opens_the_best_groups_and_remeasures_the_leaders() -> None:
     everything = [a, a8, b, b8]
     batch = search.next_batch(everything, [])
     assert batch == search.Batch(0, (a, b))
-    known = records(0, a=100, b=200)
+    known = records(0, a=150, b=200)
+    batch = search.next_batch(everything, known)
+    assert batch == search.Batch(0, (a, b)), "both are visited once more, for the first time may have been disturbed"
+    known += records(0, a=100, b=250)
     batch = search.next_batch(everything, known)
     assert batch == search.Batch(1, (a8,)), "b's head is too slow for its group to be opened"
     known += [Record(a8.key(), "s", 1, Measurement("ok", "", (101, 99, 99)))]
@@ -319,7 +322,7 @@ def visits(stage: int, sparse: tuple[int, ...], dense: tuple[int, ...]) -> list[
 
 
 def test_sparse_and_dense_meet_in_a_duel() -> None:
-    known = visits(0, (100,), (300,))
+    known = visits(0, (100,), (300,)) + visits(0, (100,), (300,))[:1]
     batch = search.next_batch([SPARSE, DENSE], known)
     assert batch == search.Batch(search.DUEL, (SPARSE, DENSE)), "however slow the dense self looked"
     assert search.next_batch([SPARSE, DENSE], known + visits(search.DUEL, (100,), (300,))) is None
@@ -348,7 +351,7 @@ def test_a_pruned_layer_is_never_slower_than_its_dense_self(
 
 def test_a_duellist_that_fails_makes_way_for_the_next() -> None:
     other = Candidate("j", {"dense": 1})
-    known = [*visits(0, (100,), (110,)), Record(other.key(), "s", 0, Measurement("ok", "", (120,)))]
+    known = 2 * [*visits(0, (100,), (110,)), Record(other.key(), "s", 0, Measurement("ok", "", (120,)))]
     known += [*visits(search.FINAL, (100,), (110,)), Record(DENSE.key(), "s", search.DUEL, Measurement("crash"))]
     batch = search.next_batch([SPARSE, DENSE, other], known)
     assert batch == search.Batch(search.DUEL, (SPARSE, other))

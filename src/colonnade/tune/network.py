@@ -14,7 +14,7 @@ from statistics import quantiles
 from colonnade.kernels.registry import Candidate
 from colonnade.tune import search
 from colonnade.tune.database import Record
-from colonnade.tune.search import FINAL, times
+from colonnade.tune.search import FINAL, screened, times
 
 NETWORK = 4  # the stage of records taken in walks
 NEAR = 1.35  # of the best time by itself, to be a rival at all: loop orders change places by as much
@@ -28,7 +28,7 @@ def rivals(candidates: Sequence[Candidate], records: Sequence[Record], most: int
 
     In the order of their times by themselves; empty where fewer than two were measured.
     """
-    found = times(records, (0, 1))
+    found = screened(records)
     found.update(times(records, (FINAL,)))
     ordered = sorted((c for c in candidates if c.key() in found), key=lambda c: found[c.key()])
     ways: dict[tuple[object, ...], Candidate] = {}

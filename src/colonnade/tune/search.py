@@ -3,7 +3,8 @@
 Successive halving in four stages. A group is one kernel with one way to feed it, dense or sparse, at its statically
 best run-time dimensions: its head. A family is all groups of one algorithm, whatever the kernel's shape. Stage 0 visits
 heads: first a few of each family, for the static ranking compares shapes well but algorithms badly; then those left in
-families that were near the best. Stage 1 visits the other members of the groups whose heads were near the best. Stage 2
+families that were near the best; then, once more, those that were not far from it: whoever met a disturbance the first
+time would be out for good. Stage 1 visits the other members of the groups whose heads were near the best. Stage 2
 re-measures the few leaders in turns, so that a disturbance meets all of them alike. Stage 3, for pruned weights, is the
 duel of the best sparse candidate with the best dense one, in turns again and with fresh repetitions: whoever won by
 luck before loses it here, and a pruned layer never runs slower than its dense self. A record once taken is never taken
@@ -12,6 +13,7 @@ again, so the search resumes wherever it was stopped and ends in the same state.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -22,6 +24,7 @@ from colonnade.tune.database import Record
 FIRST = 4  # heads of each family that are visited whatever the others do
 NEAR_FAMILY = 1.5  # the rest of a family is visited when its best head is within this factor of the best of all
 WIDE = 2.5  # heads this much worse than their family's best by static rank are not visited at all
+NEAR_HEAD = 1.7  # heads within this factor of the best are visited twice: a neighbour on the same core takes up to half
 GROUPS = 3  # groups opened in stage 1 ...
 NEAR_GROUP = 1.25  # ... when their head is within this factor of the best head
 FINALISTS = 4
@@ -62,6 +65,18 @@ def times(records: Iterable[Record], stages: tuple[int, ...]) -> dict[str, float
     return {key: median(ns) for key, ns in reps.items() if ns and key not in failed}
 
 
+def screened(records: Iterable[Record], stages: tuple[int, ...] = (0, 1)) -> dict[str, float]:
+    """Likewise, of a candidate that was visited more than once its best visit's."""
+    found: dict[str, list[float]] = {}
+    failed = set()
+    for record in records:
+        if record.measurement.outcome != "ok":
+            failed.add(record.candidate)
+        elif record.stage in stages and record.measurement.reps:
+            found.setdefault(record.candidate, []).append(median(record.measurement.reps))
+    return {key: min(medians) for key, medians in found.items() if key not in failed}
+
+
 def valid(records: Iterable[Record], candidates: Sequence[Candidate], sources: Mapping[str, str]) -> list[Record]:
     """The records of ``candidates`` whose kernel has not changed since; ``sources``: digest by kernel symbol."""
     wanted = {c.key(): sources[c.kernel] for c in candidates}
@@ -82,7 +97,9 @@ def next_batch(candidates: Sequence[Candidate], records: Sequence[Record]) -> Ba
     if unseen := [c for heads in families.values() for c in heads[:FIRST] if c.key() not in seen]:
         return Batch(0, tuple(unseen))
     everyone = [c for heads in families.values() for c in heads]
-    by_head = times((r for r in records if r.candidate in {c.key() for c in everyone}), (0,))
+    keys = {c.key() for c in everyone}
+    by_head = screened((r for r in records if r.candidate in keys), (0,))
+    visited = Counter(r.candidate for r in records if r.stage == 0)
     best = min(by_head.values(), default=0.0)
     near_families = [
         heads
@@ -92,6 +109,9 @@ def next_batch(candidates: Sequence[Candidate], records: Sequence[Record]) -> Ba
     ]
     if unseen := [c for heads in near_families for c in heads if c.key() not in seen]:
         return Batch(0, tuple(unseen))
+    close = [c for c in everyone if c.key() in by_head and by_head[c.key()] <= NEAR_HEAD * best]
+    if once := [c for c in close if visited[c.key()] == 1]:
+        return Batch(0, tuple(once))
     alive = sorted((c for c in everyone if c.key() in by_head), key=lambda c: by_head[c.key()])
     near = [c for c in alive[:GROUPS] if by_head[c.key()] <= NEAR_GROUP * by_head[alive[0].key()]]
     # the best dense self is opened as well: it is what a pruned layer must beat, and what a dense build takes
@@ -99,7 +119,7 @@ def next_batch(candidates: Sequence[Candidate], records: Sequence[Record]) -> Ba
     opened = [c for head in dict.fromkeys(map(group, near)) for c in groups[head]] if near else list(candidates)
     if unseen := [c for c in opened if c.key() not in seen]:
         return Batch(1, tuple(unseen))
-    finalists = _finalists(candidates, times(records, (0, 1)))
+    finalists = _finalists(candidates, screened(records))
     judged = {r.candidate for r in records if r.stage == FINAL}
     if len(finalists) > 1 and any(c.key() not in judged for c in finalists):
         return Batch(FINAL, tuple(finalists))
@@ -117,7 +137,7 @@ def _finalists(candidates: Sequence[Candidate], found: Mapping[str, float]) -> l
 
 def duellists(candidates: Sequence[Candidate], records: Sequence[Record]) -> tuple[Candidate, ...]:
     """The best sparse candidate and the best dense one, by the last stage that saw each; fewer where there are none."""
-    first, last = times(records, (0, 1)), times(records, (FINAL,))
+    first, last = screened(records), times(records, (FINAL,))
     pair = []
     for dense in (0, 1):
         # kernels that know no patterns at all say nothing about "dense" and have no part in this
@@ -166,7 +186,7 @@ def decide(candidates: Sequence[Candidate], records: Sequence[Record]) -> Candid
 
     Where sparse met dense, the duel overrules a sparse winner that lost it; and a dense one that is no faster there.
     """
-    found = times(records, (FINAL,)) or times(records, (0, 1))
+    found = times(records, (FINAL,)) or screened(records)
     measured = [c for c in candidates if c.key() in found]
     best = min(measured, key=lambda c: found[c.key()]) if measured else None
     fought = duel(candidates, records)
