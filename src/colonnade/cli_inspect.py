@@ -147,9 +147,8 @@ def inspect(
         f"{work / max(result.macs, 1):.0%} of the work"
     )
     print("steps: " + ", ".join(f"{count} {op}" for op, count in result.steps.items()))
-    print(
-        "everything is supported" if not result.unsupported else f"{len(result.unsupported)} parts are not supported:"
-    )
+    count = len(result.unsupported)
+    print(f"{count} part{'s' * (count > 1)} not supported:" if count else "everything is supported")
     for line in result.unsupported:
         print(f"  {line}")
     if as_json is not None:
