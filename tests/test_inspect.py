@@ -59,7 +59,7 @@ def test_the_verb(tmp_path: Path, capsys: Any) -> None:
 def test_free_sizes(tmp_path: Path, capsys: Any) -> None:
     onnx.save(model(free=True), tmp_path / "m.onnx")
     assert run_verb(["inspect", str(tmp_path / "m.onnx")]) == 2
-    assert "--input-shape" in capsys.readouterr().err
+    assert "such as --input-shape x=1x3x224x224" in capsys.readouterr().err
     assert run_verb(["inspect", str(tmp_path / "m.onnx"), "--input-shape", "x=1x3x12x10"]) == 0
 
 

@@ -211,8 +211,10 @@ def _fix_shapes(model: ir.Model, batch: int | None, shapes: dict[str, Sequence[i
             raise UserError(f"input {value.name}: shape {new} was given, expected sizes of at least 1")
         if any(d < 1 for d in new):
             free = ", ".join(str(d) for d, size in zip(old, new, strict=True) if size < 1)
+            usual = 224 if len(new) == 4 else 128  # pixels, or tokens
+            example = "x".join(str(size if size > 0 else usual) for size in new)
             raise UserError(
-                f"input {value.name} has free sizes {free}; give them with --input-shape {value.name}=1x3x224x224"
+                f"input {value.name} has free sizes {free}; give them, such as --input-shape {value.name}={example}"
             )
         rebatched |= bool(old) and isinstance(old[0], int) and old[0] != new[0]
         value.shape = ir.Shape(new)
