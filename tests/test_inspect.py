@@ -56,6 +56,21 @@ def test_the_verb(tmp_path: Path, capsys: Any) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
 
 
+def test_modules_of_torch(tmp_path: Path) -> None:
+    """The exporter transposes the weights of linear layers and loses their names; it notes where nodes come from."""
+    b = Builder()
+    x = b.op("MatMul", b.input("x", (2, 20, 16)), b.random(16, 32, name="val_1"), name="node_MatMul_1")
+    b.nodes[-1].metadata_props.add(
+        key="pkg.torch.onnx.name_scopes", value="['', 'layers.0', 'layers.0.query', 'linear']"
+    )
+    y = b.op("MatMul", x, b.random(32, 16, name="val_2"), name="node_MatMul_2")
+    b.nodes[-1].metadata_props.add(key="pkg.torch.onnx.name_scopes", value="[broken")
+    onnx.save(b.build(y), tmp_path / "m.onnx")
+    first, second = examine_model(tmp_path / "m.onnx", exclude=(r"\.query$",)).layers
+    assert (first.name, second.name) == ("layers.0.query", "node_MatMul_2")
+    assert first.reason and "query" in first.reason and first.macs == 2 * 20 * 16 * 32 and second.macs
+
+
 def test_free_sizes(tmp_path: Path, capsys: Any) -> None:
     onnx.save(model(free=True), tmp_path / "m.onnx")
     assert run_verb(["inspect", str(tmp_path / "m.onnx")]) == 2

@@ -63,7 +63,7 @@ def examine_model(
     import numpy as np
 
     from colonnade.frontend import examine
-    from colonnade.onnx_io import load_onnx
+    from colonnade.onnx_io import load_onnx, module_of
     from colonnade.pattern import discover
     from colonnade.sparsify.onnx_file import read_layers
     from colonnade.sparsify.select import as_matrix
@@ -87,7 +87,7 @@ def examine_model(
         own = (report.weight.removesuffix(".weight"), report.name)
         layers.append(
             Layer(
-                own[0] if report.weight.endswith(".weight") else report.name,
+                own[0] if report.weight.endswith(".weight") else module_of(groups[report.name]) or report.name,
                 report.op,
                 report.shape,
                 report.parameters if report.shape else 0,

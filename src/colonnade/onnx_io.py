@@ -1,5 +1,6 @@
 """Reading and writing ONNX files: every way a file can be bad is one line for the user. onnx is imported on use."""
 
+import ast
 import contextlib
 import os
 import re
@@ -70,6 +71,16 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
             raise UserError(f"{path}: not a valid ONNX model: {_one_line(error)}") from None
         _check_names(model, path)  # which the checker did not come to
     return model
+
+
+def module_of(node: "onnx.NodeProto") -> str:
+    """The torch module that a node came from, as torch's exporter notes it; empty where it does not."""
+    noted = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
+    try:
+        scopes = [str(scope) for scope in ast.literal_eval(noted)]
+    except (ValueError, SyntaxError, TypeError):
+        return ""
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
 def save_onnx(model: "onnx.ModelProto", path: Path | str, *, force: bool = False) -> None:
