@@ -62,10 +62,13 @@ def main() -> None:
     zoo = ZOO_OF_TIMM if given.timm else ZOO
     by_sparsity = [f"{s:.0%}" for s in SPARSITIES]
     heads = ["input", *(f"VLEN {v}" for v in VLENS)] if given.emulated else ["input", "MMAC", *by_sparsity]
+    names = [f"timm {name}" if given.timm and name not in zoo else name for name in given.names] or list(zoo)
+    if unknown := [name for name in names if name not in zoo]:
+        parser.error(f"no network {', '.join(unknown)}; there are {', '.join(zoo)}")
     print("| network | from | " + " | ".join(heads) + " |", flush=True)
     print("|---|---|" + "---|" * len(heads), flush=True)
     failed = False
-    for name in given.names or zoo:
+    for name in names:
         try:
             cells = under_qemu(name) if given.emulated else host(name)
         except Exception as error:  # whatever a network makes fail

@@ -89,8 +89,9 @@ def _timm(name: str, side: int) -> onnx.ModelProto:
 
     torchvision_zoo()
     torch.manual_seed(0)
+    name = name.removeprefix("timm ")
     sized = {"img_size": side} if name.startswith("vit") else {}
-    return _exported(timm.create_model(name.removeprefix("timm "), pretrained=False, **sized).eval(), side)
+    return _exported(timm.create_model(name, pretrained=False, **sized).eval(), side)
 
 
 def _body(name: str, side: int) -> onnx.ModelProto:
