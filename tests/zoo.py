@@ -84,10 +84,11 @@ def _torchvision(name: str, side: int) -> onnx.ModelProto:
 
 
 def _timm(name: str, side: int) -> onnx.ModelProto:
-    import timm
     import torch
 
-    torchvision_zoo()
+    torchvision_zoo()  # before timm, which imports torchvision too
+    import timm
+
     torch.manual_seed(0)
     name = name.removeprefix("timm ")
     sized = {"img_size": side} if name.startswith("vit") else {}
