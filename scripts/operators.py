@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import re
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "operators.md"
 HEAD = """# Operators
@@ -25,25 +30,62 @@ imported; axes, shapes, pads and the weights of convolutions must be constants. 
 that exporters write as several nodes (SiLU, hard-swish, Mish, GELU, LayerNorm) are found again; functions and limits
 end the step before them where they can.
 
-What the onnx package's own tests try that is refused stands in `tests/onnx_refused.txt`, a reason each.
+Operators that are not here but that ONNX itself defines by others (RotaryEmbedding, SwiGLU, losses and more) are
+replaced by these where all of them are. The last column says what of an operator is refused, as the importer says it
+(besides models that contradict themselves); what the onnx package's own tests try that is refused stands in
+`tests/onnx_refused.txt`, a reason each. How whole networks fare: [models.md](models.md).
 
-| operator | how | whole numbers, float64 |
-|---|---|---|
+| operator | how | whole numbers, float64 | refused |
+|---|---|---|---|
 """
+# that a model contradicts itself is no limit of ours
+WRONG = re.compile("not fit|is not known|are not the|beyond the|cannot see|is missing|neither|holds NaN|repair")
+
+
+def limits(handler: Callable[..., object]) -> list[str]:
+    """What a handler, and the functions of the frontend that it calls by name, refuse."""
+    from colonnade.frontend.context import Unsupported
+
+    seen: dict[object, None] = {}
+    found: dict[str, None] = {}
+
+    def walk(function: Any) -> None:
+        if function in seen or not function.__module__.startswith("colonnade.frontend"):
+            return
+        seen[function] = None
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            called = function.__globals__.get(node.func.id)
+            if called is Unsupported and not WRONG.search(_said(node.args[0])):
+                found[_said(node.args[0]).split(";")[0]] = None
+            elif inspect.isfunction(called):
+                walk(called)
+
+    walk(handler)
+    return list(found)
+
+
+def _said(message: ast.expr) -> str:
+    if isinstance(message, ast.Constant):
+        return str(message.value)
+    assert isinstance(message, ast.JoinedStr)
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in message.values)
 
 
 def text() -> str:
     """The whole page."""
     from colonnade.frontend.context import MOVES
+    from colonnade.frontend.expand import OURS
     from colonnade.frontend.registry import HANDLERS, TYPED
 
     rows = []
-    for name in sorted(HANDLERS):
-        handler = HANDLERS[name]
+    for name in sorted({*HANDLERS, *OURS}):
+        handler: Any = HANDLERS.get(name) or OURS[name]
         plain = handler.func if isinstance(handler, functools.partial) else handler
         words = " ".join((inspect.getdoc(plain) or "").split("\n\n")[0].split())
         other = "moved" if name in MOVES else "computed" if name in TYPED or name in ("Cast", "CastLike") else ""
-        rows.append(f"| {name} | {words} | {other} |")
+        rows.append(f"| {name} | {words} | {other} | {'; '.join(limits(plain))} |")
     return HEAD + "\n".join(rows) + "\n"
 
 

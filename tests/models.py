@@ -116,12 +116,14 @@ def export(module: Any, *shape: int, dynamic: bool = False) -> onnx.ModelProto:
     return program.model_proto
 
 
-def torchvision_model(models: Any, name: str) -> Any:
+def torchvision_model(models: Any, name: str, **options: Any) -> Any:
     """A network of ``torchvision.models`` with random weights and BatchNorm statistics that are not trivial."""
     import torch
 
     torch.manual_seed(0)
-    model = getattr(models, name)(weights=None)
+    if name in ("googlenet", "inception_v3"):  # whose own way to draw weights takes minutes
+        options["init_weights"] = False
+    model = getattr(models, name)(weights=None, **options)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.7, 1.5)

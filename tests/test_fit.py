@@ -199,6 +199,9 @@ def test_only_the_plan(trained: tuple[Path, Path, Path], tmp_path: Path, capsys:
     assert len(errors) == 1 and "cannot be reached" in errors[0]
     assert run_verb([*words, "--force"]) == 2
     assert "either --latency" in capsys.readouterr().err
+    for wrong in (("--speedup", "-1"), ("--speedup", "0.5")):
+        assert run_verb([*words, *wrong, "--force"]) == 2
+        assert f"speedup is {wrong[1]}: expected at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -595,7 +595,7 @@ def test_free_batch_and_sizes() -> None:
 
 
 def test_free_sizes_are_named() -> None:
-    with pytest.raises(UserError, match=r"input x has free sizes h, w; give them with --input-shape"):
+    with pytest.raises(UserError, match=r"input x has free sizes h, w; give them, such as --input-shape x=1x3x224x224"):
         frontend.load(dynamic_model())
 
 

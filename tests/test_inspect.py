@@ -51,15 +51,30 @@ def test_the_verb(tmp_path: Path, capsys: Any) -> None:
     assert run_verb(["inspect", str(tmp_path / "m.onnx"), "--json", str(tmp_path / "m.json")]) == 0
     said = capsys.readouterr().out
     assert "4 layers" in said and "50.0% of columns, T = 8" in said and "no: depthwise" in said
-    assert "1 parts are not supported" in said and "Hardmax" in said
+    assert "1 part not supported" in said and "Hardmax" in said
     assert json.loads((tmp_path / "m.json").read_text())["layers"][1]["kept"] == 0.5
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+
+
+def test_modules_of_torch(tmp_path: Path) -> None:
+    """The exporter transposes the weights of linear layers and loses their names; it notes where nodes come from."""
+    b = Builder()
+    x = b.op("MatMul", b.input("x", (2, 20, 16)), b.random(16, 32, name="val_1"), name="node_MatMul_1")
+    b.nodes[-1].metadata_props.add(
+        key="pkg.torch.onnx.name_scopes", value="['', 'layers.0', 'layers.0.query', 'linear']"
+    )
+    y = b.op("MatMul", x, b.random(32, 16, name="val_2"), name="node_MatMul_2")
+    b.nodes[-1].metadata_props.add(key="pkg.torch.onnx.name_scopes", value="[broken")
+    onnx.save(b.build(y), tmp_path / "m.onnx")
+    first, second = examine_model(tmp_path / "m.onnx", exclude=(r"\.query$",)).layers
+    assert (first.name, second.name) == ("layers.0.query", "node_MatMul_2")
+    assert first.reason and "query" in first.reason and first.macs == 2 * 20 * 16 * 32 and second.macs
 
 
 def test_free_sizes(tmp_path: Path, capsys: Any) -> None:
     onnx.save(model(free=True), tmp_path / "m.onnx")
     assert run_verb(["inspect", str(tmp_path / "m.onnx")]) == 2
-    assert "--input-shape" in capsys.readouterr().err
+    assert "such as --input-shape x=1x3x224x224" in capsys.readouterr().err
     assert run_verb(["inspect", str(tmp_path / "m.onnx"), "--input-shape", "x=1x3x12x10"]) == 0
 
 
@@ -77,4 +92,4 @@ def test_the_page_of_operators_is_current() -> None:
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
     assert page.TARGET.read_text(encoding="utf-8") == page.text(), "run scripts/operators.py"
-    assert all(row.count("|") == 4 and len(row.split("|")[2]) > 5 for row in page.text().splitlines()[-20:])
+    assert all(row.count("|") == 5 and len(row.split("|")[2]) > 5 for row in page.text().splitlines()[-20:])

@@ -17,15 +17,13 @@ import pytest
 from emulated import INSTALLED, MISSING
 from models import bottlenecks, onnxruntime_outputs
 from onnx import helper, numpy_helper
-from test_models_zoo import LARGE, SMALL, network
 from test_parity import TOLERANCE, files  # noqa: F401  (a fixture)
 
 from colonnade.api import build
 from colonnade.bench.ours import Ours
-from colonnade.pattern import ColumnPattern
-from colonnade.sparsify.onnx_file import prune_file
 from colonnade.targets import Qemu
 from colonnade.targets.qemu import VLENS
+from tests.zoo import SPARSITIES, ZOO, emulated, model_of, pruned
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason=MISSING)
 
@@ -75,47 +73,20 @@ def test_resnets_at_every_vector_length(files, tmp_path, network, percent):  # n
     compare(files(network, percent), tmp_path, 224)
 
 
-# every network of the zoo at its smallest size, dense and pruned: one of the small ones on each day, all on demand
-ZOO = [(name, percent) for percent in (0, 50, 75) for name in sorted(SMALL)]
-TODAY = ZOO[datetime.date.today().toordinal() % len(ZOO)]
-if os.environ.get("COLONNADE_ALL_MODELS"):
-    ZOO += [(name, percent) for name in sorted(LARGE) for percent in (0, 50, 75)]
-else:
-    ZOO = [TODAY]
+# every network of the zoo at its smallest size, dense and pruned: one on each day, all on demand
+SHARE = [(name, sparsity) for sparsity in SPARSITIES for name in sorted(ZOO)]
+if not os.environ.get("COLONNADE_ALL_MODELS"):
+    SHARE = [pair for pair in SHARE if not ZOO[pair[0]].huge]
+    SHARE = [SHARE[datetime.date.today().toordinal() % len(SHARE)]]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name, percent", ZOO)
-def test_a_network_of_the_zoo(name, percent, torchvision_models, tmp_path):
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name, sparsity", SHARE)
+def test_a_network_of_the_zoo(name, sparsity, tmp_path):
     """The same bundle at VLEN 128 and 256."""
-    model, side = network(torchvision_models, name), SMALLEST.get(name, 32 if name in SMALL else LARGE.get(name, 32))
-    onnx.save(model, tmp_path / "dense.onnx")
-    file = tmp_path / "dense.onnx"
-    if percent:
-        file = tmp_path / "pruned.onnx"
-        prune_file(tmp_path / "dense.onnx", file, ColumnPattern(percent / 100))
-    x = model.graph.input[0].name
-    shape = (1, 3, side, side)
-    bundle = build(file, "qemu:vlen=128", input_shapes={x: shape}, out=tmp_path / "bundle")
-    feeds = {x: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
-    (wanted,) = onnxruntime_outputs(resized(onnx.load(file), shape), feeds).values()
-    for vlen in (128, 256):
-        (answer,) = Ours(bundle, Qemu(vlen, poison=True), feeds, 1).outputs()
-        assert np.abs(answer - wanted).max() <= TOLERANCE * np.abs(wanted).max(), vlen
-
-
-# sides below which a network has no pixels left, or positions that are learned for one size
-SMALLEST = {"densenet121": 32, "inception_v3": 96, "vit_b_16": 224, "vgg16_bn": 224}
-
-
-def resized(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelProto:
-    """The model with another size of its input, and no shapes but those of its inputs and outputs' ranks."""
-    for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
-        dim.Clear()
-        dim.dim_value = size
-    del model.graph.value_info[:]
-    return model
+    model = pruned(model_of(name, ZOO[name].emulated), sparsity, tmp_path, ZOO[name].quick)
+    assert max(emulated(name, model, tmp_path)) <= TOLERANCE
 
 
 def colonnade(*words: str | Path) -> subprocess.CompletedProcess[str]:

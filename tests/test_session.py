@@ -63,6 +63,20 @@ def test_equals_the_definition_in_poisoned_memory(
                 np.testing.assert_allclose(got[name], array, atol=1e-5)
 
 
+def test_a_bundle_that_was_built_again_in_the_same_place(copied: Path) -> None:
+    """As in a notebook: the loader must not answer with the library of before."""
+    with Session(copied) as session:
+        session.run({"image": image()})
+    shutil.rmtree(copied)
+    write(copied, isa("portable"), width=12)
+    for _ in range(2):
+        with Session(copied) as session:
+            wanted = np.zeros((2, 3, 9, 12), np.float32)
+            got = session.run({"image": wanted})
+            for name, array in reference(network(width=12), {"image": wanted}).items():
+                np.testing.assert_allclose(got[name], array, atol=1e-5)
+
+
 def test_bit_equal_between_runs_sessions_and_thread_counts(bundle: Bundle) -> None:
     feeds = {"image": image()}
     results = []

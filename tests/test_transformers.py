@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -166,6 +165,34 @@ def test_attention_stays_in_planes(batch: int, mask: str | None) -> None:
     assert counts["reorder"] == 2 + (mask in ("pairs", "heads")) and counts["take"] == (mask == "keys")
 
 
+@pytest.mark.parametrize("mask", [None, "causal", "add", "keep"])
+def test_attention_of_one_operator(mask: str | None) -> None:
+    """As torch exports it since opset 23; a query without any key has zeros for an answer."""
+    batch, heads, tokens, part = 2, 3, 20, 8
+    b = Builder()
+    y = b.op("MatMul", b.input("x", (batch, tokens, 24)), b.random(24, 72, scale=0.3))
+    y = b.op("Reshape", y, b.constant(np.array([0, 0, 3, heads, part])))
+    y = b.op("Transpose", y, perm=[2, 0, 3, 1, 4])
+    qkv = [b.op("Gather", y, b.constant(np.array(i)), axis=0) for i in range(3)]
+    keep = b.rng.random((batch, 1, tokens, tokens)) > 0.3
+    keep[1, 0, 5] = False
+    feeds = {}
+    if mask == "add":
+        feeds["mask"] = np.where(keep, b.rng.standard_normal(keep.shape), -np.inf).astype(np.float32)
+        qkv.append(b.input("mask", keep.shape))
+    elif mask == "keep":
+        feeds["mask"] = keep
+        qkv.append(b.input("mask", keep.shape, onnx.TensorProto.BOOL))
+    y = b.op("Attention", *qkv, is_causal=int(mask == "causal"), scale=0.3)
+    flat = b.op("Reshape", b.op("Transpose", y, perm=[0, 2, 1, 3]), b.constant(np.array([0, 0, 24])))
+    model = b.build(b.op("MatMul", flat, b.random(24, 24)), opset=23)
+    feeds["x"] = b.rng.standard_normal((batch, tokens, 24)).astype(np.float32)
+    plan = check(model, feeds, layout_costs=ALWAYS)
+    counts = ops(plan)
+    assert counts["plane_product"] == 2 and counts["channel_softmax"] == 1 and counts["conv2d"] == 2
+    check(model, feeds, layout_costs=NEVER)
+
+
 def test_gemm_on_tokens() -> None:
     """Exporters that flatten tokens before a linear layer, and see them apart again behind it."""
     b = Builder()
@@ -231,6 +258,17 @@ def test_small_bert(sparsity: float, batch: int, fused: bool, tmp_path: Path) ->
         assert ops(check(model, feeds, layout_costs=NEVER))["linear"] == 6 * size.layers + 1
 
 
+def test_small_bert_of_opset_23() -> None:
+    """Attention is one operator there; what is done is the same."""
+    pytest.importorskip("torch")
+    from tests.transformers_like import Size, bert_feeds, bert_model
+
+    model = bert_model(Size(), 2, 24, fused=True, opset=23)
+    assert sum(node.op_type == "Attention" for node in model.graph.node) == 2
+    counts = ops(check(model, bert_feeds(Size(), 2, 24), layout_costs=ALWAYS))
+    assert counts["conv2d"] == 12 and counts["plane_product"] == 4 and counts["matmul"] == 0
+
+
 def test_small_distilbert_of_free_sizes() -> None:
     pytest.importorskip("torch")
     from tests.transformers_like import Size, bert_feeds, bert_model
@@ -240,17 +278,3 @@ def test_small_distilbert_of_free_sizes() -> None:
     shapes = {name: (3, 21) for name in ("input_ids", "attention_mask")}
     plan = check(model, bert_feeds(size, 3, 21), input_shapes=shapes, layout_costs=ALWAYS)
     assert plan.outputs[0].shape == (3, 21, size.width) and ops(plan)["conv2d"] == 6
-
-
-if os.environ.get("COLONNADE_ALL_MODELS"):  # minutes and gigabytes
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75])
-    @pytest.mark.parametrize("name", ["bert_base", "distilbert"])
-    def test_full_size(name: str, sparsity: float, tmp_path: Path) -> None:
-        pytest.importorskip("torch")
-        from tests.transformers_like import BASE, DISTILLED, bert_feeds, bert_model
-
-        size = BASE if name == "bert_base" else DISTILLED
-        model = pruned(bert_model(size, 1, 128), sparsity, tmp_path)
-        assert ops(check(model, bert_feeds(size, 1, 128)))["conv2d"] == 6 * size.layers

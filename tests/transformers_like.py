@@ -94,7 +94,9 @@ class Bert(nn.Module):
         return x if self.pooler is None else (x, torch.tanh(self.pooler(x[:, 0])))
 
 
-def bert_model(size: Size, batch: int, tokens: int, fused: bool = False, dynamic: bool = False) -> onnx.ModelProto:
+def bert_model(
+    size: Size, batch: int, tokens: int, fused: bool = False, dynamic: bool = False, opset: int | None = None
+) -> onnx.ModelProto:
     """As torch exports it; ``dynamic`` leaves batch and tokens free."""
     torch.manual_seed(0)
     model = Bert(size, fused).eval()
@@ -111,6 +113,7 @@ def bert_model(size: Size, batch: int, tokens: int, fused: bool = False, dynamic
             inputs,
             dynamo=True,
             verbose=False,
+            opset_version=opset,
             input_names=names,
             dynamic_shapes=tuple(free for _ in names) if dynamic else None,
         )

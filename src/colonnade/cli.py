@@ -141,6 +141,10 @@ def run_verb(argv: Sequence[str]) -> int:
         near = get_close_matches(verb, VERBS)
         _say(f"no such verb: {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}"))
         return UserError.exit_code
+    if verb is not None and not verbose:
+        import logging
+
+        logging.lastResort = logging.NullHandler()  # what libraries log is for who asks for details
     try:
         # The option parser itself turns Ctrl-C into a number; what else a verb returns means nothing.
         answer = application(verb)(words, standalone_mode=False, prog_name="colonnade")

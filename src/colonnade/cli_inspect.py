@@ -63,7 +63,7 @@ def examine_model(
     import numpy as np
 
     from colonnade.frontend import examine
-    from colonnade.onnx_io import load_onnx
+    from colonnade.onnx_io import load_onnx, module_of
     from colonnade.pattern import discover
     from colonnade.sparsify.onnx_file import read_layers
     from colonnade.sparsify.select import as_matrix
@@ -87,7 +87,7 @@ def examine_model(
         own = (report.weight.removesuffix(".weight"), report.name)
         layers.append(
             Layer(
-                own[0] if report.weight.endswith(".weight") else report.name,
+                own[0] if report.weight.endswith(".weight") else module_of(groups[report.name]) or report.name,
                 report.op,
                 report.shape,
                 report.parameters if report.shape else 0,
@@ -147,9 +147,8 @@ def inspect(
         f"{work / max(result.macs, 1):.0%} of the work"
     )
     print("steps: " + ", ".join(f"{count} {op}" for op, count in result.steps.items()))
-    print(
-        "everything is supported" if not result.unsupported else f"{len(result.unsupported)} parts are not supported:"
-    )
+    count = len(result.unsupported)
+    print(f"{count} part{'s' * (count > 1)} not supported:" if count else "everything is supported")
     for line in result.unsupported:
         print(f"  {line}")
     if as_json is not None:

@@ -60,7 +60,7 @@ class Prepared(BackendRep):
                 return tuple(inputs[self._through[value.name]] for value in self._model.graph.output)
             feeds = {name: np.asarray(inputs[name]) for name in self._names}
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"inputs: {error}; only arrays of numbers or truths are supported") from error
+            raise UserError("inputs: only arrays of numbers or truths are supported, no sequences") from error
         strange = [name for name, array in feeds.items() if str(array.dtype) not in TYPES.values()]
         if strange:
             raise UserError(f"input {strange[0]}: only arrays of numbers or truths are supported")

@@ -1,5 +1,6 @@
 """Reading and writing ONNX files: every way a file can be bad is one line for the user. onnx is imported on use."""
 
+import ast
 import contextlib
 import os
 import re
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 # Protobuf cannot hold more in one file; larger models keep their weights in a file of their own.
 ONE_FILE_BYTES = 2**31 - 2**20
+# how files of others begin (TFLite's has its mark behind four bytes), and what to do with them
+FOREIGN = {
+    b"PK\x03\x04": "an archive, as torch.save writes: load it in PyTorch and export it with torch.onnx.export",
+    b"TFL3": "a TFLite model: convert it with tf2onnx",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras writes: convert it with tf2onnx",
+}
 
 
 def load_onnx(path: Path | str) -> "onnx.ModelProto":
@@ -29,7 +36,8 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
 
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: is a folder: expected an ONNX file")
+        what = "a TensorFlow SavedModel: convert it with tf2onnx" if (path / "saved_model.pb").exists() else "a folder"
+        raise UserError(f"{path}: is {what}: expected an ONNX file")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -38,6 +46,9 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not content:
         raise UserError(f"{path}: the file is empty: expected an ONNX model")
+    for start, what in FOREIGN.items():
+        if content[:8].endswith(start) or content.startswith(start):
+            raise UserError(f"{path}: no ONNX model, but {what}")
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)
@@ -58,7 +69,18 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
         # Runtimes take outputs without a shape, and so do we.
         if "Field 'shape' of 'type' is required" not in str(error):
             raise UserError(f"{path}: not a valid ONNX model: {_one_line(error)}") from None
+        _check_names(model, path)  # which the checker did not come to
     return model
+
+
+def module_of(node: "onnx.NodeProto") -> str:
+    """The torch module that a node came from, as torch's exporter notes it; empty where it does not."""
+    noted = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
+    try:
+        scopes = [str(scope) for scope in ast.literal_eval(noted)]
+    except (ValueError, SyntaxError, TypeError):
+        return ""
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
 def save_onnx(model: "onnx.ModelProto", path: Path | str, *, force: bool = False) -> None:
@@ -113,6 +135,20 @@ def writing_aside(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _check_names(model: "onnx.ModelProto", path: Path) -> None:
+    """Every operator of the main graph reads what an input, a constant or another operator is."""
+    graph = model.graph
+    known = {"", *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    known |= {name for node in graph.node for name in node.output}
+    for node in graph.node:
+        for name in node.input:
+            if name not in known:
+                raise UserError(
+                    f"{path}: {node.op_type} {node.name!r} reads {name!r}, which is nowhere: export it again"
+                )
 
 
 def _one_line(error: Exception) -> str:

@@ -38,13 +38,13 @@ class Ours:
         arguments = ["--warmup", str(warmup), "--repeat", str(repeat), "--json", "--profile"]
         return list(self._run(arguments)["step_ns"])
 
-    def outputs(self) -> list[npt.NDArray[Any]]:
-        """What it computes from the inputs, in the order of the model."""
+    def outputs(self, timeout: float = 300) -> list[npt.NDArray[Any]]:
+        """What it computes from the inputs, in the order of the model; ``timeout`` in seconds."""
         names = [port["name"] for port in self.bundle.manifest["outputs"]]
         files = [f"output{i}.npy" for i in range(len(names))]
         arguments = ["-o", *(f"{name}={file}" for name, file in zip(names, files, strict=True))]
         outcome = self._target.run(
-            self.bundle.program, [*self._arguments, *arguments], self._files, outputs=files, timeout=300
+            self.bundle.program, [*self._arguments, *arguments], self._files, outputs=files, timeout=timeout
         )
         if not outcome.ok:
             raise ColonnadeError(f"{self.bundle.path}: {outcome.describe()}")

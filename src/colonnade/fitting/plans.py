@@ -166,8 +166,12 @@ def make_plan(
     divided by `speedup`, with the smallest sum of losses. Arguments and errors as there."""
     from colonnade.onnx_io import check_writable, load_onnx
 
-    if (latency is None) == (speedup is None) or not (speedup or latency or 0) > 0:
-        raise UserError(f"latency is {latency}, speedup {speedup}: expected one of them, above 0")
+    if (latency is None) == (speedup is None):
+        raise UserError("give either --latency or --speedup")
+    if latency is not None and not latency > 0:
+        raise UserError(f"latency is {1e3 * latency:g} ms: expected more than 0")
+    if speedup is not None and not speedup >= 1:
+        raise UserError(f"speedup is {speedup:g}: expected at least 1")
     settings = settings or Settings()
     check_writable(Path(out), force=force)
     source = Path(model)

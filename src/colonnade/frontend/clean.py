@@ -7,7 +7,7 @@ convolutions can meet. Its rule for ``auto_pad`` is left out (it does not look a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from onnxscript.rewriter.rules.common import (
 )
 
 from colonnade.errors import UserError
+from colonnade.frontend.expand import FOLDED, expand
 from colonnade.frontend.patterns import recognise
 from colonnade.frontend.transposes import sink
 
@@ -62,8 +63,11 @@ def clean(
     batch: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     outputs: Sequence[str] | None = None,
+    known: Collection[str] = (),
 ) -> ir.Model:
     """Fix all shapes, cut at ``outputs``, fold what can be folded. Changes ``model`` and returns it.
+
+    Operators that are not in ``known`` are replaced by what ONNX defines them by, where it does.
 
     Raises:
         UserError: an input or output name is not in the model, or a size stays free.
@@ -75,11 +79,13 @@ def clean(
     try:
         _casts_like(model)
         _old_pads(model)
+        fold = folding.FoldConstantsPass(
+            shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
+        )
+        expand(model, known, fold)
         PassManager(
             [
-                folding.FoldConstantsPass(
-                    shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
-                ),
+                fold,
                 RewritePass(_rules(model)),
                 common.RemoveUnusedNodesPass(),
             ],
@@ -97,7 +103,14 @@ def clean(
             Sequential(RewritePass(_rules(model)), common.RemoveUnusedNodesPass())(model)
             recognise(model)
     except Exception as error:  # the passes raise many types on graphs that are not valid ONNX
-        cause = error.__cause__ or error
+        strange = sorted({node.op_type for node in model.graph} - {*known, *FOLDED})
+        if known and strange:
+            raise UserError(
+                f"{', '.join(strange)}: operator not supported; cut the model before it with --outputs"
+            ) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
         raise UserError(
             f"the model cannot be simplified: {cause}; check it with onnx.checker".replace("\n", " ")
         ) from error
@@ -176,6 +189,8 @@ def _fix_shapes(model: ir.Model, batch: int | None, shapes: dict[str, Sequence[i
         )
     rebatched = False
     for value in model.graph.inputs:
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            raise UserError(f"input {value.name}: is no plain array (optional, sequence); only arrays are supported")
         if value.shape is None:
             if value.name not in shapes:
                 raise UserError(
@@ -196,8 +211,10 @@ def _fix_shapes(model: ir.Model, batch: int | None, shapes: dict[str, Sequence[i
             raise UserError(f"input {value.name}: shape {new} was given, expected sizes of at least 1")
         if any(d < 1 for d in new):
             free = ", ".join(str(d) for d, size in zip(old, new, strict=True) if size < 1)
+            usual = 224 if len(new) == 4 else 128  # pixels, or tokens
+            example = "x".join(str(size if size > 0 else usual) for size in new)
             raise UserError(
-                f"input {value.name} has free sizes {free}; give them with --input-shape {value.name}=1x3x224x224"
+                f"input {value.name} has free sizes {free}; give them, such as --input-shape {value.name}={example}"
             )
         rebatched |= bool(old) and isinstance(old[0], int) and old[0] != new[0]
         value.shape = ir.Shape(new)

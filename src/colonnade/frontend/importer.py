@@ -10,12 +10,17 @@ import onnx_ir as ir
 from colonnade.errors import UserError
 from colonnade.frontend import edges
 from colonnade.frontend.context import Unsupported
+from colonnade.frontend.expand import FOLDED, OURS
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.fusion import Fusing
 from colonnade.workload.small import INTEGERS
 from colonnade.workload.typed import WIDE
 
 Handler = Callable[["Importer", ir.Node], None]
+QUANTIZED = {
+    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+    "QuantizeLinear",
+}  # fmt: skip
 ARITHMETIC = {*WIDE, *INTEGERS}  # types whose arithmetic is not that of float32
 
 
@@ -76,7 +81,23 @@ class Importer(Fusing):
             if node.op_type == "Shape" and node.inputs[0] in self._values:
                 self._shape_of(node)
                 return
+            if node.op_type == "Constant":  # an output that folding has left as one
+                node.outputs[0].const_value = ir.convenience.get_const_tensor(node.outputs[0])
+                return
             if node.domain not in ("", "ai.onnx") or node.op_type not in self.handlers:
+                if node.op_type in FOLDED and any(value in self._unknown for value in node.inputs):
+                    self._unknown.update(node.outputs)
+                    return
+                if node.op_type in FOLDED:
+                    raise Unsupported("its inputs must be constant, sizes being fixed; export with fixed shapes")
+                if node.op_type in OURS:
+                    raise Unsupported(
+                        "the sizes of its inputs do not follow from the model's; export with fixed shapes"
+                    )
+                if node.domain == "com.microsoft":
+                    raise Unsupported("is onnxruntime's own; take the model as it was before onnxruntime optimised it")
+                if node.op_type in QUANTIZED:
+                    raise Unsupported("is of a quantized model; take the model as it was before, in floats")
                 domain = f" of domain {node.domain}" if node.domain not in ("", "ai.onnx") else ""
                 raise Unsupported(f"operator{domain} not supported; cut the model before it with outputs=/--outputs")
             if any(value in self._unknown for value in node.inputs if value is not None):

@@ -71,7 +71,7 @@ def imported(
 
     def at(size: int | None) -> Importer:
         nonlocal left
-        cleaned = clean(source, size, input_shapes, outputs)
+        cleaned = clean(source, size, input_shapes, outputs, HANDLERS)
         left = cleaned.metadata_props.get(CUT, "")
         importer = Importer(cleaned.graph, HANDLERS, layout_costs, TYPED)
         importer.run()
@@ -150,7 +150,7 @@ def examine(
     Raises:
         UserError: the file cannot be read, a size stays free, or a name is unknown.
     """
-    importer = Importer(clean(read(model), batch, input_shapes, outputs).graph, HANDLERS, typed=TYPED)
+    importer = Importer(clean(read(model), batch, input_shapes, outputs, HANDLERS).graph, HANDLERS, typed=TYPED)
     importer.walk()
     return [(step.name, _with_sparsity(step)) for step in importer.steps], importer.problems
 

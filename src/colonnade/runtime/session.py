@@ -12,6 +12,8 @@ import ctypes
 import importlib
 import json
 import platform
+import shutil
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -196,9 +198,22 @@ def _ports(rows: list[dict[str, Any]]) -> list[Port]:
     return [Port(row["name"], tuple(row["shape"]), row["dtype"]) for row in rows]
 
 
+_LOADED: dict[Path, tuple[int, int]] = {}  # by name that the process has loaded: which file that was
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """The library at a path, also where another one that stood there before is loaded: the loader goes by names."""
+    found = path.stat()
+    which = (found.st_ino, found.st_mtime_ns)
+    if _LOADED.setdefault(path, which) == which:
+        return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        return ctypes.CDLL(shutil.copy(path, folder))
+
+
 def _library(path: Path) -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL(str(path.resolve()))
+        library = _load(path.resolve())
         void, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
         for name, result, arguments in (
             ("create", ctypes.c_int, [text, ctypes.c_int, void, text, size]),

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.errors import UserError
-from colonnade.onnx_io import check_writable, load_onnx, save_onnx
+from colonnade.onnx_io import check_writable, load_onnx, module_of, save_onnx
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target, unfit
 from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
@@ -86,6 +86,7 @@ class _Layer:
     position: int  # in graph.node
     weight: _Weight | None
     reason: str | None = None
+    module: str = ""  # of torch, where the file says it
 
 
 def prune_file(
@@ -105,8 +106,8 @@ def prune_file(
 ) -> PruneReport:
     """Prune the convolutions and matrix products of an ONNX file and write the result to `destination`.
 
-    Dense stay: the stem, depthwise convolutions, the classifier, and layers whose node or weight name matches one of
-    the `exclude` patterns (re.search). progress(done, total, layer) is called before every layer.
+    Dense stay: the stem, depthwise convolutions, the classifier, and layers whose node, weight or torch module matches
+    one of the `exclude` patterns (re.search). progress(done, total, layer) is called before every layer.
 
     method:      "magnitude", or "obs": columns by second order, the kept weights and the biases fitted to give the
                  dense layers' outputs on `calibration`, layer after layer on already pruned inputs (second_order.py).
@@ -334,7 +335,7 @@ def _read(graph: "onnx.GraphProto") -> tuple[list[_Layer], list[_Weight]]:
         if position is None:
             continue
         source = constants.get(node.input[position])
-        layer = _Layer(name, node.op_type, int(_attribute(node, "group", 1)), False, at, source)
+        layer = _Layer(name, node.op_type, int(_attribute(node, "group", 1)), False, at, source, None, module_of(node))
         if node.op_type == "ConvTranspose":
             layer.reason = "transposed convolution: every phase of its output has columns of its own"
         elif source is None:
@@ -425,7 +426,7 @@ def _exclude(layers: list[_Layer], patterns: Sequence[str]) -> None:
         hits = [
             layer
             for layer in layers
-            if regex.search(layer.name) or regex.search(layer.weight.name if layer.weight else "")
+            if any(regex.search(n) for n in (layer.name, layer.weight.name if layer.weight else "", layer.module))
         ]
         if not hits:
             raise UserError(f"--exclude {pattern!r} matches no layer; {_names(layers)}")

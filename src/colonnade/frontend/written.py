@@ -1,0 +1,101 @@
+"""Operators written out as others, as older exporters and ONNX's own definitions do: new nodes in the place of one."""
+
+from __future__ import annotations
+
+import zlib
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+
+class Nodes:
+    """Collects what takes the place of ``node``: ``y = nodes.op("Relu", x)``; arrays become constants."""
+
+    def __init__(self, node: ir.Node, graph: ir.Graph) -> None:
+        self.node, self.graph = node, graph
+        self._name = node.outputs[0].name or node.name or node.op_type
+        self._made: list[ir.Node] = []
+
+    def op(self, kind: str, *inputs: ir.Value | npt.NDArray[Any], **attributes: Any) -> ir.Value:
+        """The output of a new node."""
+        values = [x if isinstance(x, ir.Value) else self._constant(x) for x in inputs]
+        node = ir.node(kind, values, attributes)
+        node.outputs[0].name = f"{self._name}.{len(self._made)}"
+        self._made.append(node)
+        return node.outputs[0]
+
+    def done(self, value: ir.Value) -> None:
+        """``value`` takes the place of the node's only output."""
+        ir.convenience.replace_nodes_and_values(
+            self.graph, self.node, [self.node], self._made, list(self.node.outputs[:1]), [value]
+        )
+
+    def _constant(self, array: npt.NDArray[Any]) -> ir.Value:
+        shown = f"{zlib.crc32(array.tobytes()):08x}.{array.dtype}.{'x'.join(map(str, array.shape))}"
+        name = f"{self.node.op_type.lower()}.{shown}"  # the same for all nodes, so that what they share is done once
+        if name not in self.graph.initializers:
+            self.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
+        return self.graph.initializers[name]
+
+
+def known_shape(value: ir.Value | None) -> tuple[int, ...]:
+    """Empty where it is not known (or of a scalar)."""
+    sizes = value.shape if value is not None and value.shape is not None else ()
+    known = tuple(d for d in sizes if isinstance(d, int))
+    return known if len(known) == len(sizes) else ()
+
+
+def index_of_extreme(node: ir.Node, graph: ir.Graph) -> bool:
+    """ArgMax, ArgMin: the first (or, where asked, the last) index of the largest (smallest) element.
+
+    False where the input's shape is not known.
+    """
+    x = node.inputs[0]
+    shape = known_shape(x)
+    if x is None or not shape:
+        return False
+    axis = node.attributes.get_int("axis", 0) % len(shape)
+    last, keep = node.attributes.get_int("select_last_index", 0), node.attributes.get_int("keepdims", 1)
+    count = shape[axis]
+    nodes = Nodes(node, graph)
+    old = graph.opset_imports.get("", 18)
+
+    def reduced(kind: str, value: ir.Value, keep: int) -> ir.Value:
+        if old < 18:
+            return nodes.op(kind, value, axes=[axis], keepdims=keep)
+        return nodes.op(kind, value, np.array([axis]), keepdims=keep)
+
+    best = reduced("ReduceMax" if node.op_type == "ArgMax" else "ReduceMin", x, 1)
+    places = np.arange(count, dtype=np.float32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    none = np.full(1, -1 if last else count, np.float32)
+    found = nodes.op("Where", nodes.op("Equal", x, best), places, none)
+    index = reduced("ReduceMax" if last else "ReduceMin", found, keep)
+    nodes.done(nodes.op("Cast", index, to=ir.DataType.INT64.value))
+    return True
+
+
+def gather_elements(node: ir.Node, graph: ir.Graph) -> bool:
+    """GatherElements: a Gather of the flattened data, at the places that the indices mean.
+
+    False where a shape is not known, or float32 would not hold the places.
+    """
+    x, indices = node.inputs
+    data, picked = known_shape(x), known_shape(indices)
+    if x is None or indices is None or not data or len(data) != len(picked) or prod(data) > 1 << 24:
+        return False
+    axis = node.attributes.get_int("axis", 0) % len(data)
+    steps = [prod(data[i + 1 :]) for i in range(len(data))]
+    others = np.zeros(picked, np.int64)
+    for i, (count, step) in enumerate(zip(picked, steps, strict=True)):
+        if i != axis:
+            others += np.arange(count).reshape([-1 if j == i else 1 for j in range(len(picked))]) * step
+    nodes = Nodes(node, graph)
+    kind = np.int64 if indices.dtype == ir.DataType.INT64 else np.int32
+    size = np.full(1, data[axis], kind)
+    wrapped = nodes.op("Mod", nodes.op("Add", indices, size), size)  # from the end where below 0
+    places = nodes.op("Add", nodes.op("Mul", wrapped, np.full(1, steps[axis], kind)), others.astype(kind))
+    nodes.done(nodes.op("Gather", nodes.op("Reshape", x, np.array([-1])), places, axis=0))
+    return True
