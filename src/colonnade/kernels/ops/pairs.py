@@ -37,8 +37,8 @@ MEMBERS = (
     Member("limit", "const float *", "likewise: the largest sum of products of inputs that is accurate enough"),
 )
 NONE: dict[str, Field] = {member.name: None for member in MEMBERS}
-SMALLER = 1 / 64  # likewise, of a whole block
 LARGER = 16.0  # inputs this many times as large as the sample's are still accurate enough: 2e-5 of a sum of 1,000
+SMALLER = 1 / 64  # likewise where all inputs of a block are so small
 LEAST = (SMALLER / LARGER) ** 2  # the smallest sum of products over the largest
 
 
