@@ -30,6 +30,7 @@ class LayoutCosts:
     linear: a multiply-add of a linear layer on rows, outputs in the lanes; tokens in the lanes cost ``mac`` ...
     sparse: ... or one on a kept weight where few are kept: tiles are lower than vectors are long.
     reorder: a byte that changes between rows and planes.
+    windows: do the kernels gather what a strided pointwise convolution reads from panels as well?
     """
 
     copy: float = 0.02
@@ -42,11 +43,12 @@ class LayoutCosts:
     linear: float = 0.024
     sparse: float = 0.055
     reorder: float = 0.25
+    windows: bool = False
 
     @classmethod
     def of(cls, isa: str) -> LayoutCosts:
         """What is known without measuring: ``docs/feeding.md`` says from where."""
-        return cls(plane=0.03) if isa == "rvv" else cls()
+        return cls(plane=0.03, pick=0.03, windows=True) if isa == "rvv" else cls()
 
 
 def fuse_prologues(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:

@@ -100,7 +100,7 @@ class Imported:
         drafts = _needed(layouts.arrange(self.importer.steps, costs))
         for draft in drafts:
             draft.workload = _with_sparsity(draft)
-        found = panels.edges(drafts)
+        found = panels.edges(drafts, costs.windows)
         return Arranged(self.name, self.importer, self.images, drafts, found, panels.chosen(found, costs))
 
 

@@ -25,8 +25,8 @@ class Edges:
     macs: int  # multiply-adds on kept weights of those that read them
 
 
-def edges(steps: list[Draft]) -> list[Edges]:
-    """All that could be in panels, in the order of the steps."""
+def edges(steps: list[Draft], windows: bool = False) -> list[Edges]:
+    """All that could be in panels, in the order of the steps. ``windows``: see ``LayoutCosts``."""
     readers: dict[Tensor, list[tuple[Draft, int, Value]]] = {}
     for step in steps:
         for index, value in enumerate(step.inputs):
@@ -35,7 +35,7 @@ def edges(steps: list[Draft]) -> list[Edges]:
     found = [
         step.output
         for step in steps
-        if step.output is not None and _writes(step) and _all_read(step.output, readers.get(step.output, []))
+        if step.output is not None and _writes(step) and _all_read(step.output, readers.get(step.output, []), windows)
     ]
     parent = {tensor: tensor for tensor in found}
 
@@ -77,11 +77,11 @@ def _writes(step: Draft) -> bool:
     )
 
 
-def _all_read(tensor: Tensor, readers: list[tuple[Draft, int, Value]]) -> bool:
+def _all_read(tensor: Tensor, readers: list[tuple[Draft, int, Value]], windows: bool) -> bool:
     """Does every reader take the whole tensor, by pointwise convolution or as a residual, and one by the former?"""
     return any(index == 0 for _, index, _ in readers) and all(
-        value.tensor is tensor and (index == 1 or _pointwise(step)) and isinstance(step.workload, Conv2d)
-        and not is_depthwise(step.workload)
+        value.tensor is tensor and (index == 1 or _pointwise(step) or (windows and _strided(step)))
+        and isinstance(step.workload, Conv2d) and not is_depthwise(step.workload)
         for step, index, value in readers
     )  # fmt: skip
 
@@ -93,6 +93,19 @@ def _pointwise(step: Draft) -> bool:
         and not step.panels
         and conv.prologue is None
         and (conv.kernel, conv.stride) == ((1, 1), (1, 1))
+        and not any(conv.padding)
+    )
+
+
+def _strided(step: Draft) -> bool:
+    """A pointwise convolution with a stride that gathers its input."""
+    conv = step.workload
+    return (
+        isinstance(conv, Conv2d)
+        and step.panels
+        and conv.prologue is None
+        and conv.kernel == (1, 1)
+        and conv.stride != (1, 1)
         and not any(conv.padding)
     )
 

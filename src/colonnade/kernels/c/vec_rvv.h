@@ -34,6 +34,14 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
 /* The inner loop of the convolution in the order it is written: compilers without a model of an in-order core put loads
  * right before their use. Between vec_type and the last of these stands no other vector instruction of another type.
  * fma_next: acc += s * v, behind the load of `next`, a weight for later. */
+#define VEC_HALF(L, H) \
+    /* every second lane, from the first on; under the type of the result */ \
+    VEC_INLINE vec##H##_t vec##L##_even_now(vec##L##_t v) \
+    { \
+        vec##H##_t even; \
+        __asm__ volatile("vnsrl.wi %0, %1, 0" : "=&vr"(even) : "vr"(v)); \
+        return even; \
+    }
 #define VEC_GROUP(L, RATIO) \
     typedef vfloat32m##L##_t vec##L##_t; \
     VEC_INLINE void vec##L##_type(size_t vl) { __asm__ volatile("vsetvli zero, %0, e32, m" #L ", ta, ma" : : "r"(vl)); } \
@@ -173,6 +181,9 @@ VEC_GROUP(1, 32)
 VEC_GROUP(2, 16)
 VEC_GROUP(4, 8)
 VEC_GROUP(8, 4)
+VEC_HALF(2, 1)
+VEC_HALF(4, 2)
+VEC_HALF(8, 4)
 
 /* asks for a line of memory, never waits: a load into no register (Zicbop's hints are not in RVV 1.0) */
 VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "A"(*(const int *)p)); }

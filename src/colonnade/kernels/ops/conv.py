@@ -13,7 +13,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import depthwise, packing, pairs, panels, strips, winograd
+from colonnade.kernels.ops import blocks, depthwise, packing, pairs, panels, strips, windows, winograd
 from colonnade.kernels.ops.shared import Identity, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -110,11 +110,12 @@ def row_counts(mr: int) -> list[int]:
 
 
 def ring(mr: int, lmul: int) -> tuple[int, int]:
-    """Columns and weights a scalable kernel holds ahead of their use: as many columns as registers are left for, four
-    at most (LMUL 2 and 8 rows: 48 cycles, longer than an in-order core's way to L2); weights so that every column finds
-    them in the same registers."""
+    """Columns and weights a scalable kernel holds ahead of their use: as many columns as registers are left for, six at
+    most (LMUL 2 and 8 rows: 80 cycles, longer than an in-order core's way to L2 and back from a late line), four of one
+    register, whose loops would need more addresses than there are; weights so that every column finds them in the same
+    registers."""
     room = 31 // lmul - mr
-    columns = 4 if room >= 4 else 2 if room >= 2 else 1
+    columns = 6 if room >= 6 and lmul == 2 else 4 if room >= 4 else 2 if room >= 2 else 1
     return columns, next(n for n in (4, 5, 3, 7, 2, 1) if mr % n == 0)
 
 
@@ -162,7 +163,8 @@ def legal(mr: int, nv: int, isa: Isa) -> bool:
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     """MR x NV, strips in a block, prefetch distance, split over threads, feed; for pruned weights also the dense self.
 
-    ``feed`` 0 reads the input in place, 1 gathers panels, 2 reads panels that the step in front wrote. Where the input
+    ``feed`` 0 reads the input in place, 1 gathers panels, 2 reads panels that the step in front wrote, 3 makes windows
+    (``ops.windows``). ``blocks``: of K, each a call of its own (``ops.blocks``). Where the input
     stands as it should, panels are tried with the few shapes that promise most. A tensor in panels fixes NV.
     """
     conv = step.workload
@@ -185,8 +187,10 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             if not worth_trying(mr, tiled, shapes(isa)):
                 continue
             if readable:
-                yield from in_place([tiled], lanes, mr, nv, dense, isa, threads)
+                yield from in_place([tiled], lanes, mr, nv, dense, isa, threads, held=_held(step))
             packed += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
+            if not readable and isa.scalable and windows.readable(conv, step.inputs[0], layout):
+                yield from _windowed(conv, tiled, lanes, layout, mr, nv, dense, isa, threads)
         for mr, nv in pairs.shapes(isa) if readable and pairs.applies(step, isa) else ():
             tiled = tiling(step, dense_tile=mr if dense else 0)
             if worth_trying(mr, tiled, pairs.shapes(isa)):
@@ -211,10 +215,21 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
         tiled = tiling(step, dense_tile=mr if dense else 0)
         if not worth_trying(mr, tiled, own):
             continue
-        found = list(in_place([tiled], lanes, mr, nv, dense, isa, threads, 2 if stored else 0)) if direct else []
+        feed, held = (2 if stored else 0), _held(step)
+        found = list(in_place([tiled], lanes, mr, nv, dense, isa, threads, feed, held)) if direct else []
         if not stored and packing.packable(conv, source.planes):
             found += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
+        if not direct and isa.scalable and windows.readable(conv, source, output.grid):
+            found += _windowed(conv, tiled, lanes, output.grid, mr, nv, dense, isa, threads)
         yield from (c for c in found if not c.params["tail"])  # a tail belongs to no strip
+
+
+def _held(step: Operands) -> int:
+    """Bytes of the input."""
+    source = step.inputs[0]
+    if isinstance(source.layout, Panels):
+        return 4 * source.shape[1] * source.grid.lanes
+    return 4 * len(source.offsets) * source.planes.plane
 
 
 def cuts(
@@ -235,45 +250,31 @@ def in_place(
     isa: Isa,
     threads: int,
     feed: int = 0,
+    held: int = 0,
     kind: str = "spconv",
 ) -> Iterator[Candidate]:
-    """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls."""
+    """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls. ``held``: bytes
+    of the input, where the columns may be cut into blocks."""
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # scalable kernels ask for lines in ways of their own
     tiles = min((len(t.tiles) for t in tiled), default=1)
     far = _far(tiled, lanes, isa)
     for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa, kind == pairs.KIND)):
-        blocks: tuple[int, ...] = (1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,)
+        orders = [(b, 1) for b in ((1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,))]
         if isa.scalable:
-            blocks = _blocks_in_order(tiled, cut.count, feed)
+            orders = blocks.orders(tiled, cut.count, feed, held)
         fetches = (0,) if isa.scalable else (far, 1 - far)
-        for block, ahead, split, fetch in product(blocks, distances, (0, 1) if threads > 1 else (0,), fetches):
-            if (index or fetch != far) and (block != blocks[0] or ahead not in (0, 8)):
+        for order, ahead, split, fetch in product(orders, distances, (0, 1) if threads > 1 else (0,), fetches):
+            block, parts = order
+            if (index or fetch != far) and (order != orders[0] or ahead not in (0, 8)):
                 continue  # what promises less is tried with what usually is best
             # measured habits: prefetch eight ahead; few strips at a time, or of a small plane all, whose weights are
             # then read once; strips shared out among threads
-            habit = 1 + 0.02 * (ahead != 8) + 0.01 * (block != blocks[0]) + 0.01 * (fetch != far)
+            habit = 1 + 0.02 * (ahead != 8) + 0.01 * (order != orders[0]) + 0.01 * (fetch != far)
             params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": feed}
-            params |= {"tail": int(cut.tail > 0), "fetch": fetch}
+            params |= {"tail": int(cut.tail > 0), "fetch": fetch} | ({"blocks": parts} if parts > 1 else {})
             yield Candidate(
                 symbol(mr, nv, isa, kind), params, work * habit * _idle(tiles if split else cut.count, threads)
             )
-
-
-def _blocks_in_order(tiled: list[TiledWeights], count: int, feed: int) -> tuple[int, ...]:
-    """Strips at a time by what the caches of an in-order core show (modelled), the best first. Strips in planes share
-    translations and lines; a strip in a panel fills the first cache alone, and the next one comes while it is used;
-    weights that fill half of the second cache are not read again for every strip, nor a block of strips for every
-    tile."""
-    weights = 4 * sum(tile.values.size for t in tiled for tile in t.tiles)
-    columns = max((t.shape[1] for t in tiled), default=0)
-    order: tuple[int, ...]
-    if count <= 4:
-        order = (0, 2, 1) if feed == 0 or columns <= 1024 else (1, 0, 2)
-    elif feed == 2:
-        order = (1, 2, 4, 0) if weights <= 3 << 17 else (2, 4, 1, 0)
-    else:
-        order = (4, 0, 1)
-    return tuple(b for b in order if b < count) or (0,)
 
 
 def _packed(
@@ -294,6 +295,22 @@ def _packed(
             params |= {"tail": int(cut.tail > 0), "fetch": _far([tiled], lanes, isa)}
             rank = (work * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
             yield Candidate(symbol(mr, nv, isa), params, rank)
+
+
+def _windowed(
+    conv: Conv2d, tiled: TiledWeights, lanes: int, target: Planes, mr: int, nv: int, dense: int, isa: Isa, threads: int
+) -> Iterator[Candidate]:
+    """Likewise of one that reads windows, made anew for every block of strips."""
+    window = windows.Window.of(conv, tiled, target)
+    work, count = _cost_in_order(tiled, lanes, mr, nv), -(-lanes // (8 * nv))
+    blocks_tried = [b for b in ((1, 4, 0) if window.around == 0 else (4, 1, 0)) if b < count] or [0]
+    for block, split in product(blocks_tried, (0, 1) if threads > 1 else (0,)):
+        held = 8 * nv * (block or count) + window.around
+        moved = -(-count // (block or count)) * window.count * held / (8 * nv) * (40.0 if conv.stride[1] == 1 else 90.0)
+        idle = _idle(len(tiled.tiles) if split else count, threads)
+        params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 3, "tail": 0}
+        rank = (work * idle + moved * (threads if split else idle)) * (1 + 0.1 * (block != blocks_tried[0]))
+        yield Candidate(symbol(mr, nv, isa), {**params, "fetch": 0}, rank)
 
 
 def _far(tiled: list[TiledWeights], lanes: int, isa: Isa) -> int:
@@ -344,7 +361,7 @@ def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float
     total = 0.0
     for tile in tiled.tiles:
         for rows in heights(len(tile.rows), mr):
-            late = {1: 7 + 2.2 * lmul, 2: 1.5, 4: 0.0}[ring(rows, lmul)[0]]
+            late = {1: 7 + 2.2 * lmul, 2: 1.5}.get(ring(rows, lmul)[0], 0.0)
             column = max(rows * lmul, 2.2 * lmul, rows + 3.5) + 1 + 0.2 * lmul + late
             total += strips * (len(tile.columns) * column + 5 * rows * lmul)  # limits, holes, store, bias
     return total
@@ -400,12 +417,12 @@ def column_offsets(conv: Conv2d, source: Placed, group: int, strip: int = 0) -> 
 
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
-    """One call: of a ``cn_conv``, a ``cn_packed_conv`` or a ``cn_dwconv``."""
+    """Of a ``cn_conv``, a ``cn_packed_conv`` or a ``cn_dwconv``: one call, or one a block of K."""
     conv, output = step.workload, step.output
     assert isinstance(conv, Conv2d) and output is not None
     source, layout = step.inputs[0], output.grid
     feed = candidate.params.get("feed", 0)
-    for tensor in step.inputs[1:] if feed == 1 else step.inputs:
+    for tensor in step.inputs[1:] if feed in (1, 3) else step.inputs:
         if (tensor.grid.pitch, tensor.grid.image_rows) != (layout.pitch, layout.image_rows):
             raise ValueError(f"{conv.key()}: lanes {tensor.grid.key()} do not match output {layout.key()}")
     if candidate.kernel.startswith("f32_dwconv_"):
@@ -423,60 +440,79 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         raise ValueError(f"{conv.key()}: {candidate.key()} does not have the strips of its panels")
     strip = 0 if isa.scalable else nv * isa.lanes
     per_group = conv.out_channels // conv.groups
-    if panel is None:
-        full = [column_offsets(conv, source, g, strip) for g in range(conv.groups)]
-    else:
+    if panel is not None:
         full = panel.offsets(conv, 1 if isa.scalable else cut.lanes(isa) * layout.itemsize)
+    elif feed != 3:
+        full = [column_offsets(conv, source, g, strip) for g in range(conv.groups)]
+    if isa.scalable and panel is None:
+        tiled = blocks.by_channel(tiled, conv)
+    parts = blocks.cut(tiled, conv, params["blocks"]) if params.get("blocks", 1) > 1 else [tiled]
+    order = np.concatenate([tile.rows for tile in tiled.tiles])
     bias = step.constants.get("bias", np.zeros(conv.out_channels, np.float32))
     begun: Mapping[str, Field] = pairs.NONE
     if kind == pairs.KIND:
         assert step.rms is not None, f"{conv.key()}: {candidate.key()} needs to know how large its inputs are"
         tiled, factors = pairs.scaled(tiled, step.rms)
         begun = pairs.fields(tiled, factors, bias, mr, step.rms)
-    filled = tables(conv.key(), full, tiled, per_group)
-    order = np.concatenate([tile.rows for tile in tiled.tiles])
-    residual = step.inputs[1] if conv.epilogue.residual else None
+        parts = [tiled]
     row = nv * VECTOR_LANES if isa.scalable else cut.lanes(isa)
     gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
-    places = (source if panel is None else None, output, residual)
-    through, scratch = panels.fields(*places, gathered, filled.offsets.size, isa)
-    starts = None
-    if isa.scalable and panel is None and isinstance(source.layout, Planes) and len(source.offsets) <= PLANES_ASKED:
-        starts = furthest(source, filled.offsets)
-    fields: dict[str, Field] = {
-        "arena": Arena(),
-        "offsets": Const(filled.offsets),
-        "weights": Const(filled.weights),
-        "bias": Const(bias[order].astype(np.float32)),
-        "rows": u32(panels.offsets(output, strip)[order]),
-        "residual": None if residual is None else u32(panels.offsets(residual, strip)[order]),
-        "tiles": Const(filled.tiles),
-        "mask": Const(layout.mask()),
-        "lead": Arena(output.lead_offset),
-        "lead_bytes": output.lead_bytes,
-        "starts": None if starts is None else Const(starts),
-        "start_count": 0 if starts is None else len(starts) - 1,
-        "tile_count": len(tiled.tiles),
-        "row_count": len(order),
-        "lanes": layout.lanes,
-        "plane": layout.plane,
-        "strips": cut.count,
-        "tail": cut.tail,
-        "strip_block": params["strip_block"],
-        "prefetch": params["prefetch"],
-        "fetch": fetched(step) if params["fetch"] else 0,
-        "split_tiles": params["split_tiles"],
-        "packed": int(panel is not None),
-        "low": float(conv.epilogue.activation.low),
-        "high": float(conv.epilogue.activation.high),
-        **through,
-        **begun,
-    }
-    if panel is None:
-        return (Call(candidate.kernel, CONV.name, fields, scratch),)
-    fields |= packing.fields(conv, source, layout, panel, step.constants)
-    fields |= {"panel_lanes": row}
-    return (Call(candidate.kernel, PACKED.name, fields, scratch),)
+    calls = []
+    for index, part in enumerate(parts):
+        first, last = index == 0, index + 1 == len(parts)
+        window = windows.Window.of(conv, part, layout) if feed == 3 else None
+        if window is not None:
+            full, gathered = list(window.rows), window.bytes(layout.lanes, nv, params["strip_block"])
+        filled = tables(conv.key(), full, part, per_group)
+        # behind the first block of columns, sums go on from what stands in the output
+        residual = output if not first else step.inputs[1] if conv.epilogue.residual else None
+        in_place = panel is None and (window is None or isinstance(source.layout, Panels))
+        places = (source if in_place else None, output, residual)
+        through, scratch = panels.fields(*places, gathered, filled.offsets.size, isa)
+        starts = None
+        if isa.scalable and feed == 0 and len(source.offsets) <= PLANES_ASKED:
+            starts = furthest(source, filled.offsets)
+        fields: dict[str, Field] = {
+            "arena": Arena(),
+            "offsets": Const(filled.offsets),
+            "weights": Const(filled.weights),
+            "bias": Const((bias if first else np.zeros_like(bias))[order].astype(np.float32)),
+            "rows": u32(panels.offsets(output, strip)[order]),
+            "residual": None if residual is None else u32(panels.offsets(residual, strip)[order]),
+            "tiles": Const(filled.tiles),
+            "mask": Const(layout.mask()),
+            "lead": Arena(output.lead_offset),
+            "lead_bytes": output.lead_bytes,
+            "starts": None if starts is None else Const(starts),
+            "start_count": 0 if starts is None else len(starts) - 1,
+            "tile_count": len(tiled.tiles),
+            "row_count": len(order),
+            "lanes": layout.lanes,
+            "plane": layout.plane,
+            "strips": cut.count,
+            "tail": cut.tail,
+            "strip_block": params["strip_block"],
+            "prefetch": params["prefetch"],
+            "fetch": fetched(step) if params["fetch"] else 0,
+            "split_tiles": params["split_tiles"],
+            "packed": int(feed in (1, 3)),
+            "low": float(conv.epilogue.activation.low) if last else -np.inf,
+            "high": float(conv.epilogue.activation.high) if last else np.inf,
+            **through,
+            **begun,
+        }
+        if window is not None:
+            shifts = tables(conv.key(), list(window.shifts), part, per_group).offsets
+            fields |= windows.fields(conv, source, layout, window) | {"shifts": Const(shifts)}
+            calls.append(Call(candidate.kernel, PACKED.name, fields, scratch))
+            continue
+        if panel is None:
+            calls.append(Call(candidate.kernel, CONV.name, fields, scratch))
+            continue
+        fields |= packing.fields(conv, source, layout, panel, step.constants)
+        fields |= {"panel_lanes": row}
+        calls.append(Call(candidate.kernel, PACKED.name, fields, scratch))
+    return tuple(calls)
 
 
 def fetched(step: Operands) -> int:

@@ -54,7 +54,17 @@ MEMBERS = (
     Member("out_width", "u32"),
     Member("before_low", "f32", "limits of what is scaled and shifted"),
     Member("before_high", "f32"),
+    Member(
+        "window", "u32", "are they no panels but windows? Then taps are phases, with rows and columns for bottom and"
+    ),
+    Member("images", "u32", "right, planes are channels, whose offsets stand there (channels of a source in panels),"),
+    Member(
+        "before", "u32", "panel_rows of them, and a column's offset is a row of the window: lanes of a row in front"
+    ),
+    Member("around", "u32", "of its strips', and as many as these and those behind"),
+    Member("shifts", "const uint32_t *", "of every kept column: lanes from a row's begin to what lane 0 reads"),
 )
+PANELS: dict[str, Field] = {"window": 0, "images": 0, "before": 0, "around": 0, "shifts": None}  # no windows
 
 
 def direct(conv: Conv2d, source: Planes, target: Planes) -> bool:
@@ -168,6 +178,7 @@ def fields(
         "out_width": conv.out_width,
         "before_low": float(conv.prologue.low) if conv.prologue is not None else -np.inf,
         "before_high": float(conv.prologue.high) if conv.prologue is not None else np.inf,
+        **PANELS,
     }
 
 

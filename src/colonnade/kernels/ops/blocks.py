@@ -1,0 +1,77 @@
+"""The order of a tile's columns and blocks of K, for cores whose caches and translation buffers are small.
+
+A kept column is (tap, channel). Channel by channel, the taps of one plane follow each other: it is one page and a few
+lines for all of them, where tap by tap it is met again when all other planes have passed. And a convolution may run
+in several calls, each over a block of channels, every one but the first beginning with the sums that the one before
+left in the output: what a block reads stays in a near cache while all tiles pass over it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from colonnade.pattern import Tile, TiledWeights
+from colonnade.workload import Conv2d
+
+
+def by_channel(tiled: TiledWeights, conv: Conv2d) -> TiledWeights:
+    """The same tiles, their columns in the order of (channel, tap)."""
+    if conv.kernel == (1, 1):
+        return tiled
+    channels = conv.in_channels // conv.groups
+
+    def ordered(tile: Tile) -> Tile:
+        order = np.lexsort((tile.columns // channels, tile.columns % channels))
+        return Tile(tile.rows, tile.columns[order], np.ascontiguousarray(tile.values[order]))
+
+    return replace(tiled, tiles=tuple(map(ordered, tiled.tiles)))
+
+
+def cut(tiled: TiledWeights, conv: Conv2d, count: int) -> list[TiledWeights]:
+    """``count`` parts that add up to ``tiled``, each with the columns of about as many channels. A tile may keep none
+    of a part's."""
+    channels = conv.in_channels // conv.groups
+    ends = [channels * (i + 1) // count for i in range(count)]
+
+    def part(tile: Tile, first: int, end: int) -> Tile:
+        channel = tile.columns % channels
+        here = (channel >= first) & (channel < end)
+        return Tile(tile.rows, tile.columns[here], np.ascontiguousarray(tile.values[here]))
+
+    return [
+        replace(tiled, tiles=tuple(part(tile, first, end) for tile in tiled.tiles))
+        for first, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+NEAR = 1 << 17  # bytes of input that tile after tile find in the second cache, whatever else passes through it
+FEWEST = 36  # columns that a tile keeps of a block, below which its begin and end cost more than the caches
+
+
+def orders(tiled: list[TiledWeights], count: int, feed: int, held: int) -> list[tuple[int, int]]:
+    """(strips at a time, blocks of K) by what the caches of an in-order core show (modelled), the best first.
+
+    A few strips run through a tile together, so that its weights come from memory once; then what they read must stay
+    near, block by block. Many strips in planes share translations and lines; a strip in a panel fills the first cache
+    alone, and the next one comes while it is used; weights that fill half of the second cache are not read again for
+    every strip. ``held``: bytes of the input, 0 where K cannot be cut.
+    """
+    weights = 4 * sum(tile.values.size for t in tiled for tile in t.tiles)
+    least = min((len(tile.columns) for t in tiled for tile in t.tiles), default=0)
+    parts = 1
+    while parts < 8 and held >= parts * NEAR and least >= 2 * parts * FEWEST:
+        parts *= 2
+    found: list[tuple[int, int]]
+    if 4 < count <= 16 and feed == 0 and parts == 8:
+        found = [(-(-count // 2), parts // 2), (0, parts), (0, 1)]
+    elif count <= 4 or (count <= 16 and feed == 0):
+        found = [(0, parts), (0, 2 * parts if parts > 1 else 1), (0, 1), (2, 1), (1, 1)]
+    elif feed == 2:
+        found = [(b, 1) for b in ((1, 2, 4, 0) if weights <= 3 << 17 else (2, 4, 1, 0))]
+    elif parts > 1 and held > 8 * NEAR:
+        found = [(8, 2), (8, 4), (4, 1), (1, 1)]
+    else:
+        found = [(4, 1), (1, 1), (0, 1), (8, min(parts, 2))]
+    return list(dict.fromkeys((b, n) for b, n in found if b < count)) or [(0, 1)]
