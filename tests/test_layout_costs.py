@@ -54,7 +54,9 @@ def test_measured_once_and_taken_from_then_on(tmp_path: Path, monkeypatch: pytes
     portable, best = isa("portable"), machine.isas[0]
     assert layouts.known(machine, portable, db) == LayoutCosts()
     costs = layouts.measure(target, portable, db)
-    assert all(ns > 0 for name, ns in asdict(costs).items() if name != "plane") and costs != LayoutCosts()
+    assert (
+        all(ns > 0 for name, ns in asdict(costs).items() if name not in ("plane", "windows")) and costs != LayoutCosts()
+    )
     assert layouts.known(machine, portable, db) == costs
     if best != portable:
         assert layouts.known(machine, best, db) == LayoutCosts()
