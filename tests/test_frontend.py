@@ -19,7 +19,7 @@ from colonnade import frontend
 from colonnade.errors import UserError
 from colonnade.frontend import memory, reference
 from colonnade.frontend.feeding import LayoutCosts
-from colonnade.kernels.ops.conv import column_offsets
+from colonnade.kernels.ops.tables import column_offsets
 from colonnade.plan import Plan
 from colonnade.workload import NONE, RELU, RELU6, Affine, Binary, Conv2d, Convert, GlobalPool, Linear, Pool2d
 from tests.models import Builder, export, onnxruntime_outputs, torchvision_model

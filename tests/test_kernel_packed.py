@@ -14,7 +14,7 @@ from kernel_harness import Arranger, Case, machine_has, run
 
 from colonnade.kernels.isa import ISAS, Isa
 from colonnade.kernels.ops import packing
-from colonnade.kernels.ops.conv import tiling
+from colonnade.kernels.ops.tables import tiling
 from colonnade.kernels.registry import Candidate, bind, candidates
 from colonnade.layout import Planes
 from colonnade.pattern import ColumnPattern

@@ -14,7 +14,7 @@ from kernel_harness import need, run
 from colonnade.build.toolchain import FLAGS, Toolchain
 from colonnade.kernels import registry, render
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import conv as ops
+from colonnade.kernels.ops import registers as ops
 from colonnade.kernels.ops import strips
 from colonnade.kernels.registry import Candidate, bind, candidates
 from colonnade.pattern import ColumnPattern

@@ -15,7 +15,7 @@ from test_kernel_panels import stored
 
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import blocks
-from colonnade.kernels.ops.conv import tiling
+from colonnade.kernels.ops.tables import tiling
 from colonnade.kernels.registry import Candidate, bind, candidates
 from colonnade.layout import Planes
 from colonnade.pattern import ColumnPattern

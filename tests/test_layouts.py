@@ -213,7 +213,7 @@ def test_transposed_padding_by_name(attributes):
 
 def test_groups_of_four_rows_have_tiles_of_four():
     """ResNeXt: tiles never cross a group, pruned or not, and what is pruned is found in every group."""
-    from colonnade.kernels.ops.conv import tiling
+    from colonnade.kernels.ops.tables import tiling
 
     b = Builder()
     weight = np.zeros((64, 4, 3, 3), np.float32)

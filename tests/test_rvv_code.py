@@ -12,7 +12,7 @@ import pytest
 from colonnade.build.toolchain import FLAGS, Toolchain
 from colonnade.kernels import registry, render
 from colonnade.kernels.isa import isa
-from colonnade.kernels.ops import conv
+from colonnade.kernels.ops import conv, registers
 from colonnade.kernels.registry import Variant
 
 RVV = isa("rvv")
@@ -121,5 +121,5 @@ def test_inner_loops_of_convolutions_do_nothing_but_the_work(library):
 
 def test_a_block_that_does_not_fit_is_seen_to_spill(tmp_path):
     """The check can fail: 16 rows of LMUL 2 and their column need 34 registers."""
-    assert not conv.legal(16, 2, RVV)
+    assert not registers.legal(16, 2, RVV)
     assert any(faults(assembly([conv.variant(16, 2, RVV)], tmp_path)).values())

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import blocks, depthwise, packing, pairs, panels, strips, windows, winograd
-from colonnade.kernels.ops.shared import Identity, u32
+from colonnade.kernels.ops import (
+    blocks,
+    depthwise,
+    packing,
+    pairs,
+    panels,
+    registers,
+    strips,
+    tables,
+    windows,
+    winograd,
+)
+from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, Planes
-from colonnade.pattern import TiledWeights, discover
-from colonnade.workload import Conv2d, matrix
+from colonnade.layout import VECTOR_LANES, Panels, Planes
+from colonnade.pattern import TiledWeights
+from colonnade.workload import Conv2d
 
 TILE = Struct(
     "cn_tile",
@@ -75,15 +83,13 @@ PACKED = Struct(
 )
 FAR = 1 << 20  # bytes of an output from which on its lines are taken to be in no near cache when they are stored to
 LOAD = 0.25  # a load or broadcast over a multiply-add, behind which most of it is hidden: measured on 7x7 .. 56x56
-OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
-WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
 PLANES_ASKED = 128  # input planes whose next lanes are asked for ahead; of more of them the caches lose them again
 WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: measured beside 512 and 2048
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every (MR, NV) worth compiling for ``isa``."""
-    yield from (variant(mr, nv, isa) for mr, nv in shapes(isa))
+    yield from (variant(mr, nv, isa) for mr, nv in registers.shapes(isa))
     yield from pairs.variants(isa)
     yield from depthwise.variants(isa)
     yield from winograd.variants(isa)
@@ -91,73 +97,17 @@ def variants(isa: Isa) -> Iterator[Variant]:
 
 def variant(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> Variant:
     """The kernel of ``mr`` rows by ``nv`` vectors; ``kind`` is spconv or that of ``pairs``."""
-    counts = row_counts(mr)
-    rings = {m: ring(m, nv) for m in counts}
+    counts = registers.row_counts(mr)
+    rings = {m: registers.ring(m, nv) for m in counts}
     paired = kind == pairs.KIND
     tails = strips.tails(mr, nv, isa, paired)
     params = {
         "MR": mr, "NV": nv, "row_counts": counts, "rings": rings,
-        "asks": {m: asks(m, rings[m][0]) for m in counts},
+        "asks": {m: registers.asks(m, rings[m][0]) for m in counts},
         "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa), "weights_ahead": WEIGHTS_FETCHED,
         "pairs": {m: pairs.rows(m) for m in counts} if paired else {}, "least": f"{pairs.LEAST}f",
     }  # fmt: skip
-    return Variant(symbol(mr, nv, isa, kind), "spconv.c.in", params)
-
-
-def row_counts(mr: int) -> list[int]:
-    """Heights of the register blocks in one kernel: MR, then powers of two for what is left of a tile."""
-    return [mr, *(p for p in (16, 8, 4, 2, 1) if p < mr)]
-
-
-def ring(mr: int, lmul: int) -> tuple[int, int]:
-    """Columns and weights a scalable kernel holds ahead of their use: as many columns as registers are left for, six at
-    most (LMUL 2 and 8 rows: 80 cycles, longer than an in-order core's way to L2 and back from a late line), four of one
-    register, whose loops would need more addresses than there are; weights so that every column finds them in the same
-    registers."""
-    room = 31 // lmul - mr
-    columns = 6 if room >= 6 and lmul == 2 else 4 if room >= 4 else 2 if room >= 2 else 1
-    return columns, next(n for n in (4, 5, 3, 7, 2, 1) if mr % n == 0)
-
-
-def asks(mr: int, columns: int) -> list[str]:
-    """Statements of a scalable kernel that ask for the weights of ``columns`` columns by lines, 512 bytes ahead."""
-    return [f"vec_touch((const char *)w0 + {512 + at});" for at in range(0, columns * mr * 4, LINE)]
-
-
-def symbol(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> str:
-    """``f32_spconv_8x3v__avx512``"""
-    return f"f32_{kind}_{mr}x{nv}v__{isa.name}"
-
-
-def shapes(isa: Isa) -> list[tuple[int, int]]:
-    """(MR, NV) by how many accumulators the registers hold; on a scalable ISA NV is LMUL."""
-    if isa.scalable:
-        shapes = [
-            (12, 2),
-            (10, 2),
-            (8, 2),
-            (4, 2),
-            (6, 4),
-            (5, 4),
-            (4, 4),
-            (2, 8),
-            (1, 8),
-            (20, 1),
-            (16, 1),
-            (8, 1),
-        ]
-    elif isa.registers >= 32:
-        shapes = [(8, 3), (8, 2), (8, 1), (6, 4), (4, 6), (4, 4), (14, 2), (12, 2), (24, 1), (16, 1), (2, 8), (1, 8)]
-    else:
-        shapes = [(4, 3), (4, 2), (6, 2), (8, 1), (12, 1), (2, 4), (1, 6)]
-    return [(mr, nv) for mr, nv in shapes if legal(mr, nv, isa)]
-
-
-def legal(mr: int, nv: int, isa: Isa) -> bool:
-    """Do accumulators, the strip's vectors and one more register fit? It is for a weight, where that is broadcast to a
-    vector first, or for the mask of pixels: a compiler that runs out of registers between instructions of ours resets
-    the vector type to move them."""
-    return (mr + 1) * nv + 1 <= isa.registers
+    return Variant(registers.symbol(mr, nv, isa, kind), "spconv.c.in", params)
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
@@ -177,14 +127,14 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     if readable and depthwise.applies(conv):
         yield from depthwise.candidates(step, isa, threads)
     if readable and winograd.applies(step):
-        yield from winograd.candidates(step, isa, shapes(isa))
+        yield from winograd.candidates(step, isa, registers.shapes(isa))
     lanes = layout.lanes
-    pruned = not tiling(step, dense_tile=0).is_dense
+    pruned = not tables.tiling(step, dense_tile=0).is_dense
     for dense in (0, 1) if pruned else (1,):
         packed: list[Candidate] = []
-        for mr, nv in shapes(isa):
-            tiled = tiling(step, dense_tile=mr if dense else 0)
-            if not worth_trying(mr, tiled, shapes(isa)):
+        for mr, nv in registers.shapes(isa):
+            tiled = tables.tiling(step, dense_tile=mr if dense else 0)
+            if not registers.worth_trying(mr, tiled, registers.shapes(isa)):
                 continue
             if readable:
                 yield from in_place([tiled], lanes, mr, nv, dense, isa, threads, held=_held(step))
@@ -192,8 +142,8 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             if not readable and isa.scalable and windows.readable(conv, step.inputs[0], layout):
                 yield from _windowed(conv, tiled, lanes, layout, mr, nv, dense, isa, threads)
         for mr, nv in pairs.shapes(isa) if readable and pairs.applies(step, isa) else ():
-            tiled = tiling(step, dense_tile=mr if dense else 0)
-            if worth_trying(mr, tiled, pairs.shapes(isa)):
+            tiled = tables.tiling(step, dense_tile=mr if dense else 0)
+            if registers.worth_trying(mr, tiled, pairs.shapes(isa)):
                 yield from in_place([tiled], lanes, mr, nv, dense, isa, threads, kind=pairs.KIND)
         best = sorted({c.rank for c in packed})[: 2 * PACKED_SHAPES]
         if packing.packable(conv, source) and not (readable and depthwise.applies(conv)):
@@ -209,11 +159,11 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
     assert isinstance(conv, Conv2d) and output is not None
     stored, lanes = isinstance(source.layout, Panels), output.grid.lanes
     direct = panels.readable(conv, source, output.grid) if stored else packing.direct(conv, source.planes, output.grid)
-    pruned = not tiling(step, dense_tile=0).is_dense
-    own = [(mr, nv) for mr, nv in shapes(isa) if {nv} == fixed]
+    pruned = not tables.tiling(step, dense_tile=0).is_dense
+    own = [(mr, nv) for mr, nv in registers.shapes(isa) if {nv} == fixed]
     for dense, (mr, nv) in product((0, 1) if pruned else (1,), own):
-        tiled = tiling(step, dense_tile=mr if dense else 0)
-        if not worth_trying(mr, tiled, own):
+        tiled = tables.tiling(step, dense_tile=mr if dense else 0)
+        if not registers.worth_trying(mr, tiled, own):
             continue
         feed, held = (2 if stored else 0), _held(step)
         found = list(in_place([tiled], lanes, mr, nv, dense, isa, threads, feed, held)) if direct else []
@@ -273,7 +223,9 @@ def in_place(
             params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": feed}
             params |= {"tail": int(cut.tail > 0), "fetch": fetch} | ({"blocks": parts} if parts > 1 else {})
             yield Candidate(
-                symbol(mr, nv, isa, kind), params, work * habit * _idle(tiles if split else cut.count, threads)
+                registers.symbol(mr, nv, isa, kind),
+                params,
+                work * habit * _idle(tiles if split else cut.count, threads),
             )
 
 
@@ -294,7 +246,7 @@ def _packed(
             params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
             params |= {"tail": int(cut.tail > 0), "fetch": _far([tiled], lanes, isa)}
             rank = (work * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
-            yield Candidate(symbol(mr, nv, isa), params, rank)
+            yield Candidate(registers.symbol(mr, nv, isa), params, rank)
 
 
 def _windowed(
@@ -310,7 +262,7 @@ def _windowed(
         idle = _idle(len(tiled.tiles) if split else count, threads)
         params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 3, "tail": 0}
         rank = (work * idle + moved * (threads if split else idle)) * (1 + 0.1 * (block != blocks_tried[0]))
-        yield Candidate(symbol(mr, nv, isa), {**params, "fetch": 0}, rank)
+        yield Candidate(registers.symbol(mr, nv, isa), {**params, "fetch": 0}, rank)
 
 
 def _far(tiled: list[TiledWeights], lanes: int, isa: Isa) -> int:
@@ -323,12 +275,6 @@ def _idle(shares: int, threads: int) -> float:
     return -(-shares // threads) * threads / shares
 
 
-def worth_trying(mr: int, tiled: TiledWeights, among: list[tuple[int, int]]) -> bool:
-    """Is ``mr`` not taller than the tiles, or the smallest kernel ``among`` these shapes that is?"""
-    tallest = max(len(tile.rows) for tile in tiled.tiles)
-    return mr <= tallest or mr == min((m for m, _ in among if m >= tallest), default=mr)
-
-
 def cost(
     tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, isa: Isa, paired: bool = False
 ) -> float:
@@ -339,7 +285,7 @@ def cost(
     total = 0.0
     for tile in tiled.tiles:
         column = 0.0
-        for rows in heights(len(tile.rows), mr):
+        for rows in registers.heights(len(tile.rows), mr):
             turns = pairs.work(rows) if paired else rows
             column += sum(turns * v + LOAD * (rows + v) + 1 for v in widths)
             if not cut.tail:
@@ -360,60 +306,11 @@ def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float
     strips = -(-lanes // (8 * lmul))
     total = 0.0
     for tile in tiled.tiles:
-        for rows in heights(len(tile.rows), mr):
-            late = {1: 7 + 2.2 * lmul, 2: 1.5}.get(ring(rows, lmul)[0], 0.0)
+        for rows in registers.heights(len(tile.rows), mr):
+            late = {1: 7 + 2.2 * lmul, 2: 1.5}.get(registers.ring(rows, lmul)[0], 0.0)
             column = max(rows * lmul, 2.2 * lmul, rows + 3.5) + 1 + 0.2 * lmul + late
             total += strips * (len(tile.columns) * column + 5 * rows * lmul)  # limits, holes, store, bias
     return total
-
-
-def heights(rows: int, mr: int) -> list[int]:
-    """How a kernel of ``mr`` rows cuts a tile: whole blocks, then what is left in powers of two."""
-    heights, left = [mr] * (rows // mr), rows % mr
-    for part in row_counts(mr)[1:]:
-        if left >= part:
-            heights.append(part)
-            left -= part
-    return heights
-
-
-def tiling(step: Operands, dense_tile: int) -> TiledWeights:
-    """The tiles of the step's weights: read off their zeros, or all columns in tiles of ``dense_tile`` rows."""
-    conv = step.workload
-    assert isinstance(conv, Conv2d)
-    return _tiling(Identity(step.constants["weight"]), conv.groups, dense_tile)
-
-
-@lru_cache(maxsize=64)
-def _tiling(weight: Identity, groups: int, dense_tile: int) -> TiledWeights:
-    rows = matrix(weight.array)
-    return TiledWeights.dense_tiles(rows, dense_tile, groups) if dense_tile else discover(rows, groups)
-
-
-def column_offsets(conv: Conv2d, source: Placed, group: int, strip: int = 0) -> npt.NDArray[np.int64]:
-    """int64 [K]: byte offset from the arena's base of column k = (kh, kw, ic) of ``group`` at output lane 0.
-    Of an input in panels: see ``panels.offsets``.
-
-    Tap (kh, kw) of output pixel (0, 0) is pixel (kh * dh - top, kw * dw - left) of the input. With stride s that is
-    pixel ``floor(. / s)`` of phase ``. mod s``: one lane further in the output is one lane further in the phase.
-    """
-    if isinstance(source.layout, Panels):
-        channels = conv.in_channels // conv.groups
-        return panels.offsets(source, strip)[group * channels : (group + 1) * channels]
-    layout = source.planes
-    if layout.phases != conv.stride:
-        raise ValueError(f"{conv.key()}: input in phases {layout.phases}, needed {conv.stride}")
-    phases = layout.stored_phases
-    planes = source.offsets.reshape(conv.in_channels, len(phases))
-    per_group = conv.in_channels // conv.groups
-    mine = planes[group * per_group : (group + 1) * per_group]
-    top, left = conv.padding[:2]
-    parts = []
-    for kh, kw in product(range(conv.kernel[0]), range(conv.kernel[1])):
-        row, py = divmod(kh * conv.dilation[0] - top, conv.stride[0])
-        column, px = divmod(kw * conv.dilation[1] - left, conv.stride[1])
-        parts.append(mine[:, phases.index((py, px))] + (row * layout.pitch + column) * layout.itemsize)
-    return np.concatenate(parts)
 
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -432,7 +329,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     params = candidate.params
     _, kind, shape = candidate.kernel.split("_")[:3]
     mr, nv = (int(part.removesuffix("v")) for part in shape.split("x"))
-    tiled = tiling(step, dense_tile=mr if params["dense"] else 0)
+    tiled = tables.tiling(step, dense_tile=mr if params["dense"] else 0)
     isa = isa_named(candidate.kernel.rpartition("__")[2])
     panel = packing.Panel.of(conv, tiled) if feed == 1 else None
     cut = strips.taken(candidate, layout.lanes, mr, nv, isa)
@@ -443,7 +340,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     if panel is not None:
         full = panel.offsets(conv, 1 if isa.scalable else cut.lanes(isa) * layout.itemsize)
     elif feed != 3:
-        full = [column_offsets(conv, source, g, strip) for g in range(conv.groups)]
+        full = [tables.column_offsets(conv, source, g, strip) for g in range(conv.groups)]
     if isa.scalable and panel is None:
         tiled = blocks.by_channel(tiled, conv)
     parts = blocks.cut(tiled, conv, params["blocks"]) if params.get("blocks", 1) > 1 else [tiled]
@@ -463,7 +360,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         window = windows.Window.of(conv, part, layout) if feed == 3 else None
         if window is not None:
             full, gathered = list(window.rows), window.bytes(layout.lanes, nv, params["strip_block"])
-        filled = tables(conv.key(), full, part, per_group)
+        filled = tables.tables(conv.key(), full, part, per_group)
         # behind the first block of columns, sums go on from what stands in the output
         residual = output if not first else step.inputs[1] if conv.epilogue.residual else None
         in_place = panel is None and (window is None or isinstance(source.layout, Panels))
@@ -471,7 +368,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         through, scratch = panels.fields(*places, gathered, filled.offsets.size, isa)
         starts = None
         if isa.scalable and feed == 0 and len(source.offsets) <= PLANES_ASKED:
-            starts = furthest(source, filled.offsets)
+            starts = tables.furthest(source, filled.offsets)
         fields: dict[str, Field] = {
             "arena": Arena(),
             "offsets": Const(filled.offsets),
@@ -502,7 +399,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             **begun,
         }
         if window is not None:
-            shifts = tables(conv.key(), list(window.shifts), part, per_group).offsets
+            shifts = tables.tables(conv.key(), list(window.shifts), part, per_group).offsets
             fields |= windows.fields(conv, source, layout, window) | {"shifts": Const(shifts)}
             calls.append(Call(candidate.kernel, PACKED.name, fields, scratch))
             continue
@@ -519,58 +416,6 @@ def fetched(step: Operands) -> int:
     """Which lines a convolution that asks for lines asks for: those of a residual only where it is not the output."""
     assert step.output is not None
     return 1 + 2 * any(not np.array_equal(x.offsets, step.output.offsets) for x in step.inputs[1:])
-
-
-def furthest(source: Placed, offsets: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """uint32: of every plane that is read, the largest of ``offsets`` into it; what the next strips read of it that
-    the ones before did not. The last one stands there twice, for readers that look one ahead."""
-    planes = np.sort(source.offsets)
-    ordered = np.unique(offsets).astype(np.int64)
-    # a tap may stand up to a halo in front of its plane
-    plane = np.searchsorted(planes, ordered + source.planes.lead_lanes * source.planes.itemsize, side="right")
-    last = np.flatnonzero(np.r_[plane[1:] != plane[:-1], True])
-    return np.concatenate([ordered[last], ordered[-1:]]).astype(np.uint32)
-
-
-@dataclass(frozen=True, eq=False)
-class Tables:
-    offsets: npt.NDArray[np.uint32]
-    weights: npt.NDArray[np.float32]
-    tiles: npt.NDArray[np.void]
-
-
-TILE_DTYPE = np.dtype(
-    [("rows", "<u4"), ("columns", "<u4"), ("first_row", "<u4"), ("first_column", "<u4"), ("first_weight", "<u8")]
-)
-
-
-def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per_group: int) -> Tables:
-    """Offsets, weights and tile records; tiles of equal supports share one run of offsets. ``full``: offsets of all
-    columns of every group."""
-    runs: list[npt.NDArray[np.int64]] = []
-    starts: dict[tuple[int, bytes], int] = {}
-    records = np.zeros(len(tiled.tiles), TILE_DTYPE)
-    row = column = weight = 0
-    for record, tile in zip(records, tiled.tiles, strict=True):
-        group = int(tile.rows[0]) // per_group
-        support = (group, tile.columns.tobytes())
-        if support not in starts:
-            starts[support] = column
-            runs.append(full[group][tile.columns])
-            column += len(tile.columns)
-        record["rows"], record["columns"] = len(tile.rows), len(tile.columns)
-        record["first_row"], record["first_column"], record["first_weight"] = row, starts[support], weight
-        row += len(tile.rows)
-        weight += tile.values.size
-    # looking ahead runs past the last column: repeat an offset that is there, so every prefetch hits the arena
-    padding = np.full(OFFSETS_AHEAD, next((run[0] for run in runs if len(run)), full[0].max()))
-    offsets = np.concatenate([*runs, padding])
-    if offsets.min() < 0 or offsets.max() >= 2**32:
-        raise ValueError(f"{key}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
-    # likewise weights: by eight columns of a tile, and by lines that are asked for early
-    spare = np.zeros(max(WEIGHTS_AHEAD, 8 * max(len(tile.rows) for tile in tiled.tiles)))
-    weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(np.float32)
-    return Tables(offsets.astype(np.uint32), weights, records)
 
 
 STRUCTS = (TILE, CONV, packing.TAP, PACKED, depthwise.DWCONV, *winograd.STRUCTS)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Const, Field
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops import strips
+from colonnade.kernels.ops import registers, strips
 from colonnade.kernels.registry import Operands, Variant
 from colonnade.kernels.structs import Member
 from colonnade.pattern import TiledWeights
@@ -95,14 +95,12 @@ def fields(
 ) -> Mapping[str, Field]:
     """Of tiles that are ``scaled`` by ``factors``: ``bias`` (float32 [OC], of the unscaled ones) and all of
     ``MEMBERS``, in the order of rows, tile by tile."""
-    from colonnade.kernels.ops.conv import heights
-
     starts, limits = [], []
     for tile, size in zip(tiled.tiles, np.broadcast_to(rms, len(tiled.tiles)), strict=True):
         values = tile.values.astype(np.float64)
         even = len(tile.columns) // 2 * 2
         known = (values[0:even:2] * values[1:even:2]).sum(0)
-        taken = np.array([r for height in heights(len(tile.rows), mr) for r in rows(height)], bool)
+        taken = np.array([r for height in registers.heights(len(tile.rows), mr) for r in rows(height)], bool)
         starts.append(factors[tile.rows] * bias[tile.rows].astype(np.float64) - np.where(taken, known, 0))
         limits.append(np.full(len(tile.rows), max(even // 2, 1) * (LARGER * size) ** 2))
     order = np.concatenate([tile.rows for tile in tiled.tiles])

@@ -17,7 +17,7 @@ from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import conv as gather
-from colonnade.kernels.ops import pairs, panels, strips
+from colonnade.kernels.ops import pairs, panels, registers, strips, tables
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -60,9 +60,9 @@ def _candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     lanes = step.output.planes.lanes
     pruned = not all(tiled.is_dense for _, _, tiled in _phases(step, 0))
     for dense in (0, 1) if pruned else (1,):
-        for mr, nv in gather.shapes(isa):
+        for mr, nv in registers.shapes(isa):
             phases = [tiled for _, taps, tiled in _phases(step, mr if dense else 0) if taps]
-            if phases and not gather.worth_trying(mr, phases[0], gather.shapes(isa)):
+            if phases and not registers.worth_trying(mr, phases[0], registers.shapes(isa)):
                 continue
             yield from gather.in_place(phases, lanes, mr, nv, dense, isa, threads)
 
@@ -124,19 +124,19 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     bias = step.constants.get("bias", np.zeros(conv.out_channels, np.float32))
     calls: list[Call] = []
     for phase, taps, tiled in _phases(step, mr if candidate.params["dense"] else 0):
-        tables = gather.tables(conv.key(), _offsets(conv, source, taps), tiled, conv.out_channels // conv.groups)
+        filled = tables.tables(conv.key(), _offsets(conv, source, taps), tiled, conv.out_channels // conv.groups)
         if not taps:
-            tables.tiles["columns"] = 0
+            filled.tiles["columns"] = 0
         order = np.concatenate([tile.rows for tile in tiled.tiles])
         first = not calls
         fields: dict[str, Field] = {
             "arena": Arena(),
-            "offsets": Const(tables.offsets),
-            "weights": Const(tables.weights),
+            "offsets": Const(filled.offsets),
+            "weights": Const(filled.weights),
             "bias": f32(bias[order]),
             "rows": u32(planes[order, stored.index(phase)]),
             "residual": None,
-            "tiles": Const(tables.tiles),
+            "tiles": Const(filled.tiles),
             "mask": Const(layout.mask(phase)),
             "lead": Arena(output.lead_offset),
             "lead_bytes": output.lead_bytes if first else 0,

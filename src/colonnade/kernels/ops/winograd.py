@@ -18,7 +18,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import pairs, panels, strips
+from colonnade.kernels.ops import pairs, panels, registers, strips, tables
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -189,12 +189,10 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """Input transform, product, output transform."""
     conv, output, source = step.workload, step.output, step.inputs[0]
     assert isinstance(conv, Conv2d) and output is not None
-    from colonnade.kernels.ops.conv import symbol
-
     m, isa = candidate.params["winograd"], candidate.kernel.rsplit("__", 1)[1]
     mr, nv = (int(n) for n in candidate.kernel.split("_")[2].removesuffix("v").split("x"))
     paired = bool(candidate.params["pairs"])
-    kernel = symbol(mr, nv, isa_named(isa), pairs.KIND if paired else "spconv")
+    kernel = registers.symbol(mr, nv, isa_named(isa), pairs.KIND if paired else "spconv")
     layout, n2 = output.planes, (m + 2) ** 2
     tile_rows, tile_columns = -(-conv.out_height // m), -(-conv.out_width // m)
     plane = round_up(_lanes(conv, m), LINE // 4)
@@ -236,8 +234,6 @@ def _product(
     step: Operands, m: int, shape: tuple[int, int], paired: bool, isa: Isa, plane: int, source_bytes: int
 ) -> dict[str, Field]:
     """(m + 2)^2 products of [OC, IC] by [IC, tiles] as one convolution whose tiles each read one position's planes."""
-    from colonnade.kernels.ops.conv import tables
-
     conv = step.workload
     assert isinstance(conv, Conv2d)
     mr, nv = shape
@@ -262,7 +258,7 @@ def _product(
         4 * np.add.outer(np.arange(n2, dtype=np.int64) * position(count, plane), np.arange(count) * plane)
         for count in (ic, oc)
     )
-    filled = tables(conv.key(), list(offsets), tiled, oc)
+    filled = tables.tables(conv.key(), list(offsets), tiled, oc)
     cut = _cut(conv, m, mr, nv, isa, paired)
     return {
         "arena": Shared(0),

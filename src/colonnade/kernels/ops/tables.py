@@ -1,0 +1,111 @@
+"""What a convolution's kernels read: tiles of weights in reading order, and where every kept column stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.kernels.ops import panels
+from colonnade.kernels.ops.shared import Identity
+from colonnade.kernels.registry import Operands
+from colonnade.layout import Panels, Placed
+from colonnade.pattern import TiledWeights, discover
+from colonnade.workload import Conv2d, matrix
+
+OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
+WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
+
+
+def tiling(step: Operands, dense_tile: int) -> TiledWeights:
+    """The tiles of the step's weights: read off their zeros, or all columns in tiles of ``dense_tile`` rows."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d)
+    return _tiling(Identity(step.constants["weight"]), conv.groups, dense_tile)
+
+
+@lru_cache(maxsize=64)
+def _tiling(weight: Identity, groups: int, dense_tile: int) -> TiledWeights:
+    rows = matrix(weight.array)
+    return TiledWeights.dense_tiles(rows, dense_tile, groups) if dense_tile else discover(rows, groups)
+
+
+def column_offsets(conv: Conv2d, source: Placed, group: int, strip: int = 0) -> npt.NDArray[np.int64]:
+    """int64 [K]: byte offset from the arena's base of column k = (kh, kw, ic) of ``group`` at output lane 0.
+    Of an input in panels: see ``panels.offsets``.
+
+    Tap (kh, kw) of output pixel (0, 0) is pixel (kh * dh - top, kw * dw - left) of the input. With stride s that is
+    pixel ``floor(. / s)`` of phase ``. mod s``: one lane further in the output is one lane further in the phase.
+    """
+    if isinstance(source.layout, Panels):
+        channels = conv.in_channels // conv.groups
+        return panels.offsets(source, strip)[group * channels : (group + 1) * channels]
+    layout = source.planes
+    if layout.phases != conv.stride:
+        raise ValueError(f"{conv.key()}: input in phases {layout.phases}, needed {conv.stride}")
+    phases = layout.stored_phases
+    planes = source.offsets.reshape(conv.in_channels, len(phases))
+    per_group = conv.in_channels // conv.groups
+    mine = planes[group * per_group : (group + 1) * per_group]
+    top, left = conv.padding[:2]
+    parts = []
+    for kh, kw in product(range(conv.kernel[0]), range(conv.kernel[1])):
+        row, py = divmod(kh * conv.dilation[0] - top, conv.stride[0])
+        column, px = divmod(kw * conv.dilation[1] - left, conv.stride[1])
+        parts.append(mine[:, phases.index((py, px))] + (row * layout.pitch + column) * layout.itemsize)
+    return np.concatenate(parts)
+
+
+def furthest(source: Placed, offsets: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """uint32: of every plane that is read, the largest of ``offsets`` into it; what the next strips read of it that
+    the ones before did not. The last one stands there twice, for readers that look one ahead."""
+    planes = np.sort(source.offsets)
+    ordered = np.unique(offsets).astype(np.int64)
+    # a tap may stand up to a halo in front of its plane
+    plane = np.searchsorted(planes, ordered + source.planes.lead_lanes * source.planes.itemsize, side="right")
+    last = np.flatnonzero(np.r_[plane[1:] != plane[:-1], True])
+    return np.concatenate([ordered[last], ordered[-1:]]).astype(np.uint32)
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    offsets: npt.NDArray[np.uint32]
+    weights: npt.NDArray[np.float32]
+    tiles: npt.NDArray[np.void]
+
+
+TILE_DTYPE = np.dtype(
+    [("rows", "<u4"), ("columns", "<u4"), ("first_row", "<u4"), ("first_column", "<u4"), ("first_weight", "<u8")]
+)
+
+
+def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per_group: int) -> Tables:
+    """Offsets, weights and tile records; tiles of equal supports share one run of offsets. ``full``: offsets of all
+    columns of every group."""
+    runs: list[npt.NDArray[np.int64]] = []
+    starts: dict[tuple[int, bytes], int] = {}
+    records = np.zeros(len(tiled.tiles), TILE_DTYPE)
+    row = column = weight = 0
+    for record, tile in zip(records, tiled.tiles, strict=True):
+        group = int(tile.rows[0]) // per_group
+        support = (group, tile.columns.tobytes())
+        if support not in starts:
+            starts[support] = column
+            runs.append(full[group][tile.columns])
+            column += len(tile.columns)
+        record["rows"], record["columns"] = len(tile.rows), len(tile.columns)
+        record["first_row"], record["first_column"], record["first_weight"] = row, starts[support], weight
+        row += len(tile.rows)
+        weight += tile.values.size
+    # looking ahead runs past the last column: repeat an offset that is there, so every prefetch hits the arena
+    padding = np.full(OFFSETS_AHEAD, next((run[0] for run in runs if len(run)), full[0].max()))
+    offsets = np.concatenate([*runs, padding])
+    if offsets.min() < 0 or offsets.max() >= 2**32:
+        raise ValueError(f"{key}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
+    # likewise weights: by eight columns of a tile, and by lines that are asked for early
+    spare = np.zeros(max(WEIGHTS_AHEAD, 8 * max(len(tile.rows) for tile in tiled.tiles)))
+    weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(np.float32)
+    return Tables(offsets.astype(np.uint32), weights, records)
