@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
-from colonnade.sparsify.arrays import Arrays, NumpyArrays, TorchArrays
+from colonnade.sparsify.arrays import Arrays, HostArrays, NumpyArrays, TorchArrays
 from colonnade.sparsify.masks import remove_masks, set_mask
 from colonnade.sparsify.sequential import Layer, LayerResult, Options, Values, prune_chain
 
@@ -162,8 +162,7 @@ class TorchChain:
         self.skipped = {name for name, count in calls.items() if count > 1} | (wanted - set(calls))
         self.starts = [node for node in nodes if str(node.target) not in self.skipped]
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        # On a CPU, SciPy's LAPACK and numpy's symmetric products are faster than torch's.
-        self.arrays: Arrays = NumpyArrays() if device.type == "cpu" else TorchArrays(device)
+        self.arrays: Arrays = HostArrays() if device.type == "cpu" else TorchArrays(device)
         self.device = device
         self.layers = [self._layer(node) for node in self.starts]
         self.bounds = [0, *(self.runner.position[node] for node in self.starts), len(self.runner.nodes)]
