@@ -139,7 +139,7 @@ def _pruned(chain: TorchChain, at: int, held: Mapping[str, Any], given: Tensor, 
     kept = np.where(select_by_score(score, pattern, groups=layer.groups).mask, matrix, 0)
     lost = torch.from_numpy(((matrix - kept) * mean).sum(1).astype(np.float32)).to(given.device)
     stored = module.weight.detach().clone()
-    norm = chain._norm(node)
+    norm = chain.norm(node)
     moved = module.bias if module.bias is not None else norm.running_mean if isinstance(norm, Norms) else None
     before = None if moved is None else moved.detach().clone()
     try:

@@ -167,7 +167,7 @@ class TorchChain:
         self.layers = [self._layer(node) for node in self.starts]
         self.bounds = [0, *(self.runner.position[node] for node in self.starts), len(self.runner.nodes)]
 
-    def _norm(self, node: fx.Node) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
+    def norm(self, node: fx.Node) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
         """The BatchNorm that is the only reader of a layer."""
         users = list(node.users)
         if len(users) != 1 or users[0].op != "call_module":
@@ -177,7 +177,7 @@ class TorchChain:
 
     def _layer(self, node: fx.Node) -> Layer:
         module = cast(nn.Conv2d | nn.Linear, self.model.get_submodule(str(node.target)))
-        norm = self._norm(node)
+        norm = self.norm(node)
         scale: Floats | None = None
         end = node
         if norm is not None:
@@ -229,7 +229,7 @@ class TorchChain:
         node = self.starts[[other.name for other in self.layers].index(layer.name)]
         stored = module.weight
         module.weight.copy_(torch.from_numpy(weight).to(stored.device, stored.dtype))
-        norm = self._norm(node)
+        norm = self.norm(node)
         added = torch.from_numpy(bias).to(stored.device, stored.dtype)
         if module.bias is not None:
             module.bias += added
