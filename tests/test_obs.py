@@ -18,7 +18,7 @@ from torch import nn
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, consecutive_rows, discover
-from colonnade.sparsify.arrays import NumpyArrays, TorchArrays
+from colonnade.sparsify.arrays import HostArrays, NotPositive, NumpyArrays, TorchArrays
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.joint import view
 from colonnade.sparsify.masks import masks, remove_masks, sparsify_
@@ -117,10 +117,27 @@ def test_better_than_magnitude_and_grouping_helps():
 def test_numpy_and_torch_solve_alike():
     x, w = regression(16, 40)
     y = x @ w.T
-    both = (NUMPY, TorchArrays(torch.device("cpu")))
-    ours = [solve(w, moments(x, y, arrays), ColumnPattern(0.5, 4), arrays) for arrays in both]
-    assert (ours[0].mask == ours[1].mask).all()
-    np.testing.assert_allclose(ours[0].weights, ours[1].weights, atol=1e-4)
+    every = (NUMPY, HostArrays(), TorchArrays(torch.device("cpu")))
+    first, *others = [solve(w, moments(x, y, arrays), ColumnPattern(0.5, 4), arrays) for arrays in every]
+    for found in others:
+        assert (first.mask == found.mask).all()
+        np.testing.assert_allclose(first.weights, found.weights, atol=1e-4)
+
+
+def test_host_arrays_solve_as_numpy_does():
+    """Both ways of solving a triangle, and what has no factor."""
+    random = np.random.default_rng(0)
+    half = random.standard_normal((6, 6)).astype(np.float32)
+    matrix = half @ half.T + np.eye(6, dtype=np.float32)
+    host = HostArrays()
+    lower = host.factor(matrix)
+    np.testing.assert_allclose(lower, NUMPY.factor(matrix), atol=1e-5)
+    for many in (5, 60):
+        right = random.standard_normal((6, many)).astype(np.float32)
+        np.testing.assert_allclose(host.forward(lower, right), NUMPY.forward(lower, right), atol=1e-4)
+        np.testing.assert_allclose(host.inner(matrix, right), matrix.T @ right, atol=1e-4)
+    with pytest.raises(NotPositive):
+        host.factor(-matrix)
 
 
 def test_unexplained_is_the_relative_error_on_these_samples():
@@ -463,6 +480,8 @@ def test_views_of_photos():
     # A part of a photo holds nothing that the photo does not.
     assert float(parts.min()) >= float(maps.min()) - 1e-5 and float(parts.max()) <= float(maps.max()) + 1e-5
     assert view(maps, torch.Generator(), 0.0, mirror=False) is maps
+    small = view(maps, torch.Generator(), 0.0, mirror=False, side=0.5)
+    assert torch.allclose(small, nn.functional.avg_pool2d(maps, 2), atol=1e-5)
     flat = torch.rand(4, 7)
     assert view(flat, torch.Generator(), 0.5, mirror=True) is flat
 

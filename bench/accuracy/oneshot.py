@@ -10,8 +10,8 @@ calibrate: what settings are chosen on. With --test it is that on both test sets
 test images), each row with its paired difference from the dense network. --bundle compiles every pruned network too and
 ends with an error if a single answer differs from torch's.
 
-Rows that stand in FILE are not computed again, so a run that was stopped goes on; --keep holds pruned networks in DIR,
-from which reconstruction goes on. --table prints what FILE holds.
+Rows that stand in FILE are not computed again, so a run that was stopped goes on; --keep holds pruned networks and the
+dense one's answers in DIR, from which other rows go on. --table prints what FILE holds.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import colonnade as cn
 from colonnade.accuracy import Accuracy
 from colonnade.sparsify.masks import mask_zeros_
 from colonnade.sparsify.reconstruct import Schedule, twin
 
-RECONSTRUCTED = "obs+grouping+reconstruction"
-METHODS = ("unstructured", "2:4", "magnitude", "magnitude+grouping", "obs", "obs+grouping", RECONSTRUCTED)
+RECONSTRUCTED = "+reconstruction"
+METHODS = (
+    "unstructured", "2:4", "magnitude", "magnitude+grouping", "obs", "obs+grouping", "obs+grouping+reconstruction",
+    "obs+grouping+balance", "obs+grouping+balance+reconstruction",
+)  # fmt: skip
 NETWORKS = {
     "resnet18": "pqf_resnet18", "resnet50": "pqf_resnet50_large", "mobilenet_v2": "", "cifar_resnet20": "20",
     "cifar_resnet56": "56",
@@ -44,6 +48,7 @@ NETWORKS = {
 TESTS = ("nips2017_dev_a500", "ilsvrc_val_10cls_500")
 MOST = 512  # calibration images; those after them are for choosing settings
 REESTIMATE = 256  # images that BatchNorm's statistics are taken from
+BALANCE = 20, 160  # photos that the layers' sensitivity is measured on, and their side; CIFAR: the images as they are
 BATCH = 50  # of the compiled network; divides the number of test images
 
 
@@ -153,9 +158,11 @@ def pruned(task: Task, method: str, sparsity: float, tile: int) -> nn.Module:
     if method in ("unstructured", "2:4"):
         elementwise_(model, sparsity, method == "2:4")
     else:
-        name, _, grouping = method.partition("+")
+        name, *parts = method.split("+")
+        pattern = cn.ColumnPattern(sparsity, tile)
         cn.sparsify_(
-            model, cn.ColumnPattern(sparsity, tile), task.calibration[:1], method=name, group_rows=bool(grouping),
+            model, balanced(task, pattern) if "balance" in parts else pattern, task.calibration[:1], method=name,
+            group_rows="grouping" in parts,
             calibration=task.calibration if name == "obs" else None,
         )  # fmt: skip
     if not method.startswith("obs"):
@@ -163,8 +170,30 @@ def pruned(task: Task, method: str, sparsity: float, tile: int) -> nn.Module:
     return model
 
 
+def balanced(task: Task, pattern: cn.ColumnPattern) -> dict[str, cn.ColumnPattern | None]:
+    """The pattern's work spread over the layers."""
+    count, side = BALANCE
+    seen = task.calibration[:count]
+    if seen.shape[-1] > side:
+        seen = functional.interpolate(seen, size=(side, side), mode="bilinear", antialias=True)
+    return cn.balance(task.dense, pattern, seen.contiguous(memory_format=torch.channels_last))
+
+
 def judged(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:
     return cn.evaluate(copy.deepcopy(model).to(memory_format=torch.channels_last), (x.numpy(), labels), batch=BATCH)
+
+
+def dense_answers(task: Task, options: argparse.Namespace) -> Accuracy:
+    """The dense network's accuracy, from --keep where it is there."""
+    name = f"{options.network}-dense-{'test' if options.test else options.seed}.pt"
+    path = options.keep / name if options.keep else None
+    if path is not None and path.exists():
+        return torch.load(path, weights_only=False)  # made by this script
+    found = judged(task.dense, task.x, task.labels)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(found, path)
+    return found
 
 
 def compiled(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:
@@ -236,27 +265,27 @@ def main() -> int:
 
     def key(sparsity: float, tile: int, method: str) -> dict[str, Any]:
         elementwise = method in ("unstructured", "2:4")
-        own = {"schedule": options.schedule} if method == RECONSTRUCTED else {}
+        own = {"schedule": options.schedule} if method.endswith(RECONSTRUCTED) else {}
         return {**common, "sparsity": sparsity, "method": method, **({} if elementwise else {"tile": tile}), **own}
 
     wanted = [row for row in wanted if not records.has(key(*row))]
     if not wanted:
         return 0
     task = load(options)
-    base = judged(task.dense, task.x, task.labels)
+    base = dense_answers(task, options)
     print(f"{options.network} dense: {base}", flush=True)
 
     def kept(sparsity: float, tile: int, method: str) -> tuple[nn.Module, float]:
         """A pruned network and the seconds it took, from --keep where it is there."""
         name = f"{options.network}-{sparsity}-{tile}-{method}-{common['calibration']}-{options.seed}"
-        name += f"-{options.schedule}.pt" if method == RECONSTRUCTED and options.schedule else ".pt"
+        name += f"-{options.schedule}.pt" if method.endswith(RECONSTRUCTED) and options.schedule else ".pt"
         path = options.keep / name if options.keep else None
         if path is not None and path.exists():
             model, seconds = torch.load(path, weights_only=False)  # made by this script
             mask_zeros_(model, least=0.01)
             return model, seconds
-        if method == RECONSTRUCTED:
-            model, seconds = kept(sparsity, tile, "obs+grouping")
+        if method.endswith(RECONSTRUCTED):
+            model, seconds = kept(sparsity, tile, method.removesuffix(RECONSTRUCTED))
             start = time.perf_counter() - seconds
             cn.reconstruct_(model, twin(task.dense), task.calibration, scheduled(options.schedule))
         else:
@@ -281,7 +310,7 @@ def main() -> int:
             **common, "sparsity": sparsity, "tile": tile, "method": method, "images": result.images,
             "dense": base.top1, "top1": result.top1, "difference": change.points, "low": change.low,
             "high": change.high, "agreement": change.agreement, "seconds": seconds, "bundle": options.bundle,
-            "schedule": options.schedule if method == RECONSTRUCTED else "",
+            "schedule": options.schedule if method.endswith(RECONSTRUCTED) else "",
         })  # fmt: skip
     return 0
 

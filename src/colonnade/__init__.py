@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from colonnade.fitting.road import fit as fit
     from colonnade.pattern import ColumnPattern as ColumnPattern
     from colonnade.runtime.session import Session as Session
+    from colonnade.sparsify.balance import balance as balance
     from colonnade.sparsify.finetune import finetune as finetune
     from colonnade.sparsify.masks import remove_masks as remove_masks
     from colonnade.sparsify.masks import sparsify_ as sparsify_
@@ -28,6 +29,7 @@ _PLACES = {
     "ColumnPattern": "colonnade.pattern",
     "Rechoose": "colonnade.sparsify.rechoose",
     "Session": "colonnade.runtime.session",
+    "balance": "colonnade.sparsify.balance",
     "compare": "colonnade.accuracy",
     "evaluate": "colonnade.accuracy",
     "export": "colonnade.sparsify.torch_model",
@@ -39,8 +41,8 @@ _PLACES = {
 }
 
 __all__ = [
-    "ColumnPattern", "Rechoose", "Session", "build", "compare", "evaluate", "export", "finetune", "fit", "reconstruct_",
-    "remove_masks", "sparsify_",
+    "ColumnPattern", "Rechoose", "Session", "balance", "build", "compare", "evaluate", "export", "finetune", "fit",
+    "reconstruct_", "remove_masks", "sparsify_",
 ]  # fmt: skip
 
 

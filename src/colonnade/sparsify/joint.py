@@ -2,7 +2,8 @@
 
 The loss is how far the outputs of every block and the answers (the divergence of the class probabilities) are from
 the dense model's on the same input. A few hundred inputs are little: each pass sees another view of each photo, and
-the dense model says what it makes of it, so there is more to learn than the photos by heart.
+the dense model says what it makes of it, so there is more to learn than the photos by heart. Some photos are left out
+and judge, so that what stays is no worse than what was given.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from colonnade.sparsify.torch_obs import Runner
+
+# One of so many inputs judges the training of the others.
+HELD_OUT = 8
+# Where the judge's error grows to this multiple of the start's, rates are this factor lower next time.
+ASTRAY = 1.2
+SLOWER = 4
+ATTEMPTS = 4
 
 Span = tuple[tuple[int, int], tuple[str, str]]
 
@@ -39,21 +48,22 @@ def spans(runner: Runner, cuts: Sequence[int]) -> list[Span]:
     return found
 
 
-def view(maps: Tensor, generator: torch.Generator, zoom: float, mirror: bool) -> Tensor:
-    """Photos [N, C, H, W] with a random part of each (at least 1 - zoom of its area) scaled to its size, half of them
-    mirrored. Other inputs stay as they are."""
-    if maps.ndim != 4 or not (zoom > 0 or mirror):
+def view(maps: Tensor, generator: torch.Generator, zoom: float, mirror: bool, side: float = 1.0) -> Tensor:
+    """Photos [N, C, H, W] with a random part of each (at least 1 - zoom of its area) scaled to `side` of their height
+    and width, half of them mirrored. Other inputs stay as they are."""
+    if maps.ndim != 4 or not (zoom > 0 or mirror or side != 1):
         return maps
     count = len(maps)
     draw = torch.rand(5, count, generator=generator)
-    side = (1 - zoom * draw[0]).sqrt()
+    length = (1 - zoom * draw[0]).sqrt()
     shape = torch.exp((2 * draw[1] - 1) * 0.3 * zoom)
-    width, height = (side * shape).clamp(max=1), (side / shape).clamp(max=1)
+    width, height = (length * shape).clamp(max=1), (length / shape).clamp(max=1)
     turned = torch.where(draw[4] < 0.5, -1.0, 1.0) if mirror else torch.ones(count)
     none = torch.zeros(count)
     across = torch.stack([width * turned, none, (2 * draw[2] - 1) * (1 - width)], 1)
     down = torch.stack([none, height, (2 * draw[3] - 1) * (1 - height)], 1)
-    grid = functional.affine_grid(torch.stack([across, down], 1), list(maps.shape), align_corners=False)
+    size = [count, maps.shape[1], *(max(1, round(side * pixels)) for pixels in maps.shape[2:])]
+    grid = functional.affine_grid(torch.stack([across, down], 1), size, align_corners=False)
     return functional.grid_sample(maps, grid.to(maps.device), padding_mode="reflection", align_corners=False)
 
 
@@ -71,6 +81,15 @@ def rates(steps: int) -> Iterator[float]:
         yield rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+@dataclass(frozen=True)
+class Views:
+    """How photos are seen in training (see `view`)."""
+
+    zoom: float = 0.0
+    mirror: bool = False
+    side: float = 1.0
+
+
 def train_jointly(
     pruned: tuple[Runner, Sequence[Span]],
     dense: tuple[Runner, Sequence[Span]],
@@ -79,37 +98,87 @@ def train_jointly(
     *,
     epochs: int,
     batch: int,
-    zoom: float,
-    mirror: bool,
+    views: Views,
     answers: float,
     generator: torch.Generator,
     device: torch.device,
     progress: Callable[[float], None] | None = None,
-) -> None:
+) -> tuple[float, float]:
     """Train the parameters in `groups` (Adam's, with a rate each) of the pruned model.
 
     answers: weight of the answers' divergence, beside the mean of the blocks' relative squared errors.
+
+    One input of HELD_OUT is not trained on but judges: what it likes best of the start and the ends of all epochs
+    stays. If it likes an epoch's end much less than the start, training begins anew at a quarter of the rates. Returns
+    its error (the answers' divergence; the relative squared error of outputs that are no vector of classes) at the
+    start and of what stays.
     """
+    mixed = inputs[torch.randperm(len(inputs), generator=generator)]
+    cut = len(inputs) // HELD_OUT if len(inputs) >= 2 * HELD_OUT else 0
+    unseen, seen = mixed[:cut] if cut else mixed, mixed[cut:]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+
+    def error() -> float:
+        with torch.no_grad():
+            pairs = [_both(pruned, dense, part.to(device)) for part in torch.split(unseen, batch)]
+        return _distance([given[-1] for given, _ in pairs], [wanted[-1] for _, wanted in pairs])
+
+    start = best = error()
+    kept = first = [parameter.detach().clone() for parameter in parameters]
+    for attempt in range(ATTEMPTS):
+        slower = [{**group, "lr": group["lr"] / SLOWER**attempt} for group in groups]
+        steps = _steps(pruned, dense, seen, slower, epochs, batch, views, answers, generator, device)
+        astray = False
+        for done in range(epochs):
+            for share in next(steps):
+                if progress:
+                    progress((done + share) / epochs)
+            found = error()
+            if found < best:
+                best, kept = found, [parameter.detach().clone() for parameter in parameters]
+            astray = found > ASTRAY * start and best == start
+            if astray:
+                break
+        if not astray:
+            break
+        _restore(parameters, first)
+    _restore(parameters, kept)
+    if progress:
+        progress(1.0)
+    return start, best
+
+
+def _steps(
+    pruned: tuple[Runner, Sequence[Span]],
+    dense: tuple[Runner, Sequence[Span]],
+    inputs: Tensor,
+    groups: list[dict[str, Any]],
+    epochs: int,
+    batch: int,
+    views: Views,
+    answers: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Iterator[Iterator[float]]:
+    """The epochs, each of which yields the share of it that is done, a step at a time."""
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     highest = [float(group["lr"]) for group in optimizer.param_groups]
     parts = max(len(inputs) // batch, 1)
     schedule = rates(epochs * parts)
     spread: list[float] = []
-    for epoch in range(epochs):
+
+    def epoch() -> Iterator[float]:
         order = torch.randperm(len(inputs), generator=generator)
         for number in range(parts):
             rate = next(schedule)
             for group, most in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = most * rate
-            x = view(inputs[order[number * batch : (number + 1) * batch]], generator, zoom, mirror).to(device)
-            if x.ndim == 4:
-                x = x.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device)):
-                with torch.no_grad():
-                    wanted = _outputs(*dense, x)
-                given = _outputs(*pruned, x)
+            chosen = inputs[order[number * batch : (number + 1) * batch]]
+            given, wanted = _both(
+                pruned, dense, view(chosen, generator, views.zoom, views.mirror, views.side).to(device)
+            )
             if not spread:
-                spread = [max(float(value.float().var(0, correction=0).mean()), 1e-12) for value in wanted]
+                spread.extend(max(float(value.float().var(0, correction=0).mean()), 1e-12) for value in wanted)
             errors = [
                 functional.mse_loss(ours.float(), theirs.float()) / size
                 for ours, theirs, size in zip(given, wanted, spread, strict=True)
@@ -120,8 +189,35 @@ def train_jointly(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            if progress:
-                progress((epoch * parts + number + 1) / (epochs * parts))
+            yield (number + 1) / parts
+
+    for _ in range(epochs):
+        yield epoch()
+
+
+def _both(
+    pruned: tuple[Runner, Sequence[Span]], dense: tuple[Runner, Sequence[Span]], x: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the blocks of the pruned and of the dense model give; gradients are for the pruned one."""
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=half_precision(x.device)):
+        with torch.no_grad():
+            wanted = _outputs(*dense, x)
+        return _outputs(*pruned, x), wanted
+
+
+def _distance(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    ours, theirs = torch.cat(list(given)).float(), torch.cat(list(wanted)).float()
+    if theirs.ndim == 2 and theirs.shape[1] > 1:
+        return float(divergence(ours, theirs))
+    return float(functional.mse_loss(ours, theirs)) / max(float(theirs.var(correction=0)), 1e-12)
+
+
+@torch.no_grad()
+def _restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> Tensor:

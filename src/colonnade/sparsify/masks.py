@@ -112,6 +112,13 @@ def _dense_by_default(order: list[str], model: nn.Module) -> dict[str, str]:
     return reasons
 
 
+def prunable(model: nn.Module, example_inputs: Any, exclude: Iterable[str] = ()) -> dict[str, bool]:
+    """The layers that `sparsify_` lists, in running order, and whether one pattern for all of them prunes each."""
+    order, excluded = _order(model, example_inputs), list(exclude)
+    reasons = _dense_by_default(order, model)
+    return {name: name not in reasons and not any(_matches(key, name) for key in excluded) for name in order}
+
+
 def _never(order: list[str], model: nn.Module) -> dict[str, str]:
     """Layers that cannot be pruned: layer -> why."""
     return {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from colonnade.errors import UserError
-from colonnade.sparsify.joint import Span, run_block, spans, train_jointly
+from colonnade.sparsify.joint import Span, Views, run_block, spans, train_jointly
 from colonnade.sparsify.torch_obs import Runner, Weighted, batches, trace
 
 # A block with this relative error lost nothing (half precision of what is held makes up to so much).
@@ -32,10 +32,11 @@ class Schedule:
 
     epochs, lr: over the calibration inputs for every block by itself; Adam's highest rate, relative to the root mean
                 square of each weight's layer.
-    joint_epochs, joint_lr: the same for all blocks at once.
+    joint_epochs, joint_lr: the same for all blocks at once; an eighth of the inputs is left out and judges (joint.py).
     answers:    weight of the answers' divergence in the joint step, beside the blocks' relative errors.
     zoom, mirror: in the joint step a photo loses up to this share of its area, and half of them are mirrored (inputs of
                 four axes; 0 and False for those that are not photos).
+    side:       of those photos, as a share of the inputs' height and width: work falls with its square.
     """
 
     epochs: int = 8
@@ -46,6 +47,7 @@ class Schedule:
     answers: float = 0.0
     zoom: float = 0.0
     mirror: bool = True
+    side: float = 1.0
     seed: int = 0
 
 
@@ -95,8 +97,8 @@ def reconstruct_(
             learned = [p for part in blocks for p in _parameters(runner, *part[0])]
             train_jointly(
                 (runner, blocks), (reference, blocks), inputs, _groups(list(dict.fromkeys(learned)), schedule.joint_lr),
-                epochs=schedule.joint_epochs, batch=schedule.batch, zoom=schedule.zoom, mirror=schedule.mirror,
-                answers=schedule.answers, generator=generator, device=device,
+                epochs=schedule.joint_epochs, batch=schedule.batch, answers=schedule.answers,
+                views=Views(schedule.zoom, schedule.mirror, schedule.side), generator=generator, device=device,
                 progress=(lambda done: progress(done, "all blocks")) if progress else None,
             )  # fmt: skip
     finally:

@@ -292,10 +292,10 @@ def _remove(tile: _Tile, chosen: npt.NDArray[np.int64], inverse: Array, arrays: 
     gone, left = arrays.index(tile.left[chosen]), arrays.index(tile.left[stay])
     before, rest = tile.factor[:, out], tile.factor[:, keep]
     rows = inverse[gone]
-    lower = arrays.factor(rows[:, gone] - before.T @ before)
-    fresh = arrays.forward(lower, rows[:, left] - before.T @ rest)
+    lower = arrays.factor(rows[:, gone] - arrays.inner(before, before))
+    fresh = arrays.forward(lower, rows[:, left] - arrays.inner(before, rest))
     move = arrays.forward(lower, tile.weights[:, out].T)
-    tile.weights = tile.weights[:, keep] - move.T @ fresh
+    tile.weights = tile.weights[:, keep] - arrays.inner(move, fresh)
     # Rounding may eat a diagonal that is almost used up; such a column is the cheapest to keep, never to remove.
     tile.diagonal = (tile.diagonal[keep] - (fresh * fresh).sum(0)).clip(1e-12)
     tile.factor = arrays.join([rest, fresh], 0)

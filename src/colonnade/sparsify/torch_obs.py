@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
-from colonnade.sparsify.arrays import Arrays, NumpyArrays, TorchArrays
+from colonnade.sparsify.arrays import Arrays, HostArrays, NumpyArrays, TorchArrays
 from colonnade.sparsify.masks import remove_masks, set_mask
 from colonnade.sparsify.sequential import Layer, LayerResult, Options, Values, prune_chain
 
@@ -162,13 +162,12 @@ class TorchChain:
         self.skipped = {name for name, count in calls.items() if count > 1} | (wanted - set(calls))
         self.starts = [node for node in nodes if str(node.target) not in self.skipped]
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        # On a CPU, SciPy's LAPACK and numpy's symmetric products are faster than torch's.
-        self.arrays: Arrays = NumpyArrays() if device.type == "cpu" else TorchArrays(device)
+        self.arrays: Arrays = HostArrays() if device.type == "cpu" else TorchArrays(device)
         self.device = device
         self.layers = [self._layer(node) for node in self.starts]
         self.bounds = [0, *(self.runner.position[node] for node in self.starts), len(self.runner.nodes)]
 
-    def _norm(self, node: fx.Node) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
+    def norm(self, node: fx.Node) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
         """The BatchNorm that is the only reader of a layer."""
         users = list(node.users)
         if len(users) != 1 or users[0].op != "call_module":
@@ -178,7 +177,7 @@ class TorchChain:
 
     def _layer(self, node: fx.Node) -> Layer:
         module = cast(nn.Conv2d | nn.Linear, self.model.get_submodule(str(node.target)))
-        norm = self._norm(node)
+        norm = self.norm(node)
         scale: Floats | None = None
         end = node
         if norm is not None:
@@ -230,7 +229,7 @@ class TorchChain:
         node = self.starts[[other.name for other in self.layers].index(layer.name)]
         stored = module.weight
         module.weight.copy_(torch.from_numpy(weight).to(stored.device, stored.dtype))
-        norm = self._norm(node)
+        norm = self.norm(node)
         added = torch.from_numpy(bias).to(stored.device, stored.dtype)
         if module.bias is not None:
             module.bias += added
