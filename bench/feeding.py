@@ -176,6 +176,9 @@ def ways(layer: Layer, isa: Isa, threads: int) -> dict[str, tuple[Step, list[Can
             best = {c.kernel: c for c in reversed(some)}
             if best and (name == way or (len(some) < len(gathering) and not feed)):
                 found[name] = step, sorted(best.values(), key=lambda c: c.rank)[:4]
+        others = [c for c in listed if "winograd" in c.params]
+        if others and way == "in place" and not layer.sparsity:
+            found["winograd"] = step, others[:4]
         rows = [c for c in own if "dwconv" in c.kernel]
         if rows and not feed:
             found["depthwise"] = step, rows[:6]
