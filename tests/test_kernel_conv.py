@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_harness import Case, machine_has, run
 
 from colonnade.kernels.isa import ISAS
-from colonnade.kernels.ops import conv as ops
+from colonnade.kernels.ops import tables
 from colonnade.kernels.registry import Candidate, bind, candidates
 from colonnade.layout import write_planes
 from colonnade.pattern import ColumnPattern
@@ -132,7 +132,7 @@ def test_offsets_are_im2col(conv, extra):
     pixels = np.flatnonzero(y.planes.valid())
     expected = im2col(values, conv)
     for group in range(conv.groups):
-        offsets = ops.column_offsets(conv, x, group)
+        offsets = tables.column_offsets(conv, x, group)
         assert offsets.min() >= 0
         gathered = floats[offsets[:, None] // 4 + pixels]
         wanted = expected[:, group].transpose(1, 0, 2).reshape(conv.k, -1)
@@ -144,7 +144,7 @@ def test_tiles_of_equal_support_share_their_offsets():
     call, _ = operands(conv, None, seed=0)
     dense = next(c for c in candidates(call, ISAS[0], 1) if c.params["dense"] and c.params.get("feed") == 0)
     (bound,) = bind(call, dense)
-    assert bound.fields["offsets"].data.size == conv.k + ops.OFFSETS_AHEAD
+    assert bound.fields["offsets"].data.size == conv.k + tables.OFFSETS_AHEAD
 
 
 def test_a_pruned_layer_has_its_dense_self_among_the_candidates():
