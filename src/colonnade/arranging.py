@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from colonnade.workload import Conv2d
 
 if TYPE_CHECKING:
     from colonnade.frontend.load import Arranged, Imported
-    from colonnade.plan import Plan, Port, Step
+    from colonnade.plan import Plan, Step
     from colonnade.targets.base import Machine
 
 
@@ -32,16 +31,14 @@ def arranged(steps: Imported, machine: Machine, isa: Isa, db: Path | None = None
 
 def sizes(plan: Plan) -> dict[str, float]:
     """Root mean square of the first input of every convolution that reads planes, by step, from one run of ``plan`` in
-    this process on sample inputs: normal where they are numbers, few and small where they are whole."""
+    this process on the inputs that `bench` measures with."""
     wanted = {s.name for s in plan.steps if isinstance(s.workload, Conv2d) and not isinstance(s.inputs[0].layout, Rows)}
     if not wanted:
         return {}
-    from colonnade.build.toolchain import host
+    from colonnade.bench.run import random_inputs
     from colonnade.codegen.in_process import Program
-    from colonnade.kernels.isa import available, isa
     from colonnade.targets import Local
 
-    best = isa(next(row.name for row in available(host(), Local().probe().flags)))
     found: dict[str, float] = {}
 
     def look(step: Step, arena: npt.NDArray[np.uint8]) -> None:
@@ -52,16 +49,6 @@ def sizes(plan: Plan) -> dict[str, float]:
             there = len(source.planes.stored_phases) / np.prod(source.planes.phases)
             found[step.name] = float(np.sqrt(np.square(values).mean(dtype=np.float64) / there))
 
-    Program(plan, best, lean=True).run(samples(plan.inputs), look)
+    inputs = [{"name": port.name, "shape": port.shape, "dtype": port.dtype} for port in plan.inputs]
+    Program(plan, Local().probe().pick_isa(), lean=True).run(random_inputs({"inputs": inputs}), look)
     return {name: value for name, value in found.items() if np.isfinite(value)}
-
-
-def samples(ports: tuple[Port, ...]) -> Mapping[str, npt.NDArray[Any]]:
-    """Inputs of the kinds that networks are fed: normal numbers, 0 and 1 for whole ones (ids, masks)."""
-    rng = np.random.default_rng(0)
-    return {
-        p.name: rng.standard_normal(p.shape, np.float32).astype(p.dtype)
-        if np.dtype(p.dtype).kind == "f"
-        else rng.integers(0, 2, p.shape).astype(p.dtype)
-        for p in ports
-    }
