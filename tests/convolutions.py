@@ -19,18 +19,25 @@ def halo(size: int, out: int, before: int, kernel: int, stride: int, dilation: i
     return max(0, -((-before) // stride)), max(0, out - 1 + reach - (stored - 1))
 
 
-def places(conv: Conv2d, extra: int = 0, all_phases: bool = False) -> tuple[Placed, Placed, Placed, int]:
+def places(
+    conv: Conv2d, extra: int = 0, all_phases: bool = False, shifted: bool = False
+) -> tuple[Placed, Placed, Placed, int]:
     """Input, output and residual of ``conv`` one behind the other, and the bytes of all three.
 
-    ``extra`` widens pitch and image rows beyond need, as a shared region does."""
+    ``extra`` widens pitch and image rows beyond need, as a shared region does. ``shifted``: a plane of the input for
+    every column that a tap begins at, and no halo beside its rows."""
     (kh, kw), (sy, sx), (dy, dx) = conv.kernel, conv.stride, conv.dilation
     oh, ow = conv.out_height, conv.out_width
     above, below = halo(conv.height, oh, conv.padding[0], kh, sy, dy)
     before, after = halo(conv.width, ow, conv.padding[1], kw, sx, dx)
+    if shifted:
+        before, after = 0, 0
     pitch = max(-(-conv.width // sx) + max(before, after), ow) + extra
     rows = max(-(-conv.height // sy) + max(above, below), oh) + extra
     used = {((i * dy - conv.padding[0]) % sy, (j * dx - conv.padding[1]) % sx) for i in range(kh) for j in range(kw)}
-    kept = None if all_phases or conv.stride == (1, 1) else tuple(sorted(used))
+    if shifted:
+        used = {((i * dy - conv.padding[0]) % sy, j * dx - conv.padding[1]) for i in range(kh) for j in range(kw)}
+    kept = None if all_phases or (conv.stride == (1, 1) and not shifted) else tuple(sorted(used))
     source = Planes(conv.batch, conv.height, conv.width, pitch, rows, above * pitch + before, conv.stride, kept)
     target = Planes(conv.batch, oh, ow, pitch, rows, lead=extra * pitch)
     x = place("x", (conv.batch, conv.in_channels, conv.height, conv.width), source, 0)
@@ -54,10 +61,12 @@ def weights(conv: Conv2d, pattern: ColumnPattern | None, rng: np.random.Generato
     return unmatrix(rows, shape)
 
 
-def operands(conv: Conv2d, pattern: ColumnPattern | None, seed: int, extra: int = 0) -> tuple[Case, list[np.ndarray]]:
+def operands(
+    conv: Conv2d, pattern: ColumnPattern | None, seed: int, extra: int = 0, shifted: bool = False
+) -> tuple[Case, list[np.ndarray]]:
     """A placed call and the arrays for its inputs."""
     rng = np.random.default_rng(seed)
-    x, y, r, size = places(conv, extra)
+    x, y, r, size = places(conv, extra, shifted=shifted)
     inputs = [rng.standard_normal(x.shape).astype(np.float32)]
     if conv.epilogue.residual:
         inputs.append(rng.standard_normal(r.shape).astype(np.float32))

@@ -34,7 +34,7 @@ def check(case: Case, inputs: list[np.ndarray], candidate: Candidate, isa, threa
 @given(conv=convs(), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_convolution_equals_its_definition(isa, conv, pattern, seed, extra, data):
-    call, inputs = operands(conv, pattern, seed, extra)
+    call, inputs = operands(conv, pattern, seed, extra, shifted=data.draw(st.sampled_from([False, False, True])))
     threads = data.draw(st.sampled_from([1, 2, 3]))
     candidate = data.draw(st.sampled_from(candidates(call, isa, threads)))
     check(call, inputs, candidate, isa, threads)
@@ -45,7 +45,7 @@ def test_any_convolution_equals_its_definition(isa, conv, pattern, seed, extra, 
 @given(conv=convs(), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
 @settings(max_examples=600, deadline=None)
 def test_any_convolution_equals_its_definition_at_length(isa, conv, pattern, seed, extra, data):
-    call, inputs = operands(conv, pattern, seed, extra)
+    call, inputs = operands(conv, pattern, seed, extra, shifted=data.draw(st.sampled_from([False, False, True])))
     threads = data.draw(st.sampled_from([1, 2, 3]))
     candidate = data.draw(st.sampled_from(candidates(call, isa, threads)))
     check(call, inputs, candidate, isa, threads)

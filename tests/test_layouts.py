@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from colonnade.frontend import reference
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.kernels.isa import ISAS
 from colonnade.kernels.registry import bind, candidates
-from colonnade.layout import Panels
+from colonnade.layout import Panels, Planes
 from colonnade.plan import Plan
 from colonnade.workload import RELU, Affine, Conv2d, Convert, ConvTranspose2d, Interleave
 
@@ -76,6 +77,56 @@ def residual_block() -> onnx.ModelProto:
 @pytest.mark.parametrize("costs, expected", [(COPIES, 1), (PANELS, 0)], ids=["copies", "panels"])
 def test_strides_by_phases_or_by_panels(isa, costs, expected):
     assert copies(check(residual_block(), isa, layout_costs=costs)) == expected
+
+
+def small_maps(batch: int) -> onnx.ModelProto:
+    """A residual block behind a stride, taps beside their columns of several widths, with and without padding."""
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (batch, 3, 14, 13)), 3, 9, 3, pads=(1, 1, 1, 1)))
+    main = b.op("Relu", b.conv(x, 9, 17, 3, strides=(2, 2), pads=(1, 1, 1, 1)))
+    main = b.conv(main, 17, 8, 3, pads=(1, 1, 1, 1))
+    y = b.op("Relu", b.op("Add", main, b.conv(x, 9, 8, 1, strides=(2, 2))))
+    z = b.op("Concat", b.conv(y, 8, 6, (1, 5), pads=(0, 2, 0, 2)), b.conv(y, 8, 5, 3, pads=(1, 1, 1, 1)), axis=1)
+    return b.build(b.conv(z, 11, 4, 3), b.conv(z, 11, 4, 1), b.op("GlobalAveragePool", y))
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_small_maps_by_shifted_planes(isa, batch):
+    """Nothing of that region has a zero between its rows, and the columns of every convolution are in place."""
+    model = small_maps(batch)
+    plain, plan = (check(model, isa, layout_costs=costs) for costs in (COPIES, replace(COPIES, vector=16, copy=0.0)))
+    shifted = [
+        s
+        for s in plan.steps
+        if s.output is not None and isinstance(s.output.layout, Planes) and s.output.planes.shifted
+    ]
+    assert not any(isinstance(s.output.layout, Planes) and s.output.planes.shifted for s in plain.steps if s.output)
+    assert len(shifted) >= 3 and any(s.output.planes.phases == (2, 2) for s in shifted)
+    small = [s.output.planes for s in plan.steps if s.output is not None and s.output.shape[2:] == (7, 7)]
+    assert small and {p.pitch for p in small} == {7}
+    rng = np.random.default_rng(1)
+    inputs = {port.name: rng.standard_normal(port.shape).astype(np.float32) for port in plan.inputs}
+    reference.run(plan, inputs, check_feeding=True)
+
+
+def test_shifted_planes_are_for_what_gains():
+    """Not where a copy costs more, where depthwise kernels have taps beside their columns, or where Winograd's
+    convolution is likely to be chosen."""
+
+    def shifted(model: onnx.ModelProto, **costs: float) -> int:
+        plan = frontend.load(model, layout_costs=replace(COPIES, vector=16, **costs))
+        return sum(isinstance(s.output.layout, Planes) and s.output.planes.shifted for s in plan.steps if s.output)
+
+    def twice(channels: int, size: int, groups: int = 1) -> onnx.ModelProto:
+        b = Builder()
+        x = b.input("x", (1, channels, size, size))
+        for _ in range(2):
+            x = b.conv(x, channels, channels, 3, pads=(1, 1, 1, 1), groups=groups)
+        return b.build(x)
+
+    assert shifted(twice(64, 7)) == 2 and not shifted(twice(64, 7), copy=10.0)
+    assert not shifted(twice(64, 7, groups=64), copy=0.0) and not shifted(twice(64, 14), copy=0.0)
 
 
 def dense_block() -> onnx.ModelProto:

@@ -41,6 +41,10 @@ class Planes:
     ``sy * sx`` planes; plane ``(py, px)`` holds the pixels ``[py::sy, px::sx]``. ``kept_phases`` names the
     phases that are stored at all (a 1x1 stride-2 reader needs only ``(0, 0)``); None means all of them,
     ordered ``py`` outer, ``px`` inner.
+
+    A kept phase may begin outside: plane ``(py, px)`` holds pixel ``column * sx + px`` at ``column``, and a zero where
+    there is none. Planes that are ``shifted`` like this, one for every column that a tap begins at, need no zeros
+    behind their rows: on maps of 7x7, 49 lanes are computed and not 55.
     """
 
     batch: int
@@ -75,6 +79,18 @@ class Planes:
         return tuple((py, px) for py in range(self.phases[0]) for px in range(self.phases[1]))
 
     @property
+    def shifted(self) -> bool:
+        """Do some of the stored phases begin outside?"""
+        return self.kept_phases is not None and any(not 0 <= px < self.phases[1] for _, px in self.kept_phases)
+
+    def held(self, phase: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a plane of ``phase`` that hold pixels."""
+        (sy, sx), (py, px) = self.phases, phase
+        first = max(0, -(px // sx))
+        last = min(first + len(range(first * sx + px, self.width, sx)), self.pitch)
+        return slice(0, len(range(py, self.height, sy))), slice(first, last)
+
+    @property
     def lanes(self) -> int:
         """Lanes up to and including the last pixel of the last image: what has to be computed."""
         return ((self.batch - 1) * self.image_rows + self.rows - 1) * self.pitch + self.columns
@@ -97,12 +113,16 @@ class Planes:
 
     def valid(self, phase: tuple[int, int] = (0, 0)) -> npt.NDArray[np.bool_]:
         """bool [plane]: which lanes hold pixels; all the others are zero."""
-        rows = len(range(phase[0], self.height, self.phases[0]))
-        columns = len(range(phase[1], self.width, self.phases[1]))
+        rows, columns = self.held(phase)
         lanes = np.zeros(self.plane, bool)
         images = lanes[: self.batch * self.image_rows * self.pitch].reshape(self.batch, self.image_rows, self.pitch)
-        images[:, :rows, :columns] = True
+        images[:, rows, columns] = True
         return lanes
+
+    def picked(self, images: npt.NDArray[np.float32], phase: tuple[int, int]) -> npt.NDArray[np.float32]:
+        """A view of those pixels of ``images`` [N, H, W] that a plane of ``phase`` holds."""
+        (sy, sx), (py, px), columns = self.phases, phase, self.held(phase)[1]
+        return images[:, py::sy, columns.start * sx + px : (columns.stop - 1) * sx + px + 1 : sx]
 
     def mask(self, phase: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
         """``valid`` as bits, lane 0 in bit 0 of byte 0; padded with zero bits to 64 bytes beyond the plane."""
@@ -112,6 +132,8 @@ class Planes:
     def key(self) -> str:
         """Short text that is equal exactly for equal geometry (part of a tuning key)."""
         phases = "" if self.phases == (1, 1) else f"s{self.phases[0]}x{self.phases[1]}n{len(self.stored_phases)}"
+        if self.shifted:
+            phases = f"s{self.phases[0]}x{self.phases[1]}at" + "".join(f"{px:+d}" for _, px in self.stored_phases)
         return f"n{self.batch}h{self.height}w{self.width}p{self.pitch}r{self.image_rows}{phases}"
 
 
@@ -237,7 +259,7 @@ def write_planes(
         channel, (py, px) = index // len(phases), phases[index % len(phases)]
         lanes = _lanes(arena, int(offset), layout.plane)
         lanes[:] = 0
-        lanes[layout.valid((py, px))] = values[:, channel, py :: layout.phases[0], px :: layout.phases[1]].reshape(-1)
+        lanes[layout.valid((py, px))] = layout.picked(values[:, channel], (py, px)).reshape(-1)
 
 
 def read_planes(arena: npt.NDArray[np.uint8], tensor: Placed, vector: int = 0) -> npt.NDArray[np.float32]:
@@ -255,7 +277,7 @@ def read_planes(arena: npt.NDArray[np.uint8], tensor: Placed, vector: int = 0) -
     phases = layout.stored_phases
     for index, offset in enumerate(tensor.offsets):
         channel, (py, px) = index // len(phases), phases[index % len(phases)]
-        part = values[:, channel, py :: layout.phases[0], px :: layout.phases[1]]
+        part = layout.picked(values[:, channel], (py, px))
         part[...] = _lanes(arena, int(offset), layout.plane)[layout.valid((py, px))].reshape(part.shape)
     return values
 

@@ -31,6 +31,11 @@ class Tensor:
         return len(self.shape) == 2
 
     @property
+    def shifted(self) -> bool:
+        """See ``layout.Planes``."""
+        return any(not 0 <= px < self.phases[1] for _, px in self.kept_phases or ())
+
+    @property
     def channels(self) -> int:
         """Planes (not counting phases) or columns."""
         return self.shape[1]

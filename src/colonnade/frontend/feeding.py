@@ -30,6 +30,7 @@ class LayoutCosts:
     linear: a multiply-add of a linear layer on rows, outputs in the lanes; tokens in the lanes cost ``mac`` ...
     sparse: ... or one on a kept weight where few are kept: tiles are lower than vectors are long.
     reorder: a byte that changes between rows and planes.
+    vector: lanes of a vector, where a strip's last lanes may be fewer; 0: lanes are computed in whole strips.
     windows: do the kernels gather what a strided pointwise convolution reads from panels as well?
     """
 
@@ -43,12 +44,15 @@ class LayoutCosts:
     linear: float = 0.024
     sparse: float = 0.055
     reorder: float = 0.25
+    vector: int = 0
     windows: bool = False
 
     @classmethod
     def of(cls, isa: str) -> LayoutCosts:
         """What is known without measuring: ``docs/feeding.md`` says from where."""
-        return cls(plane=0.03, pick=0.03, windows=True) if isa == "rvv" else cls()
+        if isa == "rvv":
+            return cls(plane=0.03, pick=0.03, windows=True)
+        return cls(vector=16 if isa == "avx512" else 8)
 
 
 def fuse_prologues(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:

@@ -70,9 +70,11 @@ class Regions:
 
 def arrange(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
     """The steps with all that layouts need: copies into phases and wide halos, or panels where these cost less."""
+    from colonnade.frontend.shifting import shift
+
     steps = fuse_prologues(_join_phases(steps), costs)
     panels_for_strides(steps, costs)
-    return insert_phases(isolate(steps, costs))
+    return shift(insert_phases(isolate(steps, costs)), costs)
 
 
 def _join_phases(steps: list[Draft]) -> list[Draft]:
@@ -99,7 +101,7 @@ def isolate(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
     Otherwise all that is tied to them would be computed with that pitch. Their output is copied back where it would
     tie them to others again. Or they gather panels, if that costs less than the copies.
     """
-    importers = {step.output: step for step in steps if step.external and step.output is not None}
+    importers = imports(steps)
     regions = tie_all(steps)
     members = Counter(regions.find(t) for step in steps for t in _output(step) if not t.is_rows)
     tying = {
@@ -132,7 +134,7 @@ def isolate(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
             result.append(step)
             continue
         haloed = Tensor(f"{step.name}.haloed", step.inputs[0].placed_shape)
-        result += [_copy(step.inputs[0], haloed, importers), step]
+        result += [copy_step(step.inputs[0], haloed, importers), step]
         step.inputs[0] = whole(haloed)
         if output in tying:
             back[output] = Tensor(output.name, output.shape)
@@ -150,7 +152,12 @@ def waste(conv: Conv2d) -> float:
     return Planes(conv.batch, height, width, pitch, rows).lanes / Planes(conv.batch, height, width, width, height).lanes
 
 
-def _copy(x: Value, target: Tensor, importers: Mapping[Tensor, Draft]) -> Draft:
+def imports(steps: list[Draft]) -> dict[Tensor | None, Draft]:
+    """The steps that bring the model's inputs in, by what they write."""
+    return {step.output: step for step in steps if step.external and step.output is not None}
+
+
+def copy_step(x: Value, target: Tensor, importers: Mapping[Tensor | None, Draft]) -> Draft:
     """The step that writes ``x`` in the layout of ``target``: an import of its own for the model's input."""
     source = importers.get(x.tensor) if x.tensor is not None else None
     if source is not None:
@@ -163,7 +170,7 @@ def insert_phases(steps: list[Draft]) -> list[Draft]:
 
     Convolutions with the same input and strides whose outputs are tied share one copy, which keeps the phases of both.
     """
-    importers = {step.output: step for step in steps if step.external and step.output is not None}
+    importers = imports(steps)
     regions = tie_all(steps)
     shared: dict[object, Tensor] = {}
     result: list[Draft] = []
@@ -177,7 +184,7 @@ def insert_phases(steps: list[Draft]) -> list[Draft]:
             phases = shared.get(key)
             if phases is None:
                 phases = shared[key] = Tensor(f"{step.name}.phases", x.placed_shape, conv.stride, ())
-                result.append(_copy(x, phases, importers))
+                result.append(copy_step(x, phases, importers))
             phases.kept_phases = tuple(sorted({*(phases.kept_phases or ()), *kept}))
             step.inputs[0] = whole(phases)
         result.append(step)
@@ -201,6 +208,9 @@ def tie_all(steps: list[Draft]) -> Regions:
             regions.tie(*_tensors(step.inputs if direct else step.inputs[1:]), *_output(step))
         elif isinstance(step.workload, ConvTranspose2d):
             regions.tie(*_tensors(step.inputs), *_output(step))
+        elif step.output is not None and step.output.shifted and step.output.phases == (1, 1):
+            # lanes are copied as they stand, and what was tied through the convolution stays so
+            regions.tie(*_tensors(step.inputs), step.output)
     return regions
 
 
@@ -209,24 +219,20 @@ def assign(steps: list[Draft], stored: Collection[Tensor] = ()) -> tuple[dict[Te
 
     ``stored``: the tensors that are kept in panels (see ``frontend.panels``).
     """
-    regions = tie_all(steps)
-    for tensor in (tensor for step in steps for tensor in (*_tensors(step.inputs), *_output(step))):
-        if not tensor.is_rows:
-            regions.need(tensor, -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0]))
-    readers = [(step, reach) for step in steps if (reach := _reach(step)) is not None]
-    for step, (down, right, out_rows, out_columns) in readers:
-        for tensor in step.inputs[0].tensors:
-            columns, rows = -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0])
-            # zeros before a pixel row are those behind the row before it; a read behind must not reach the next row
-            pitch = max(columns + right[0], out_columns + right[1])
-            regions.need(tensor, pitch, max(rows + down[0], out_rows + down[1]))
+    regions = sizes(steps)
     leads: dict[Tensor, int] = {}
     after = 0
-    for step, (down, right, _, _) in readers:
+    for step, (down, right, _, _) in _readers(steps):
         for tensor in step.inputs[0].tensors:
             pitch = regions.size(tensor)[0]
             leads[tensor] = max(leads.get(tensor, 0), down[0] * pitch + right[0])
             after = max(after, down[1] * pitch + right[1])
+    for step in steps:
+        if step.output is not None and step.output.shifted and not step.external:
+            begins = [px for _, px in step.output.kept_phases or ()]
+            for tensor in step.inputs[0].tensors:
+                leads[tensor] = max(leads.get(tensor, 0), -min(begins))
+            after = max(after, *begins)
     layouts: dict[Tensor, Layout] = {}
     for step in steps:
         for tensor in _output(step):
@@ -242,6 +248,25 @@ def assign(steps: list[Draft], stored: Collection[Tensor] = ()) -> tuple[dict[Te
     return layouts, after
 
 
+def sizes(steps: list[Draft]) -> Regions:
+    """The regions with all that they need."""
+    regions = tie_all(steps)
+    for tensor in (tensor for step in steps for tensor in (*_tensors(step.inputs), *_output(step))):
+        if not tensor.is_rows:
+            regions.need(tensor, -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0]))
+    for step, (down, right, out_rows, out_columns) in _readers(steps):
+        for tensor in step.inputs[0].tensors:
+            columns, rows = -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0])
+            # zeros before a pixel row are those behind the row before it; a read behind must not reach the next row
+            pitch = max(columns + right[0], out_columns + right[1])
+            regions.need(tensor, pitch, max(rows + down[0], out_rows + down[1]))
+    return regions
+
+
+def _readers(steps: list[Draft]) -> list[tuple[Draft, Reaches]]:
+    return [(step, reach) for step in steps if (reach := _reach(step)) is not None]
+
+
 Reaches = tuple[tuple[int, int], tuple[int, int], int, int]
 
 
@@ -254,7 +279,7 @@ def _reach(step: Draft) -> Reaches | None:
         return conv.reach(0), conv.reach(1), rows, columns
     if not isinstance(conv, Conv2d) or step.panels:
         return None
-    down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+    down, right = Reach.of(conv, 0), Reach.of(conv, 1, step.inputs[0].tensors[0].shifted)
     return (down.before, down.after), (right.before, right.after), conv.out_height, conv.out_width
 
 

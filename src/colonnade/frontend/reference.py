@@ -60,7 +60,7 @@ def _in_place(step: Step) -> bool:
     if isinstance(step.inputs[0].layout, Panels):
         return False
     same = (source.pitch, source.image_rows) == (target.grid.pitch, target.grid.image_rows)
-    down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+    down, right = Reach.of(conv, 0), Reach.of(conv, 1, source.shifted)
     same &= source.pitch >= source.columns + right.before and source.image_rows >= source.rows + down.before
     return conv.prologue is None and source.phases == conv.stride and (same or conv.dilation == (1, 1))
 
@@ -93,8 +93,8 @@ def offsets(conv: Conv2d, source: Placed, group: int) -> list[int]:
     for kh in range(conv.kernel[0]):
         for kw in range(conv.kernel[1]):
             qy, qx = kh * conv.dilation[0] - conv.padding[0], kw * conv.dilation[1] - conv.padding[1]
-            phase = stored.index((qy % sy, qx % sx))
-            shift = (qy // sy) * layout.pitch + qx // sx
+            phase = stored.index((qy % sy, qx if layout.shifted else qx % sx))
+            shift = (qy // sy) * layout.pitch + (0 if layout.shifted else qx // sx)
             for channel in range(group * ic, (group + 1) * ic):
                 result.append(int(source.offsets[channel * len(stored) + phase]) + 4 * shift)
     return result

@@ -96,17 +96,20 @@ class Conv2d(Workload):
 @dataclass(frozen=True)
 class Reach:
     """How a convolution that reads its input in place looks at it along one axis, in rows or columns of planes stored
-    in as many ``phases`` as the stride: the phases it needs, and how far it reads before and behind a pixel."""
+    in as many ``phases`` as the stride: the phases it needs, and how far it reads before and behind a pixel. Of planes
+    that are ``shifted`` (see ``layout.Planes``), along the columns: one for every column that a tap begins at."""
 
     phases: tuple[int, ...]
     before: int
     after: int
 
     @staticmethod
-    def of(conv: Conv2d, axis: int) -> Reach:
+    def of(conv: Conv2d, axis: int, shifted: bool = False) -> Reach:
         """Tap ``t`` of output ``o`` reads input ``o*s + t*d - pad``: row ``o + q // s`` of phase ``q % s``."""
         stride = conv.stride[axis]
         taps = [t * conv.dilation[axis] - conv.padding[axis] for t in range(conv.kernel[axis])]
+        if shifted:
+            return Reach(tuple(sorted(set(taps))), 0, 0)
         shifts = [q // stride for q in taps]
         return Reach(tuple(sorted({q % stride for q in taps})), max(0, -min(shifts)), max(0, max(shifts)))
 

@@ -13,8 +13,8 @@ from colonnade.workload.base import Array, Workload
 @dataclass(frozen=True)
 class Convert(Workload):
     """``import``: the user's dense array → planes or rows. ``export``: planes or rows → the user's dense array.
-    ``planes``: planes → planes of another pitch or of phases (``kept_phases`` may drop some; step
-    ``stride`` picks pixels ``[::sy, ::sx]``). ``flatten``: planes → rows in (channel, row, column) order,
+    ``planes``: planes → planes of another pitch, of phases (``kept_phases`` may drop some) or shifted ones; step
+    ``stride`` picks pixels ``[::sy, ::sx]``. ``flatten``: planes → rows in (channel, row, column) order,
     and ``unflatten`` rows → planes likewise."""
 
     op: ClassVar[str] = "convert"

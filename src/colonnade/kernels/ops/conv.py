@@ -124,9 +124,9 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         return
     source, layout = step.inputs[0].planes, step.output.planes
     readable = packing.direct(conv, source, layout)
-    if readable and depthwise.applies(conv):
+    if readable and depthwise.applies(conv) and not source.shifted:
         yield from depthwise.candidates(step, isa, threads)
-    if readable and winograd.applies(step):
+    if readable and winograd.applies(step) and not source.shifted:
         yield from winograd.candidates(step, isa, registers.shapes(isa))
     lanes = layout.lanes
     pruned = not tables.tiling(step, dense_tile=0).is_dense

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Arena, Call, External, Field
+from colonnade.kernels.call import Arena, Call, Const, External, Field
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, extents, lead, u32
+from colonnade.kernels.isa import isa as isa_named
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, masks, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed, Planes, Rows
@@ -17,13 +18,15 @@ from colonnade.workload import Convert, Zeros
 
 COPY = Struct(
     "cn_copy",
-    "Copies pixels: out[plane, image, y, x] = in[plane, image, y * in_row, x * in_column], zeros around them.",
+    "Copies pixels: out[plane, image, y, first + x] = in[plane, image, y * in_row, x * in_column], zeros around them.",
     (
         Member("from", "const char *", "all source offsets are bytes from here"),
         Member("to", "char *", "all target offsets are bytes from here"),
         Member("in", "const uint32_t *", "offset of the first pixel of every target plane in the source"),
         Member("out", "const uint32_t *", "offset of lane 0 of every target plane"),
-        Member("extent", "const uint32_t *", "rows and columns of every phase [phases][2]"),
+        Member("extent", "const uint32_t *", "rows, columns and the first of these, of every phase [phases][3]"),
+        Member("mask", "const uint8_t *", "or null: a bit a lane of a row, phase by phase: is it a pixel?"),
+        Member("mask_bytes", "u32", "of a phase. Then `in` is what lane 0 of a row would be copied from"),
         *LEAD_MEMBERS,
         Member("phases", "u32", "plane p is of phase p % phases"),
         Member("planes", "u32"),
@@ -49,6 +52,8 @@ ZEROS = Struct(
     ),
 )
 
+NO_MASK: dict[str, Field] = {"mask": None, "mask_bytes": 0}
+
 
 def _convert_variants(isa: Isa) -> Iterator[Variant]:
     yield Variant(f"f32_copy_1v__{isa.name}", "copy.c.in", {"NV": 1})
@@ -63,6 +68,9 @@ def _convert_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     assert isinstance(workload, Convert)
     kinds = {"import": _import, "export": _export, "planes": _planes, "flatten": _flatten, "unflatten": _unflatten}
     bound = kinds[workload.kind](operands)
+    if workload.kind == "planes" and not isa_named(candidate.kernel.rpartition("__")[2]).scalable:
+        # a vector's bits are found where it begins at a multiple of eight lanes, so not where its length may be any
+        bound |= _masked(operands, bound)
     return (Call(candidate.kernel, COPY.name, bound),)
 
 
@@ -79,12 +87,42 @@ def _import(operands: Operands) -> dict[str, Field]:
 
 
 def _planes(operands: Operands) -> dict[str, Field]:
-    """Planes to planes of another pitch, of phases, or of every ``stride``-th pixel."""
+    """Planes to planes of another pitch, of phases, shifted, or of every ``stride``-th pixel."""
     workload, (x,), y = operands.workload, operands.inputs, operands.output
     assert isinstance(workload, Convert) and y is not None
     layout = _whole(x)
     starts = x.offsets // layout.itemsize
     return _to_planes(Arena(), starts, y, layout.image_rows * layout.pitch, layout.pitch, workload.stride)
+
+
+def _masked(operands: Operands, bound: Mapping[str, Field]) -> dict[str, Field]:
+    """Fields for whole vectors: a row begins with what its lane 0 would be, pixel or not, and a mask has the last word.
+    Where lanes are copied as they stand, a plane is one such row. Nothing where that reads below the arena, or far
+    beyond a row."""
+    workload, (x,), y = operands.workload, operands.inputs, operands.output
+    assert isinstance(workload, Convert) and y is not None
+    source, target, (sy, sx) = _whole(x), y.planes, workload.stride
+    begins = np.array([py * sy * source.pitch + px * sx for py, px in target.stored_phases], np.int64)
+    starts = x.offsets[:, None] + begins * source.itemsize
+    if starts.min() < 0 or bound["in_column"] not in (1, 2):
+        return {}
+    alike = (source.pitch, source.image_rows, (1, 1)) == (target.pitch, target.image_rows, target.phases)
+    if alike and (sy, sx) == (1, 1):
+        bits, size, _ = masks(target)
+        one: dict[str, Field] = {
+            "extent": u32([(1, 0, 0)] * len(begins)),
+            "images": 1,
+            "pitch": target.plane,
+            "image_rows": 1,
+            "tail": 0,
+        }
+        return {"in": u32(starts.reshape(-1)), "mask": bits, "mask_bytes": size, **one}
+    columns = [target.held(phase)[1] for phase in target.stored_phases]
+    size = -(-target.pitch // 8) + 8  # vectors find their bits beyond the row as well
+    row = np.zeros((len(columns), 8 * size), bool)
+    for lanes, held in zip(row, columns, strict=True):
+        lanes[held] = True
+    return {"in": u32(starts.reshape(-1)), "mask": Const(np.packbits(row, bitorder="little")), "mask_bytes": size}
 
 
 def _export(operands: Operands) -> dict[str, Field]:
@@ -124,13 +162,18 @@ def _to_planes(
     """``starts``: element of pixel (0, 0) of every channel; ``image`` and ``pitch`` of the source in elements."""
     layout = y.planes
     (oy, ox), (sy, sx) = layout.phases, stride
-    shifts = np.array([py * sy * pitch + px * sx for py, px in layout.stored_phases], np.int64)
+    held = [layout.held(phase) for phase in layout.stored_phases]
+    shifts = np.array(
+        [py * sy * pitch + (columns.start * ox + px) * sx for (py, px), (_, columns) in
+         zip(layout.stored_phases, held, strict=True)], np.int64,
+    )  # fmt: skip
     return {
         "from": source,
         "to": Arena(),
         "in": u32((starts[:, None] + shifts).reshape(-1) * layout.itemsize),
         "out": u32(y.offsets),
-        "extent": extents(layout),
+        "extent": u32([(rows.stop, columns.stop - columns.start, columns.start) for rows, columns in held]),
+        **NO_MASK,
         **lead(y),
         "phases": len(shifts),
         "planes": len(y.offsets),
@@ -154,7 +197,8 @@ def _to_dense(x: Placed, target: Field, start: int) -> dict[str, Field]:
         "to": target,
         "in": u32(x.offsets),
         "out": u32(start + np.arange(channels) * height * width * layout.itemsize),
-        "extent": u32([(height, width)]),
+        "extent": u32([(height, width, 0)]),
+        **NO_MASK,
         "lead": None,
         "lead_bytes": 0,
         "phases": 1,
@@ -179,7 +223,8 @@ def _matrix(
         "to": target,
         "in": u32(start),
         "out": u32(end),
-        "extent": u32([(1, layout.width)]),
+        "extent": u32([(1, layout.width, 0)]),
+        **NO_MASK,
         "lead": None,
         "lead_bytes": 0,
         "phases": 1,

@@ -69,7 +69,7 @@ PANELS: dict[str, Field] = {"window": 0, "images": 0, "before": 0, "around": 0, 
 
 def direct(conv: Conv2d, source: Planes, target: Planes) -> bool:
     """Can the convolution read ``source`` in place: pitch of its output, phases of its stride, halos wide enough?"""
-    down, right = Reach.of(conv, 0), Reach.of(conv, 1)
+    down, right = Reach.of(conv, 0), Reach.of(conv, 1, source.shifted)
     return (
         conv.prologue is None
         and source.phases == conv.stride
@@ -82,7 +82,10 @@ def direct(conv: Conv2d, source: Planes, target: Planes) -> bool:
 
 
 def packable(conv: Conv2d, source: Planes) -> bool:
-    """Can panels be gathered from ``source``: is the stride a multiple of its phases, are those there that are read?"""
+    """Can panels be gathered from ``source``: is the stride a multiple of its phases, are those there that are read?
+    Planes that are shifted were made for kernels that read in place."""
+    if source.shifted:
+        return False
     for axis in range(2):
         if conv.stride[axis] % source.phases[axis]:
             return False

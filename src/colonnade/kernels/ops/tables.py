@@ -38,7 +38,8 @@ def column_offsets(conv: Conv2d, source: Placed, group: int, strip: int = 0) -> 
     Of an input in panels: see ``panels.offsets``.
 
     Tap (kh, kw) of output pixel (0, 0) is pixel (kh * dh - top, kw * dw - left) of the input. With stride s that is
-    pixel ``floor(. / s)`` of phase ``. mod s``: one lane further in the output is one lane further in the phase.
+    pixel ``floor(. / s)`` of phase ``. mod s``: one lane further in the output is one lane further in the phase. Where
+    planes are shifted there is one that begins at this column.
     """
     if isinstance(source.layout, Panels):
         channels = conv.in_channels // conv.groups
@@ -54,7 +55,8 @@ def column_offsets(conv: Conv2d, source: Placed, group: int, strip: int = 0) -> 
     parts = []
     for kh, kw in product(range(conv.kernel[0]), range(conv.kernel[1])):
         row, py = divmod(kh * conv.dilation[0] - top, conv.stride[0])
-        column, px = divmod(kw * conv.dilation[1] - left, conv.stride[1])
+        begin = kw * conv.dilation[1] - left
+        column, px = (0, begin) if layout.shifted else divmod(begin, conv.stride[1])
         parts.append(mine[:, phases.index((py, px))] + (row * layout.pitch + column) * layout.itemsize)
     return np.concatenate(parts)
 

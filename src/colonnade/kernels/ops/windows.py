@@ -29,6 +29,7 @@ def readable(conv: Conv2d, source: Placed, target: Planes) -> bool:
     return (
         conv.prologue is None
         and source.grid.phases == (1, 1)
+        and not source.grid.shifted
         and target.pitch >= max(columns + right.before, conv.out_width + right.after)
         and target.image_rows >= max(rows + down.before, conv.out_height + down.after)
     )
