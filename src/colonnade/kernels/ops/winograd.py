@@ -189,13 +189,13 @@ def candidates(step: Operands, isa: Isa, shapes: list[tuple[int, int]]) -> Itera
 
 def _rank_in_order(conv: Conv2d, m: int, mr: int, lmul: int) -> float:
     """Cycles on a two-wide in-order core, as the direct convolution's rank counts them: the product a kept column a
-    block and a quarter of that for what it waits for memory, 11 a transformed value (fitted to three modelled layers,
-    64 channels at 56x56 to 512 at 7x7: 4 % at most for m = 4, 7 % for m = 2)."""
+    block and a quarter of that for what it waits for memory, 9 a transformed value (fitted to three modelled layers,
+    64 channels at 56x56 to 512 at 7x7, to 3 %)."""
     lanes, positions = _lanes(conv, m), (m + 2) ** 2
     blocks = positions * -(-conv.out_channels // mr) * -(-lanes // (8 * lmul))
     column = max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul
     product_ = blocks * (conv.in_channels * column + 5 * mr * lmul)
-    return 1.25 * product_ + 11 * positions * (conv.in_channels + conv.out_channels) * lanes
+    return 1.25 * product_ + 9 * positions * (conv.in_channels + conv.out_channels) * lanes
 
 
 def _cut(conv: Conv2d, m: int, mr: int, nv: int, isa: Isa, paired: bool) -> strips.Strips:
