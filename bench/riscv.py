@@ -1,7 +1,7 @@
 """Every convolution of ResNet-50 on a RISC-V core nobody has at hand: XNNPACK dense beside ours dense and pruned.
 
     python bench/riscv.py [--model x60] [--sparsity 0,0.5,0.75,0.875] [--layers 3x3,1x1] [--candidates 3] [--cores 4]
-                           [--jobs 2] [--json FILE] [--sensitivity]
+                           [--jobs 2] [--json FILE] [--stalls] [--sensitivity]
 
 All figures are **modelled** (docs/machine-models.md): the programs run under an instrumented QEMU. XNNPACK is Debian
 trixie's riscv64 package, fetched by apt with folders of its own into the cache and run from there; nothing of it is
@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -129,13 +129,14 @@ def step(layer: Layer, sparsity: float, seed: int = 0) -> Step:
 @dataclass(frozen=True)
 class Modelled:
     """What a model says of one layer, of all cores: ``cycles`` of the slowest, ``bound``: what the vector units alone
-    need; bytes from and to memory. ``chosen``: the candidate."""
+    need; bytes from and to memory. ``chosen``: the candidate; ``waited``: cycles lost of all cores, by reason."""
 
     cycles: float
     bound: float
     read_bytes: int
     written_bytes: int
     chosen: str = ""
+    waited: dict[str, float] = field(default_factory=dict)
 
 
 def kept(key: str, parts: Iterable[str], make: Callable[[], Modelled]) -> Modelled:
@@ -191,7 +192,12 @@ def ours(model: Model, made: Step, label: str, tried: int, cores: int) -> Modell
         last = replace(report, threads=tuple({**t, **t["last"]} for t in report.threads))
         memory = last.memory()
         return Modelled(
-            last.regions[-1], last.bound(model), memory["read_bytes"], memory["written_bytes"], candidate.key()
+            last.regions[-1],
+            last.bound(model),
+            memory["read_bytes"],
+            memory["written_bytes"],
+            candidate.key(),
+            dict(last.waited()),
         )
 
     found = []
@@ -213,8 +219,7 @@ def digest(call: Call) -> str:
 
 
 def lanes_bound(layer: Layer, sparsity: float, vlen: int) -> float:
-    """Cycles of the multiply-adds on kept weights alone, one register of one row a cycle, halos and last vectors
-    counted."""
+    """Registers of multiply-adds on kept weights alone, halos and last vectors counted."""
     lanes = step(layer, 0.0).output.grid.lanes
     per_group = (
         ColumnPattern(sparsity, tile=8).kept(layer.ic * layer.kernel**2) if sparsity else layer.ic * layer.kernel**2
@@ -296,6 +301,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=1, help="that work together, with one L2 and one memory")
     parser.add_argument("--jobs", type=int, default=1, help="layers that are run at once")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--stalls", action="store_true", help="what ours wait for, over all layers")
     parser.add_argument("--sensitivity", action="store_true", help="what the assumed numbers do to XNNPACK's figures")
     options = parser.parse_args()
     model = read(options.model)
@@ -318,7 +324,8 @@ def main() -> None:
 
         def one(layer: Layer) -> tuple[Modelled, list[Modelled]]:
             sparse = [0.0 if layer.kernel == 7 else level for level in levels]  # the stem stays dense
-            mine = [ours(model, step(layer, s), f"{layer} {s}", options.candidates, options.cores) for s in sparse]
+            label = f"{layer} stalls" if options.stalls else f"{layer}"
+            mine = [ours(model, step(layer, s), f"{label} {s}", options.candidates, options.cores) for s in sparse]
             return peer(model, layer, root, program, source), mine
 
         for layer, (theirs, mine) in zip(chosen, pool.map(one, chosen), strict=True):
@@ -346,8 +353,9 @@ def main() -> None:
     bound = sum(count * theirs.bound for _, count, theirs, _ in rows)
     sums = [extra + sum(count * mine[i].cycles for _, count, _, mine in rows) for i in range(len(levels))]
     units = [sum(count * mine[i].bound for _, count, _, mine in rows) for i in range(len(levels))]
+    register = model.classes["vfma"].cycles[0]
     least = [
-        sum(count * lanes_bound(x, 0.0 if x.kernel == 7 else level, model.vlen) for x, count, _, _ in rows)
+        register * sum(count * lanes_bound(x, 0.0 if x.kernel == 7 else level, model.vlen) for x, count, _, _ in rows)
         for level in levels
     ]  # fmt: skip
     moved = [
@@ -365,6 +373,15 @@ def main() -> None:
     line(
         "our vector units alone, % of our time", (100 * x / share / y for x, y in zip(units, sums, strict=True)), "9.0f"
     )
+    if options.stalls:
+        lost = [
+            {reason: sum(n * mine[i].waited[reason] for _, n, _, mine in rows) for reason in rows[0][3][i].waited}
+            for i in range(len(levels))
+        ]
+        print("multiply-adds and all else that the vector units do, and what was waited for (may overlap), Mcycles")
+        line("  the units", (x / 1e6 for x in units), "9.1f")
+        for reason in sorted(lost[0], key=lambda r: -lost[0][r]):
+            line(f"  {reason}", (x[reason] / 1e6 for x in lost), "9.1f")
     if share == 1:
         line("× XNNPACK with its stalls", (total / x for x in sums), "9.2f")
     print(f"XNNPACK's stalls: {100 * (1 - bound / total):.0f} % of its modelled time")

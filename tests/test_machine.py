@@ -173,6 +173,40 @@ def test_what_the_last_region_did_stands_apart() -> None:
 
 
 @needs_qemu
+def test_a_core_does_not_wait_for_the_clock_of_another() -> None:
+    """What one core asked for late by its own clock, another one behind it finds in the shared cache at once."""
+    head = """
+#include <pthread.h>
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+static float shared[16384] __attribute__((aligned(4096)));
+static void touch(void) { for (int i = 0; i < 16384; i += 16) *(volatile float *)(shared + i); }
+static void *behind(void *x) { pthread_mutex_lock(&turn); MARK(1); touch(); MARK(2); return x; }
+"""
+    body = """
+        pthread_t other;
+        pthread_mutex_lock(&turn);
+        pthread_create(&other, 0, behind, 0);
+        MARK(1);
+        for (volatile int i = 0; i < 1000000; i++) ;
+        touch();
+        MARK(2);
+        pthread_mutex_unlock(&turn);
+        pthread_join(other, 0);
+    """
+    report = Instrument(read("x60"), cores=2).run(program(body, head))
+    assert report.outcome.ok, report.outcome.describe()
+    late, early = sorted((t["regions"][0] for t in report.threads), reverse=True)
+    assert late > 2_000_000 and early < 250_000, (late, early)  # 1024 lines
+
+
+@pytest.mark.parametrize("cores, read_interval", [(1, 25), (2, 28), (4, 56)])
+def test_cores_share_what_the_memory_gives(cores: int, read_interval: int) -> None:
+    """One line every 25 cycles is what a single core of an X60 reads; the memory gives one every 14."""
+    (line,) = [x.split() for x in read("x60").text(cores).splitlines() if x.startswith("memory ")]
+    assert cores * float(line[-1]) == read_interval
+
+
+@needs_qemu
 @pytest.mark.parametrize(
     ("lines", "published"),
     [

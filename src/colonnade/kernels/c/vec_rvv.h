@@ -155,6 +155,12 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         v = __riscv_vfmerge_vfm_f32m##L(v, low, __riscv_vmflt_vf_f32m##L##_b##RATIO(v, low, vl), vl); \
         return __riscv_vfmerge_vfm_f32m##L(v, high, __riscv_vmfgt_vf_f32m##L##_b##RATIO(v, high, vl), vl); \
     } \
+    /* the larger one as integers: for a limit of 0, which keeps NaN */ \
+    VEC_INLINE vec##L##_t vec##L##_floor(vec##L##_t v, int32_t x, size_t vl) \
+    { \
+        const vint32m##L##_t whole = __riscv_vreinterpret_v_f32m##L##_i32m##L(v); \
+        return __riscv_vreinterpret_v_i32m##L##_f32m##L(__riscv_vmax_vx_i32m##L(whole, x, vl)); \
+    } \
     VEC_INLINE vec##L##_t vec##L##_round(vec##L##_t v, size_t vl) \
     { \
         const vint32m##L##_t whole = __riscv_vfcvt_x_f_v_i32m##L##_rm(v, __RISCV_FRM_RNE, vl); \
@@ -188,17 +194,20 @@ VEC_HALF(8, 4)
 /* asks for a line of memory, never waits: a load into no register (Zicbop's hints are not in RVV 1.0) */
 VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "A"(*(const int *)p)); }
 VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop, which RVV 1.0 machines may lack */
-VEC_INLINE void vec1_split2(const float *p, vec1_t *a, vec1_t *b, size_t vl)
-{
-    const vfloat32m1x2_t v = __riscv_vlseg2e32_v_f32m1x2(p, vl);
-    *a = __riscv_vget_v_f32m1x2_f32m1(v, 0), *b = __riscv_vget_v_f32m1x2_f32m1(v, 1);
-}
-VEC_INLINE void vec1_split4(const float *p, vec1_t *a, vec1_t *b, vec1_t *c, vec1_t *d, size_t vl)
-{
-    const vfloat32m1x4_t v = __riscv_vlseg4e32_v_f32m1x4(p, vl);
-    *a = __riscv_vget_v_f32m1x4_f32m1(v, 0), *b = __riscv_vget_v_f32m1x4_f32m1(v, 1);
-    *c = __riscv_vget_v_f32m1x4_f32m1(v, 2), *d = __riscv_vget_v_f32m1x4_f32m1(v, 3);
-}
+#define VEC_SPLIT(L) \
+    VEC_INLINE void vec##L##_split2(const float *p, vec##L##_t *a, vec##L##_t *b, size_t vl) \
+    { \
+        const vfloat32m##L##x2_t v = __riscv_vlseg2e32_v_f32m##L##x2(p, vl); \
+        *a = __riscv_vget_v_f32m##L##x2_f32m##L(v, 0), *b = __riscv_vget_v_f32m##L##x2_f32m##L(v, 1); \
+    } \
+    VEC_INLINE void vec##L##_split4(const float *p, vec##L##_t *a, vec##L##_t *b, vec##L##_t *c, vec##L##_t *d, size_t vl) \
+    { \
+        const vfloat32m##L##x4_t v = __riscv_vlseg4e32_v_f32m##L##x4(p, vl); \
+        *a = __riscv_vget_v_f32m##L##x4_f32m##L(v, 0), *b = __riscv_vget_v_f32m##L##x4_f32m##L(v, 1); \
+        *c = __riscv_vget_v_f32m##L##x4_f32m##L(v, 2), *d = __riscv_vget_v_f32m##L##x4_f32m##L(v, 3); \
+    }
+VEC_SPLIT(1)
+VEC_SPLIT(2)
 VEC_INLINE void vec1_join2(float *p, vec1_t a, vec1_t b, size_t vl) { __riscv_vsseg2e32_v_f32m1x2(p, __riscv_vcreate_v_f32m1x2(a, b), vl); }
 VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, size_t vl)
 {

@@ -154,11 +154,14 @@ PACKED_SHAPES = 2
 
 
 def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> Iterator[Candidate]:
-    """The kernels whose strips are those of the panels that the step reads or writes; none where these disagree."""
+    """The kernels whose strips are those of the panels that the step reads or writes; none where these disagree. What
+    Winograd's convolution writes last has the strips of any panel."""
     conv, output, source = step.workload, step.output, step.inputs[0]
     assert isinstance(conv, Conv2d) and output is not None
     stored, lanes = isinstance(source.layout, Panels), output.grid.lanes
     direct = panels.readable(conv, source, output.grid) if stored else packing.direct(conv, source.planes, output.grid)
+    if direct and not stored and len(fixed) == 1 and winograd.applies(step):
+        yield from winograd.candidates(step, isa, registers.shapes(isa))
     pruned = not tables.tiling(step, dense_tile=0).is_dense
     own = [(mr, nv) for mr, nv in registers.shapes(isa) if {nv} == fixed]
     for dense, (mr, nv) in product((0, 1) if pruned else (1,), own):

@@ -22,7 +22,7 @@ from colonnade.kernels.ops import pairs, panels, registers, strips, tables
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import LINE, round_up
+from colonnade.layout import LINE, Panels, Placed, round_up
 from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d
 
@@ -56,6 +56,24 @@ A: dict[int, Matrix] = {
     4: ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
 }
 
+# The products of B and A with a vector x by sums that share what they can: name = first + factor * second, y_i results
+Program = tuple[tuple[str, str, float, str], ...]
+INTO: dict[int, Program] = {
+    2: (("y0", "x0", -1, "x2"), ("y1", "x1", 1, "x2"), ("y2", "x2", -1, "x1"), ("y3", "x1", -1, "x3")),
+    4: (
+        ("a", "x4", -4, "x2"), ("b", "x3", -4, "x1"), ("c", "x4", -1, "x2"), ("d", "x3", -1, "x1"),
+        ("e", "x4", -5, "x2"), ("f", "x5", -5, "x3"), ("y1", "a", 1, "b"), ("y2", "a", -1, "b"),
+        ("y3", "c", 2, "d"), ("y4", "c", -2, "d"), ("y0", "e", 4, "x0"), ("y5", "f", 4, "x1"),
+    ),
+}  # fmt: skip
+BACK: dict[int, Program] = {
+    2: (("a", "x0", 1, "x1"), ("b", "x1", -1, "x2"), ("y0", "a", 1, "x2"), ("y1", "b", -1, "x3")),
+    4: (
+        ("a", "x1", 1, "x2"), ("b", "x1", -1, "x2"), ("c", "x3", 1, "x4"), ("d", "x3", -1, "x4"), ("e", "x0", 1, "a"),
+        ("f", "b", 8, "d"), ("y1", "b", 2, "d"), ("y2", "a", 4, "c"), ("y0", "e", 1, "c"), ("y3", "f", 1, "x5"),
+    ),
+}  # fmt: skip
+
 TILES = (
     Member("images", "u32"),
     Member("tile_rows", "u32"),
@@ -66,7 +84,6 @@ TILES = (
     Member("tiles_plane", "u32", "lanes from one plane of tiles to the next"),
     Member("position", "u32", "lanes from one position in a tile to the next"),
     Member("band", "u32", "rows of tiles that pass through scratch together"),
-    Member("room", "u32", "lanes of a row of pixels in scratch"),
     Member("wide", "u32", "lanes of a band of tiles in scratch"),
     Member("scratch_bytes", "u32"),
 )
@@ -79,25 +96,29 @@ INPUT = Struct(
         Member("tiles", "float *"),
         Member("scratch", "char *", "scratch_bytes a thread"),
         *TILES,
+        Member("room", "u32", "lanes of a row of pixels in scratch"),
         Member("top", "u32", "rows of padding above"),
         Member("left", "u32", "columns of padding on the left"),
     ),
 )
 OUTPUT = Struct(
     "cn_winograd_output",
-    "Transformed tiles back into planes: clip(bias + residual + pixel).",
+    "Transformed tiles back into planes or panels: clip(residual + pixel).",
     (
-        Member("arena", "char *", "base of planes and residual"),
-        Member("planes", "const uint32_t *", "offset of every channel's plane"),
-        Member("residual", "const uint32_t *", "likewise of the plane to add, or null"),
-        Member("bias", "const float *"),
+        Member("arena", "char *", "base of output and residual"),
+        Member("planes", "const uint32_t *", "offset of every channel's plane; null: it is in panels"),
+        Member("residual", "const uint32_t *", "likewise of the plane to add"),
         Member("tiles", "const float *"),
         Member("scratch", "char *", "scratch_bytes a thread"),
         *LEAD_MEMBERS,
         *TILES,
         Member("height", "u32", "rows of pixels"),
         Member("width", "u32", "pixels of a row"),
+        Member("lanes", "u32", "up to the last pixel"),
         Member("plane", "u32", "lanes of a whole plane, all of them written"),
+        Member("added", "u32", "is there a residual?"),
+        Member("strip_vectors", "u32", "registers of a strip of the panels"),
+        *(member for member in panels.MEMBERS if member.name.startswith(("out_", "add_"))),
         Member("low", "f32"),
         Member("high", "f32"),
     ),
@@ -110,30 +131,32 @@ VECTOR = 16  # lanes of the widest fixed vector: rows in scratch are written, re
 def variants(isa: Isa) -> Iterator[Variant]:
     """The transforms of both tile sizes; the product between them is the convolution's own kernel."""
     for m in (2, 4):
-        same: dict[str, object] = {"M": m, "N": m + 2, "NV": 1, "combine": combine}
-        yield Variant(f"f32_winograd{m}_input_1v__{isa.name}", "winograd_input.c.in", {**same, "B": B[m]})
-        yield Variant(f"f32_winograd{m}_output_1v__{isa.name}", "winograd_output.c.in", {**same, "A": A[m]})
+        same: dict[str, object] = {"M": m, "N": m + 2, "NV": 1, "lines": lines}
+        yield Variant(f"f32_winograd{m}_input_1v__{isa.name}", "winograd_input.c.in", {**same, "B": INTO[m]})
+        yield Variant(f"f32_winograd{m}_output_1v__{isa.name}", "winograd_output.c.in", {**same, "A": BACK[m]})
 
 
-def combine(row: tuple[float, ...], name: str, lmul: int, suffix: str = "") -> str:
-    """The C expression of ``sum(row[i] * name<i><suffix>)`` in vector primitives; no products by 0, 1 and -1."""
-    vec, text = f"vec{lmul}", ""
-    # begin with a factor of 1: it needs no product
-    for factor, i in sorted(((f, i) for i, f in enumerate(row) if f), key=lambda term: (term[0] != 1, term[1])):
-        term = f"{name}{i}{suffix}"
-        if not text:
-            text = term if factor == 1 else f"{vec}_mul({vec}_splat({factor:.1f}f, vl), {term}, vl)"
-        elif abs(factor) == 1:
-            text = f"{vec}_{'add' if factor == 1 else 'sub'}({text}, {term}, vl)"
-        else:
-            text = f"{vec}_fma({text}, {factor:.1f}f, {term}, vl)"
-    return text
+def lines(program: Program, lmul: int, source: str, target: str, suffix: str = "") -> list[str]:
+    """C of a transform in vector primitives: from variables ``<source>i<suffix>`` to ``<target>i<suffix>``."""
+
+    def variable(name: str) -> str:
+        return {"x": source, "y": target}.get(name[0], f"{target}{name[0]}") + name[1:] + suffix
+
+    found = []
+    for name, first, factor, second in program:
+        a, b = variable(first), variable(second)
+        value = f"{a}, {b}" if abs(factor) == 1 else f"{a}, {factor:.1f}f, {b}"
+        action = "add" if factor == 1 else "sub" if factor == -1 else "fma"
+        found.append(f"const vec{lmul}_t {variable(name)} = vec{lmul}_{action}({value}, vl);")
+    return found
 
 
 def applies(step: Operands) -> bool:
-    """Is it a dense-able 3x3 convolution at stride 1 without dilation and groups?"""
+    """Is it a dense-able 3x3 convolution at stride 1 without dilation and groups, whose limits leave halos at zero?"""
     conv = step.workload
     assert isinstance(conv, Conv2d)
+    if not conv.epilogue.activation.low <= 0 <= conv.epilogue.activation.high:
+        return False
     shape = (conv.kernel, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
     return shape and min(conv.in_channels, conv.out_channels) >= 8
 
@@ -165,14 +188,14 @@ def candidates(step: Operands, isa: Isa, shapes: list[tuple[int, int]]) -> Itera
 
 
 def _rank_in_order(conv: Conv2d, m: int, mr: int, lmul: int) -> float:
-    """Cycles on a two-wide in-order core, as the direct convolution's rank counts them, and a tenth more: the product a
-    kept column a block, half as much again for what it waits for memory, and 11 a transformed value (modelled: 10 to
-    13 from 14x14 to 56x56)."""
+    """Cycles on a two-wide in-order core, as the direct convolution's rank counts them: the product a kept column a
+    block and a quarter of that for what it waits for memory, 9 a transformed value (fitted to three modelled layers,
+    64 channels at 56x56 to 512 at 7x7, to 3 %)."""
     lanes, positions = _lanes(conv, m), (m + 2) ** 2
     blocks = positions * -(-conv.out_channels // mr) * -(-lanes // (8 * lmul))
     column = max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul
     product_ = blocks * (conv.in_channels * column + 5 * mr * lmul)
-    return 1.1 * (1.5 * product_ + 11 * positions * (conv.in_channels + conv.out_channels) * lanes)
+    return 1.25 * product_ + 9 * positions * (conv.in_channels + conv.out_channels) * lanes
 
 
 def _cut(conv: Conv2d, m: int, mr: int, nv: int, isa: Isa, paired: bool) -> strips.Strips:
@@ -209,7 +232,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     mr, nv = (int(n) for n in candidate.kernel.split("_")[2].removesuffix("v").split("x"))
     paired = bool(candidate.params["pairs"])
     kernel = registers.symbol(mr, nv, isa_named(isa), pairs.KIND if paired else "spconv")
-    layout, n2 = output.planes, (m + 2) ** 2
+    layout, n2 = output.grid, (m + 2) ** 2
     tile_rows, tile_columns = -(-conv.out_height // m), -(-conv.out_width // m)
     plane = round_up(_lanes(conv, m), LINE // 4)
     plane += LINE // 4 if plane * 4 % 4096 == 0 else 0
@@ -223,20 +246,23 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     band = max(1, min(tile_rows, BAND // tile_columns))
     room = round_up((tile_columns + 1) * m + m * VECTOR, LINE // 4)
     wide = round_up(band * tile_columns + VECTOR, LINE // 4)
-    scratch_in, scratch_out = 4 * (m + 2) * (band * room + wide), 4 * m * (band * room + m * wide)
-    tiles |= {"band": band, "room": room, "wide": wide}
+    scratch_in = 4 * (m + 2) * (band * room + wide)
+    scratch_out = 4 * (m * m * wide + round_up(m * band * layout.pitch + m * (tile_columns + VECTOR), LINE // 4))
+    tiles |= {"band": band, "wide": wide}
     into = {
         **tiles, "arena": Arena(), "planes": u32(source.offsets), "tiles": Shared(0), "scratch": Scratch(),
         "channels": conv.in_channels, "position": into_position, "top": conv.padding[0], "left": conv.padding[1],
-        "scratch_bytes": scratch_in,
+        "room": room, "scratch_bytes": scratch_in,
     }  # fmt: skip
-    back = {
-        **tiles, **lead(output), "arena": Arena(), "planes": u32(output.offsets),
-        "residual": u32(step.inputs[1].offsets) if conv.epilogue.residual else None,
-        "bias": f32(step.constants.get("bias", np.zeros(conv.out_channels))), "tiles": Shared(source_bytes),
-        "scratch": Scratch(), "channels": conv.out_channels, "position": back_position, "height": conv.out_height,
-        "width": conv.out_width,
-        "plane": layout.plane, "scratch_bytes": scratch_out,
+    residual = step.inputs[1] if conv.epilogue.residual else None
+    through, _ = panels.fields(None, output, residual, 0, 0, isa_named(isa))
+    back: dict[str, Field] = {
+        **tiles, **lead(output), "arena": Arena(), "planes": _planes(output), "residual": _planes(residual),
+        "tiles": Shared(source_bytes), "scratch": Scratch(), "channels": conv.out_channels,
+        "position": back_position, "height": conv.out_height, "width": conv.out_width, "lanes": layout.lanes,
+        "plane": layout.plane, "scratch_bytes": scratch_out, "added": int(residual is not None),
+        "strip_vectors": max(panels.vectors(output, *step.inputs), default=0),
+        **{name: value for name, value in through.items() if name.startswith(("out_", "add_"))},
         "low": float(conv.epilogue.activation.low), "high": float(conv.epilogue.activation.high),
     }  # fmt: skip
     return (
@@ -244,6 +270,11 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         Call(kernel, "cn_conv", _product(step, m, (mr, nv), paired, isa_named(isa), plane, source_bytes), 0, shared),
         Call(f"f32_winograd{m}_output_1v__{isa}", OUTPUT.name, back, scratch_out, shared),
     )
+
+
+def _planes(tensor: Placed | None) -> Const | None:
+    """Of a tensor in planes, where they begin."""
+    return None if tensor is None or isinstance(tensor.layout, Panels) else u32(tensor.offsets)
 
 
 def _product(
@@ -262,6 +293,8 @@ def _product(
         for rows in np.array_split(np.arange(oc, dtype=np.int32), range(mr, oc, mr))
     )
     tiled, bias = TiledWeights((n2 * oc, ic), tiles, n2), np.zeros(n2 * oc, np.float32)
+    # A e_1 = (1, ..., 1): what is added at position (1, 1) comes out in every pixel
+    bias[(m + 3) * oc : (m + 4) * oc] = step.constants.get("bias", 0)
     begun: Mapping[str, Field] = {"bias": f32(bias), **pairs.NONE}
     if paired:
         assert step.rms is not None

@@ -7,7 +7,7 @@
 #include "model.h"
 #include <pthread.h>
 
-struct line { uint64_t tag; uint32_t used; uint8_t valid, dirty, prefetched; double ready; };
+struct line { uint64_t tag; uint32_t used; uint8_t valid, dirty, prefetched; double ready; const void *by; /* the core that asked for it */ };
 struct cache { struct line *lines; uint64_t sets; unsigned ways, shift; uint32_t clock, chance; };
 struct tlb { uint64_t *page; uint32_t *used; unsigned entries; uint32_t clock; };
 struct stream { uint64_t next; uint32_t used; int count; };
@@ -118,10 +118,14 @@ static double beyond(struct memory *m, uint64_t line, double t, int fetch)
     pthread_mutex_lock(&l2_lock);
     struct line *found = cache_find(&l2, line);
     if (found) {
-        if (found->ready > ready) ready = found->ready;
+        /* clocks of cores run apart between barriers: what another one asked for, at whatever time of its own, is waited
+         * for no longer than if it were asked for now */
+        const double longest = found->by == m ? found->ready : start + model.memory.latency;
+        const double there = found->ready < longest ? found->ready : longest;
+        if (there > ready) ready = there;
     } else {
         struct line victim;
-        /* bandwidth is shared in equal parts: clocks of cores run apart between barriers */
+        /* bandwidth is shared in equal parts, for the same reason */
         double share = model.memory.interval * model.cores;
         m->traffic.l2_misses++;
         if (fetch) {
@@ -131,7 +135,7 @@ static double beyond(struct memory *m, uint64_t line, double t, int fetch)
             m->traffic.read_bytes += (uint64_t)model.l2.line;
         }
         found = cache_place(&l2, line, &victim);
-        found->ready = ready;
+        found->ready = ready, found->by = m;
         if (victim.valid && victim.dirty) {
             m->memory_free = (m->memory_free > t ? m->memory_free : t) + model.memory.line * model.cores;
             m->traffic.written_bytes += (uint64_t)model.l2.line;
