@@ -19,16 +19,18 @@ from torch import nn
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, consecutive_rows, discover
 from colonnade.sparsify.arrays import HostArrays, NotPositive, NumpyArrays, TorchArrays
+from colonnade.sparsify.calibrate_onnx import OnnxChain
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.joint import view
 from colonnade.sparsify.masks import masks, remove_masks, sparsify_
-from colonnade.sparsify.onnx_file import prune_file
+from colonnade.sparsify.onnx_file import prune_file, read_targets
 from colonnade.sparsify.reconstruct import Schedule, reconstruct_
-from colonnade.sparsify.second_order import DAMPINGS, Moments, choose_damping, solve, unexplained
+from colonnade.sparsify.samples import Layer, Rectifier, Samples, gather
+from colonnade.sparsify.second_order import DAMPINGS, MOST_GAIN, Moments, choose_damping, solve, unexplained
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
-from colonnade.sparsify.sequential import Layer, Options, gather
+from colonnade.sparsify.sequential import Options, prune_layer
 from colonnade.sparsify.torch_model import export
-from colonnade.sparsify.torch_obs import ordered, second_order_, trace
+from colonnade.sparsify.torch_obs import TorchChain, ordered, second_order_, trace
 
 NUMPY = NumpyArrays()
 
@@ -254,7 +256,7 @@ def test_gathered_moments_are_those_of_the_convolution(kernel, stride, dilation,
     y = torch.nn.functional.conv2d(padded, torch.from_numpy(weight), stride=stride, dilation=dilation, groups=groups)
     store = Store(NUMPY, 0, 2)
     values = [{"x": store.put(x[:2])}, {"x": store.put(x[2:])}]
-    found = gather(store, layer, values, values, Options(samples=10**6))
+    found = gather(Samples.of(store, layer, values, values, 10**6, 0))
     assert sum(m.count for m in found) == groups * y.shape[0] * y.shape[2] * y.shape[3]
     outputs = np.concatenate([m.outputs for m in found])
     np.testing.assert_allclose(outputs, y.sum((0, 2, 3)).numpy(), rtol=1e-3, atol=1e-2)
@@ -263,6 +265,98 @@ def test_gathered_moments_are_those_of_the_convolution(kernel, stride, dilation,
     for sums, part in zip(found, matrix, strict=True):
         np.testing.assert_allclose(part @ sums.gram, sums.cross, rtol=1e-3, atol=1e-1)
         np.testing.assert_allclose((part @ sums.gram * part).sum(1), sums.squares, rtol=1e-3, atol=1e-1)
+
+
+def rectified_layer(most, seed=0):
+    """A strided grouped convolution before a rectifier, and what both models have as its input and residual."""
+    random = np.random.default_rng(seed)
+    weight = random.standard_normal((16, 6, 3, 3)).astype(np.float32) / 7
+    scale, offset = (random.uniform(0.5, 2, 16).astype(np.float32), random.standard_normal(16).astype(np.float32) - 0.5)
+    layer = Layer("l", weight, "x", (2, 2), (1, 1, 1, 1), groups=2, scale=scale, residual="r",
+                  rectifier=Rectifier(offset, most))  # fmt: skip
+    x = random.standard_normal((8, 12, 9, 9)).astype(np.float32)
+    r = random.standard_normal((8, 16, 5, 5)).astype(np.float32)
+    noise = [0.1 * random.standard_normal(value.shape).astype(np.float32) for value in (x, r)]
+    return layer, (x, r), (x + noise[0], r + noise[1])
+
+
+def total(layer, weight, bias, values):
+    """Outputs before the rectifier."""
+    y = torch.nn.functional.conv2d(
+        torch.from_numpy(values[0]), torch.from_numpy(weight), torch.from_numpy(bias), 2, 1, groups=2
+    ).numpy()
+    return y * layer.scale[:, None, None] + layer.rectifier.offset[:, None, None] + values[1]
+
+
+@pytest.mark.parametrize("most", [np.inf, 1.5])
+def test_refits_bring_what_passes_the_rectifier_nearer(most):
+    layer, dense, pruned = rectified_layer(most)
+    store = Store(NUMPY, 0, 2)
+    held = [
+        [{"x": store.put(x[at : at + 4]), "r": store.put(r[at : at + 4])} for at in (0, 4)] for x, r in (dense, pruned)
+    ]
+    samples = Samples.of(store, layer, *held, 10**6, 0)
+    wanted = np.clip(total(layer, layer.weight, np.zeros(16, np.float32), dense), 0, most)
+    errors = []
+    for refits in (0, 1, 3):
+        weight, bias, result = prune_layer(
+            samples, ColumnPattern(0.5, 4), Options(damping=1e-4, refits=refits, spread=0.0)
+        )
+        assert (weight[~result.mask] == 0).all()
+        given = np.clip(total(layer, weight, bias, pruned), 0, most)
+        errors.append(((given - wanted) ** 2).mean())
+    assert errors[1] < 0.97 * errors[0] and errors[2] < 0.99 * errors[1]
+
+
+def test_spread_is_given_back_and_the_mean_stays():
+    x, w = regression(16, 40)
+    y = x @ w.T + 3
+    found = solve(w, moments(x, y), ColumnPattern(0.75, 8), NUMPY)
+    assert ((x @ found.weights.T).std(0) < y.std(0)).all()
+    for share in (0.0, 0.5, 1.0):
+        grown = found.spread(share)
+        given = x @ grown.weights.T + grown.bias
+        missing = y.std(0) / (x @ found.weights.T).std(0)
+        np.testing.assert_allclose(given.std(0), y.std(0) / np.minimum(missing, MOST_GAIN) ** (1 - share)
+                                   * np.minimum(MOST_GAIN / missing, 1), rtol=1e-3)  # fmt: skip
+        np.testing.assert_allclose(given.mean(0), y.mean(0), atol=1e-3)
+
+
+class Activated(nn.Module):
+    """Rectifiers of all kinds, and activations that are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(5)])
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.six, self.relu = nn.ReLU6(), nn.ReLU()
+
+    def forward(self, x):
+        x = self.six(self.convs[0](torch.tanh(self.stem(x))))
+        x = self.relu(self.convs[1](x) + x)
+        x = torch.sigmoid(self.convs[2](x))
+        y = self.convs[3](x)
+        return self.head(self.convs[4](torch.relu(y)) + y)
+
+
+def test_rectifiers_are_found(tmp_path):
+    torch.manual_seed(0)
+    model = Activated().eval()
+    chain = TorchChain(model, [*(f"convs.{at}" for at in range(5)), "head"], [(torch.randn(2, 3, 6, 6),)])
+    found = {layer.name: layer.rectifier for layer in chain.layers}
+    assert [found[f"convs.{at}"] and found[f"convs.{at}"].most for at in range(5)] == [6, np.inf, None, None, None]
+    np.testing.assert_array_equal(found["convs.0"].offset, model.convs[0].bias.detach().numpy())
+    export(model, torch.randn(2, 3, 6, 6), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx")
+    onnx_chain = OnnxChain(graph, read_targets("model.onnx", graph), {"input": np.zeros((2, 3, 6, 6), np.float32)})
+    both = [(layer.weight, layer.rectifier) for layer in onnx_chain.layers]
+    assert len(both) == 6
+    for weight, rectifier in both:
+        name = next(n for n in found if np.array_equal(model.get_submodule(n).weight.detach().numpy(), weight))
+        assert (rectifier is None) == (found[name] is None), name
+        if rectifier is not None:
+            assert rectifier.most == found[name].most
+            np.testing.assert_allclose(rectifier.offset, found[name].offset, atol=1e-6)
 
 
 class Digits(nn.Module):

@@ -23,8 +23,8 @@ from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.allocate import Choice, allocate
 from colonnade.sparsify.joint import divergence, half_precision
 from colonnade.sparsify.masks import prunable, remove_masks
+from colonnade.sparsify.samples import Layer
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
-from colonnade.sparsify.sequential import Layer
 from colonnade.sparsify.torch_obs import Norms, Runner, TorchChain, batches
 
 MEASURED = (0.5, 0.75, 0.875)

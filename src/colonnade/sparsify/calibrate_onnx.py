@@ -7,6 +7,7 @@ values that are held in memory, so nothing is computed twice and only what is st
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from colonnade.errors import UserError
 from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import NumpyArrays
-from colonnade.sparsify.sequential import Layer, Values
+from colonnade.sparsify.samples import Layer, Rectifier, Values
 
 if TYPE_CHECKING:
     import onnx
@@ -221,9 +222,17 @@ class OnnxChain:
             other = next((name for name in addition.input if name != end), None)
             known = other in self.given or self.made.get(other or "", len(self.nodes)) < at
             residual = other if other not in self.constants and known else None
+            end = addition.output[0] if residual is not None else end
         bias = node.input[2] if len(node.input) > 2 else ""
         plain = not bias or (bias in self.constants and int(np.prod(self.constants[bias].dims)) == len(weight))
         common: dict[str, Any] = {"scale": scale, "residual": residual, "intercept": node.op_type != "MatMul" and plain}
+        most = self._most(self._only_user(end))
+        if most is not None and plain:
+            offset = onnx.numpy_helper.to_array(self.constants[bias]).reshape(-1) if bias else np.zeros(len(weight))
+            if norm is not None and scale is not None:
+                shift, mean = (onnx.numpy_helper.to_array(self.constants[norm.input[at]]) for at in (2, 3))
+                offset = (offset - mean) * scale + shift
+            common["rectifier"] = Rectifier(offset.astype(np.float32), most)
         if node.op_type != "Conv":
             return Layer(target.name, weight, node.input[0], **common)
         axes = weight.ndim - 2
@@ -235,6 +244,20 @@ class OnnxChain:
             target.name, weight, node.input[0], (strides[0], strides[1]), (pads[0], pads[1], pads[2], pads[3]),
             (dilation[0], dilation[1]), target.groups, **common,
         )  # fmt: skip
+
+    def _most(self, node: onnx.NodeProto | None) -> float | None:
+        """What the output of a Relu, or of a Clip from 0 on, reaches at most; None for everything else."""
+        import onnx
+
+        if node is None or node.op_type not in ("Relu", "Clip"):
+            return None
+        if node.op_type == "Relu":
+            return math.inf
+        ends = [self.constants.get(name) for name in node.input[1:]]
+        if len(ends) != 2 or ends[0] is None or ends[1] is None:
+            return None
+        low, high = (float(onnx.numpy_helper.to_array(end)) for end in ends if end is not None)
+        return high if low == 0 else None
 
     def _only_user(self, name: str) -> onnx.NodeProto | None:
         users = self.users.get(name, [])

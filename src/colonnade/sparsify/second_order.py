@@ -33,6 +33,8 @@ ROUNDS = 16
 # What a layer's damping is chosen from, and on how many of its tiles.
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
 TRIAL_TILES = 4
+# What `Solution.spread` multiplies a row by, at most: one that gives almost nothing of what is wanted gives noise.
+MOST_GAIN = 2.0
 # Up to here double precision costs little; past it single precision with damping is what the time allows.
 DOUBLE_COLUMNS = 640
 
@@ -79,13 +81,32 @@ class Moments:
 @dataclass(frozen=True, eq=False)
 class Solution:
     """weights: float32 [OC, K] with exact zeros; bias: float32 [OC], what is to be added to the layer's output;
-    rows: of every tile; mask: bool [OC, K]; explained: share of the outputs' variance that is reproduced."""
+    rows, kept: rows and columns of every tile; mask: bool [OC, K]; explained: share of the outputs' variance that is
+    reproduced; system: what the weights are the solution of."""
 
     weights: Floats
     bias: Floats
     rows: tuple[Ints, ...]
+    kept: tuple[npt.NDArray[np.int64], ...]
     mask: npt.NDArray[np.bool_]
     explained: float
+    system: _System
+
+    def towards(self, cross: Array, outputs: Array) -> Solution:
+        """The same columns, fitted to other outputs for the same inputs; cross, outputs: as in `Moments`."""
+        self.system.aim(cross, outputs)
+        solved = np.zeros_like(self.weights)
+        for members, kept in zip(self.rows, self.kept, strict=True):
+            solved[np.ix_(members, kept)] = self.system.fit(members, kept)
+        return replace(self, weights=solved, bias=self.system.bias(solved))
+
+    def spread(self, share: float) -> Solution:
+        """Each row grown until its outputs are spread as the wanted ones (share 1), or only part of the way there. A
+        fit gives less than what was wanted, the less the worse it is; its mean stays."""
+        gain = self.system.lacking(self.weights) ** share
+        grown = np.asarray(self.weights * gain[:, None], np.float32)
+        moved = (self.weights - grown) @ self.system.arrays.host(self.system.mean_in)
+        return replace(self, weights=grown, bias=np.asarray(self.bias + moved, np.float32))
 
 
 def choose_damping(
@@ -161,12 +182,15 @@ def solve(
     rows = list(tiles) if tiles is not None else _tiles(system, pattern, similar_rows)
     solved = np.zeros(weights.shape, np.float32)
     mask = np.zeros(weights.shape, bool)
+    columns = []
     for members in rows:
         kept = _keep(system, members, pattern, rounds)
+        columns.append(kept)
         mask[np.ix_(members, kept)] = True
         solved[np.ix_(members, kept)] = system.fit(members, kept)
+    system.forget()
     bias = system.bias(solved)
-    return Solution(solved, bias, tuple(rows), mask, system.explained(solved))
+    return Solution(solved, bias, tuple(rows), tuple(columns), mask, system.explained(solved), system)
 
 
 class _System:
@@ -174,7 +198,7 @@ class _System:
 
     def __init__(self, weights: Floats, moments: Moments, arrays: Arrays, intercept: bool) -> None:
         self.arrays = arrays
-        n = max(moments.count, 1)
+        n = self.count = max(moments.count, 1)
         self.mean_in = moments.inputs / n
         self.mean_out = moments.outputs / n
         covariance = moments.gram / n
@@ -188,7 +212,7 @@ class _System:
         size = covariance.shape[0]
         precise = arrays.double if size <= DOUBLE_COLUMNS else arrays.single
         mean = float(covariance.diagonal().sum()) / size
-        scale = mean if np.isfinite(mean) and mean > 1e-30 else 1.0
+        scale = self.scale = mean if np.isfinite(mean) and mean > 1e-30 else 1.0
         self.covariance = precise(covariance) / scale
         self.cross = precise(cross) / scale
         self.power = arrays.host(power) / scale
@@ -198,6 +222,7 @@ class _System:
 
     def damp(self, damping: float) -> None:
         """A with damping. What the inputs leave open is decided by the dense weights."""
+        self.damping = damping
         self.damped = self.covariance + damping * self.eye
         self.target = self.cross + damping * self.weights
 
@@ -216,6 +241,18 @@ class _System:
             return
         raise NotPositive("the inputs' covariance is not positive however much damping it gets")
 
+    def forget(self) -> None:
+        """Free what only the choice of columns needs."""
+        del self.inverse, self.best
+
+    def aim(self, cross: Array, outputs: Array) -> None:
+        """Fit to other outputs from now on, with their sums as in `Moments`."""
+        self.mean_out = outputs / self.count
+        cross = cross / self.count
+        if self.intercept:
+            cross = cross - self.mean_out[:, None] * self.mean_in[None, :]
+        self.target = self.precise(cross) / self.scale + self.damping * self.weights
+
     def importance(self) -> Floats:
         """What removing one column alone costs each row, [OC, K]."""
         return np.asarray(self.arrays.host(self.best * self.best / self.inverse.diagonal()[None, :]), np.float32)
@@ -233,6 +270,13 @@ class _System:
         if not self.intercept:
             return np.zeros(len(solved), np.float32)
         return np.asarray(self.arrays.host(self.mean_out) - solved @ self.arrays.host(self.mean_in), np.float32)
+
+    def lacking(self, solved: Floats) -> Floats:
+        """By how much the spread of every row's outputs falls short of the wanted one's: 1 to MOST_GAIN."""
+        weights = self.precise(self.arrays.load(solved))
+        given = self.arrays.host(((weights @ self.covariance) * weights).sum(1))
+        ratio = np.sqrt(np.maximum(self.power, 0) / np.maximum(given, 1e-30))
+        return np.asarray(np.clip(ratio, 1, MOST_GAIN), np.float32)
 
     def explained(self, solved: Floats) -> float:
         weights = self.precise(self.arrays.load(solved))

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target
+from colonnade.sparsify.samples import Layer, Values
 from colonnade.sparsify.select import as_matrix, from_matrix, select
-from colonnade.sparsify.sequential import Layer, Values
 
 if TYPE_CHECKING:
     import onnx

@@ -7,6 +7,7 @@ layer's mean output loses goes into its bias or, where a BatchNorm follows, into
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -14,17 +15,24 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.arrays import Arrays, HostArrays, NumpyArrays, TorchArrays
 from colonnade.sparsify.masks import remove_masks, set_mask
-from colonnade.sparsify.sequential import Layer, LayerResult, Options, Values, prune_chain
+from colonnade.sparsify.samples import Layer, Rectifier, Values
+from colonnade.sparsify.sequential import LayerResult, Options, prune_chain
 
 Weighted = (nn.Conv1d, nn.Conv2d, nn.Linear)
 Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
+# Modules, functions and methods, and what their output reaches at most.
+RECTIFIERS: dict[Any, float] = {
+    nn.ReLU: math.inf, nn.ReLU6: 6.0, torch.relu: math.inf, torch.relu_: math.inf, functional.relu: math.inf,
+    functional.relu6: 6.0, "relu": math.inf, "relu_": math.inf,
+}  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
@@ -189,12 +197,16 @@ class TorchChain:
         source = cast(fx.Node, node.args[0]).name
         residual = self._residual(node, end)
         intercept = norm is not None or module.bias is not None
+        rectifier = self._rectifier(end if residual is None else next(iter(end.users)), module, norm, scale)
         if isinstance(module, nn.Linear):
-            return Layer(str(node.target), weight, source, scale=scale, residual=residual, intercept=intercept)
+            return Layer(
+                str(node.target), weight, source, scale=scale, residual=residual, intercept=intercept,
+                rectifier=rectifier,
+            )  # fmt: skip
         two = [part if len(part) == 2 else (1, *part) for part in (module.stride, module.dilation)]
         return Layer(
             str(node.target), weight, source, (two[0][0], two[0][1]), _padding(module), (two[1][0], two[1][1]),
-            module.groups, scale, residual, intercept,
+            module.groups, scale, residual, intercept, rectifier,
         )  # fmt: skip
 
     def _residual(self, node: fx.Node, end: fx.Node) -> str | None:
@@ -207,6 +219,28 @@ class TorchChain:
             return None
         known = self.runner.position[others[0]] < self.runner.position[node]
         return others[0].name if known else None
+
+    def _rectifier(
+        self, end: fx.Node, module: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d | None, scale: Floats | None
+    ) -> Rectifier | None:
+        """The ReLU or ReLU6 that is the only reader of a layer's (scaled) output, or of its sum with the residual."""
+        users = list(end.users)
+        most = self._most(users[0]) if len(users) == 1 else None
+        if most is None:
+            return None
+        bias = cast(Tensor | None, module.bias)
+        offset = torch.zeros(len(cast(Tensor, module.weight))) if bias is None else bias.detach().float().cpu()
+        if norm is not None and scale is not None:
+            shift = torch.zeros(()) if norm.bias is None else norm.bias.detach().cpu()
+            offset = (offset - cast(Tensor, norm.running_mean).cpu()) * torch.from_numpy(scale) + shift
+        return Rectifier(offset.numpy().astype(np.float32), most)
+
+    def _most(self, node: fx.Node) -> float | None:
+        """What a ReLU's output reaches at most; None for everything else."""
+        if node.op == "call_module":
+            module = self.model.get_submodule(str(node.target))
+            return RECTIFIERS.get(type(module))
+        return RECTIFIERS.get(node.target)
 
     def inputs(self) -> list[Values]:
         name = self.runner.needed[0].name
