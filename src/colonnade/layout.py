@@ -86,8 +86,8 @@ class Planes:
     def held(self, phase: tuple[int, int]) -> tuple[slice, slice]:
         """Rows and columns of a plane of ``phase`` that hold pixels."""
         (sy, sx), (py, px) = self.phases, phase
-        first = max(0, -(px // sx))
-        last = min(first + len(range(first * sx + px, self.width, sx)), self.pitch)
+        first = min(max(0, -(px // sx)), self.pitch)
+        last = max(first, min(first + len(range(first * sx + px, self.width, sx)), self.pitch))
         return slice(0, len(range(py, self.height, sy))), slice(first, last)
 
     @property
@@ -122,7 +122,8 @@ class Planes:
     def picked(self, images: npt.NDArray[np.float32], phase: tuple[int, int]) -> npt.NDArray[np.float32]:
         """A view of those pixels of ``images`` [N, H, W] that a plane of ``phase`` holds."""
         (sy, sx), (py, px), columns = self.phases, phase, self.held(phase)[1]
-        return images[:, py::sy, columns.start * sx + px : (columns.stop - 1) * sx + px + 1 : sx]
+        first = columns.start * sx + px
+        return images[:, py::sy, first : first + max(columns.stop - columns.start, 0) * sx : sx]
 
     def mask(self, phase: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
         """``valid`` as bits, lane 0 in bit 0 of byte 0; padded with zero bits to 64 bytes beyond the plane."""

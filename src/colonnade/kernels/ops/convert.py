@@ -164,8 +164,8 @@ def _to_planes(
     (oy, ox), (sy, sx) = layout.phases, stride
     held = [layout.held(phase) for phase in layout.stored_phases]
     shifts = np.array(
-        [py * sy * pitch + (columns.start * ox + px) * sx for (py, px), (_, columns) in
-         zip(layout.stored_phases, held, strict=True)], np.int64,
+        [py * sy * pitch + (columns.start * ox + px) * sx if columns.stop > columns.start else 0
+         for (py, px), (_, columns) in zip(layout.stored_phases, held, strict=True)], np.int64,
     )  # fmt: skip
     return {
         "from": source,
