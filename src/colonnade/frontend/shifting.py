@@ -19,9 +19,7 @@ from colonnade.layout import Planes
 from colonnade.workload import Conv2d, ConvTranspose2d, Reach
 
 GAIN = 1.5  # what is saved over what the copies cost, at least
-TRANSFORMED = (
-    0.5  # of its columns kept, from which on Winograd's convolution, which reads no shifted planes, is quicker
-)
+TRANSFORMED = 0.5  # of a 3x3's columns kept, past which Winograd's convolution, for planes alone, is quicker
 SMALL = 8  # rows and columns up to which it is not, whatever is kept
 
 
