@@ -138,7 +138,9 @@ def test_the_static_ranking_of_rvv():
     assert ranked[0].kernel == "f32_spconv_8x2v__rvv" and not ranked[0].params["dense"]
     assert {c.params.get("prefetch", 0) for c in ranked} == {0}
     dense, _ = operands(conv, None, seed=0)
-    best = registry.candidates(dense, isa("rvv"), 1)[0]
+    first, *others = registry.candidates(dense, isa("rvv"), 1)
+    assert first.kernel.startswith("f32_winograd"), "a quarter of the multiplications, and all that it moves, is less"
+    best = next(c for c in others if c.kernel.startswith("f32_spconv"))
     rows, lmul = (int(x.rstrip("v")) for x in best.kernel.split("_")[2].split("x"))
     assert rows * lmul >= 20, "a dense tile and four columns fill the registers"
     assert np.isfinite([c.rank for c in ranked]).all()
