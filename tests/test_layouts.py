@@ -110,6 +110,21 @@ def test_small_maps_by_shifted_planes(isa, batch):
     reference.run(plan, inputs, check_feeding=True)
 
 
+@pytest.mark.parametrize("isa", MACHINE)
+def test_shifted_planes_into_panels(isa):
+    """What reads the ones and writes the others has the direct kernels alone, and they are right."""
+    costs = replace(COPIES, vector=16, copy=0.0, plane=1.0)
+    plan = check(bottlenecks(size=7), isa, layout_costs=costs)
+    both = [
+        s for s in plan.steps if isinstance(s.workload, Conv2d) and isinstance(s.output.layout, Panels)
+        and isinstance(s.inputs[0].layout, Planes) and s.inputs[0].planes.shifted
+    ]  # fmt: skip
+    assert both
+    for step in both:
+        found = candidates(step, isa, 1)
+        assert found and not any("winograd" in c.params for c in found)
+
+
 def test_shifted_planes_are_for_what_gains():
     """Not where a copy costs more, where depthwise kernels have taps beside their columns, or where Winograd's
     convolution is likely to be chosen."""

@@ -126,7 +126,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     readable = packing.direct(conv, source, layout)
     if readable and depthwise.applies(conv) and not source.shifted:
         yield from depthwise.candidates(step, isa, threads)
-    if readable and winograd.applies(step) and not source.shifted:
+    if readable and winograd.applies(step):
         yield from winograd.candidates(step, isa, registers.shapes(isa))
     lanes = layout.lanes
     pruned = not tables.tiling(step, dense_tile=0).is_dense

@@ -152,9 +152,12 @@ def lines(program: Program, lmul: int, source: str, target: str, suffix: str = "
 
 
 def applies(step: Operands) -> bool:
-    """Is it a dense-able 3x3 convolution at stride 1 without dilation and groups, whose limits leave halos at zero?"""
-    conv = step.workload
+    """Is it a dense-able 3x3 convolution at stride 1 without dilation and groups, whose limits leave halos at zero,
+    and whose input has its columns as they are?"""
+    conv, source = step.workload, step.inputs[0].grid
     assert isinstance(conv, Conv2d)
+    if source.shifted:
+        return False
     if not conv.epilogue.activation.low <= 0 <= conv.epilogue.activation.high:
         return False
     shape = (conv.kernel, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
