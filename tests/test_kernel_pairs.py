@@ -12,11 +12,12 @@ from kernel_harness import Case, need, run
 
 from colonnade.arranging import sizes
 from colonnade.codegen.in_process import Program
-from colonnade.frontend import imported
+from colonnade.frontend import LayoutCosts, imported
 from colonnade.kernels import registry
 from colonnade.kernels.isa import Isa, available, isa
 from colonnade.kernels.ops import pairs
 from colonnade.kernels.registry import Candidate
+from colonnade.layout import Planes
 from colonnade.pattern import ColumnPattern
 from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, Epilogue
 from tests.models import export, onnxruntime_outputs
@@ -152,3 +153,18 @@ def test_sizes_count_what_is_there() -> None:
     assert found[first.name] == pytest.approx(1.0, rel=0.1)
     weight, bias = first.constants["weight"].reshape(8, 3), first.constants["bias"]
     assert found[second.name] == pytest.approx(np.sqrt((np.square(weight).sum(1) + bias**2).mean()), rel=0.15)
+
+
+def test_sizes_count_a_pixel_once() -> None:
+    """Shifted planes hold every pixel several times, and inputs are no larger for that."""
+    import torch
+
+    layers = [torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.Conv2d(64, 64, 3, 2, 1)]
+    model = export(torch.nn.Sequential(*layers).eval(), 1, 64, 7, 7)
+    plain, shifted = (
+        imported(model).arrange(LayoutCosts(vector=vector, copy=0.0, pick=1e6)).plan(()) for vector in (0, 16)
+    )
+    assert any(
+        s.output is not None and isinstance(s.output.layout, Planes) and s.output.planes.shifted for s in shifted.steps
+    )
+    assert sizes(shifted) == pytest.approx(sizes(plain), rel=1e-4)

@@ -45,8 +45,9 @@ def sizes(plan: Plan) -> dict[str, float]:
         if step.name in wanted:
             source = step.inputs[0]
             values = read_planes(arena, source)
-            # phases that nobody reads are not there, and read as zeros
-            there = len(source.planes.stored_phases) / np.prod(source.planes.phases)
+            # phases that nobody reads are not there, and read as zeros; shifted planes hold pixels several times
+            (sy, sx), stored = source.planes.phases, source.planes.stored_phases
+            there = len({(py % sy, px % sx) for py, px in stored}) / (sy * sx)
             found[step.name] = float(np.sqrt(np.square(values).mean(dtype=np.float64) / there))
 
     inputs = [{"name": port.name, "shape": port.shape, "dtype": port.dtype} for port in plan.inputs]
