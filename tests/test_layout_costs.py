@@ -52,14 +52,14 @@ def test_measured_once_and_taken_from_then_on(tmp_path: Path, monkeypatch: pytes
     db, target = tmp_path / "db", Local()
     machine = target.probe()
     portable, best = isa("portable"), machine.isas[0]
-    assert layouts.known(machine, portable, db) == LayoutCosts.of("portable")
+    assert layouts.known(machine, portable, db) == LayoutCosts.of(portable.name, portable.lanes)
     costs = layouts.measure(target, portable, db)
     assert all(ns > 0 for name, ns in asdict(costs).items() if name not in ("plane", "windows"))
-    assert costs != LayoutCosts.of("portable")
+    assert costs != LayoutCosts.of(portable.name, portable.lanes)
     assert layouts.known(machine, portable, db) == costs
     if best != portable:
-        assert layouts.known(machine, best, db) == LayoutCosts.of(best.name)
-    assert layouts.known(replace(machine, cpu="another"), portable, db) == LayoutCosts.of("portable")
+        assert layouts.known(machine, best, db) == LayoutCosts.of(best.name, best.lanes)
+    assert layouts.known(replace(machine, cpu="another"), portable, db) == LayoutCosts.of(portable.name, portable.lanes)
 
 
 def test_a_target_without_times_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def begins_outside(phases: tuple[int, int], kept: tuple[tuple[int, int], ...] | None) -> bool:
+    """Are some of the ``kept`` phases those of ``Planes.shifted``?"""
+    return any(not 0 <= px < phases[1] for _, px in kept or ())
+
+
 @dataclass(frozen=True)
 class Planes:
     """Geometry shared by all planes of one tensor. Lengths in elements (lanes) unless said otherwise.
@@ -81,7 +86,7 @@ class Planes:
     @property
     def shifted(self) -> bool:
         """Do some of the stored phases begin outside?"""
-        return self.kept_phases is not None and any(not 0 <= px < self.phases[1] for _, px in self.kept_phases)
+        return begins_outside(self.phases, self.kept_phases)
 
     def held(self, phase: tuple[int, int]) -> tuple[slice, slice]:
         """Rows and columns of a plane of ``phase`` that hold pixels."""

@@ -41,7 +41,7 @@ def known(machine: Machine, isa: Isa, db: Path | None = None) -> LayoutCosts:
         found = database.note(_name(machine, isa))
     finally:
         database.close()
-    default = LayoutCosts.of(isa.name)
+    default = LayoutCosts.of(isa.name, isa.lanes)
     if found is None:
         return default
     # what a later version measures as well keeps its default here
@@ -56,7 +56,7 @@ def measure(target: Target, isa: Isa, db: Path | None = None, toolchain: Toolcha
     if target.untimed:
         raise UserError(f"{target.name}: {target.untimed}; layout costs need a machine of its own")
     harness = Harness(target, isa, 1, toolchain)
-    costs = _costs(lambda step, feed: _fastest(harness, step, feed), LayoutCosts.of(isa.name))
+    costs = _costs(lambda step, feed: _fastest(harness, step, feed), LayoutCosts.of(isa.name, isa.lanes))
     database = Database(db)
     try:
         database.keep(_name(harness.machine, isa), json.dumps(asdict(costs)))

@@ -12,6 +12,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from colonnade.layout import begins_outside
 from colonnade.workload import Activation, Array, Workload, activation_of
 from colonnade.workload.typed import F32, lanes
 
@@ -33,7 +34,7 @@ class Tensor:
     @property
     def shifted(self) -> bool:
         """See ``layout.Planes``."""
-        return any(not 0 <= px < self.phases[1] for _, px in self.kept_phases or ())
+        return begins_outside(self.phases, self.kept_phases)
 
     @property
     def channels(self) -> int:

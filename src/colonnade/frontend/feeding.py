@@ -48,11 +48,11 @@ class LayoutCosts:
     windows: bool = False
 
     @classmethod
-    def of(cls, isa: str) -> LayoutCosts:
-        """What is known without measuring: ``docs/feeding.md`` says from where."""
-        if isa == "rvv":
-            return cls(plane=0.03, pick=0.03, windows=True)
-        return cls(vector=16 if isa == "avx512" else 8)
+    def of(cls, isa: str, lanes: int = 0) -> LayoutCosts:
+        """What is known without measuring: ``docs/feeding.md`` says from where. ``lanes`` of the ISA's vectors, 0 where
+        their length is known at run time only."""
+        costs = cls(plane=0.03, pick=0.03, windows=True) if isa == "rvv" else cls()
+        return replace(costs, vector=lanes)
 
 
 def fuse_prologues(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:

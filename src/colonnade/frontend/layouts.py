@@ -70,11 +70,9 @@ class Regions:
 
 def arrange(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
     """The steps with all that layouts need: copies into phases and wide halos, or panels where these cost less."""
-    from colonnade.frontend.shifting import shift
-
     steps = fuse_prologues(_join_phases(steps), costs)
     panels_for_strides(steps, costs)
-    return shift(insert_phases(isolate(steps, costs)), costs)
+    return insert_phases(isolate(steps, costs))
 
 
 def _join_phases(steps: list[Draft]) -> list[Draft]:

@@ -63,14 +63,13 @@ def _can(step: Draft) -> bool:
 
 def _saved(region: list[Draft], wide: list[Draft], regions: Regions, costs: LayoutCosts) -> float:
     """Nanoseconds of multiply-adds on lanes that are no pixels."""
-    ns = 0.0
+    ns, narrow = 0.0, max(tensor.shape[3] for tensor in _tied(region))
     for step in region:
         conv, output = step.workload, step.output
         if not isinstance(conv, Conv2d) or is_depthwise(conv) or output is None:
             continue
         n, _, height, width = output.shape
         pitch, rows = regions.size(output)
-        narrow = max(tensor.shape[3] for tensor in _tied(output, region))
         kept = int((step.constants["weight"] != 0).sum())
         lanes = (Planes(n, height, width, p, rows).lanes for p in (pitch, narrow))
         before, after = (_turns(count, costs.vector) for count in lanes)
@@ -78,9 +77,8 @@ def _saved(region: list[Draft], wide: list[Draft], regions: Regions, costs: Layo
     return ns
 
 
-def _tied(output: Tensor, region: list[Draft]) -> Iterable[Tensor]:
+def _tied(region: list[Draft]) -> Iterable[Tensor]:
     """Tensors that a region's pitch has to hold: outputs, and inputs that are read without a stride."""
-    yield output
     for step in region:
         assert step.output is not None
         yield step.output

@@ -42,8 +42,7 @@ def masks(layout: Planes) -> tuple[Const, int, int]:
 
 def extents(layout: Planes) -> Const:
     """uint32 [phases, 2]: rows and columns of pixels in a plane of every stored phase."""
-    (sy, sx), height, width = layout.phases, layout.height, layout.width
-    return u32([(len(range(py, height, sy)), len(range(px, width, sx))) for py, px in layout.stored_phases])
+    return u32([(rows.stop, columns.stop) for rows, columns in map(layout.held, layout.stored_phases)])
 
 
 def same_places(*tensors: Placed) -> bool:
