@@ -179,9 +179,10 @@ CONVERSIONS = ("convert", "interleave", "reorder")  # steps that only move what 
 
 def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str, Any]:
     described = lowered.description(model)
-    steps, images = [], model.plan.images
-    for bound in model.steps:
+    steps = []
+    for index, bound in enumerate(model.steps):
         step = bound.step
+        images = model.plan.images if index < model.plan.once else 1
         steps.append(
             {
                 "name": step.name,
@@ -207,7 +208,7 @@ def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str
         "compiler": toolchain.version,
         "inputs": described["inputs"],
         "outputs": described["outputs"],
-        "images_in_turn": images,
+        "images_in_turn": model.plan.images,
         "arena_bytes": model.plan.arena,
         "conversions": [
             {"name": step["name"], "bytes": step["activation_bytes"]}

@@ -80,6 +80,8 @@ class Plan:
     """A whole model. ``arena`` is its size in bytes, with slack for vector reads past the last plane's end.
 
     ``images``: the steps are run so many times, each time for the next of that many equal parts of the ports' arrays.
+    ``seam``: what they hand to those steps that are run once for all images: an array that the former export to, an
+    equal part each, and the latter, from the one that imports it on, read whole.
     """
 
     name: str
@@ -89,3 +91,12 @@ class Plan:
     buffers: tuple[Buffer, ...]
     arena: int
     images: int = 1
+    seam: Port | None = None
+
+    @property
+    def once(self) -> int:
+        """The first step that is run once for all images."""
+        names = (
+            i for i, step in enumerate(self.steps) if self.seam and step.external == self.seam.name and not step.inputs
+        )
+        return next(names, len(self.steps))

@@ -63,14 +63,18 @@ class Program:
         every step."""
         inputs = {p.name: np.ascontiguousarray(feeds[p.name], p.dtype).reshape(p.shape) for p in self.plan.inputs}
         outputs = {p.name: np.empty(p.shape, p.dtype) for p in self.plan.outputs}
-        images = self.plan.images
-        for index in range(images):
+        images, seam = self.plan.images, self.plan.seam
+        between = {} if seam is None else {seam.name: np.empty(seam.shape, seam.dtype)}
+        once = {id(step) for step in self.plan.steps[self.plan.once :]}
+        for index in range(images + (seam is not None)):  # the last time, the steps for all images
             for kernel, image, outside, step, first in self._calls:
+                if (id(step) in once) != (index == images):
+                    continue
                 if first and before is not None:
                     before(step, self._arena)
                 for at, name in outside:
-                    array = (outputs if step.inputs else inputs)[name]
-                    _point(image, at, array.ctypes.data + index * (array.nbytes // images))
+                    array = ((outputs if step.inputs else inputs) | between)[name]
+                    _point(image, at, array.ctypes.data + index % images * (array.nbytes // images))
                 kernel(image.ctypes.data, 0, 1)
         return outputs
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,8 +117,10 @@ def tail(model: Model, weights_bytes: int, checksum: tuple[int, int]) -> str:
             f"    .output_count = {len(plan.outputs)},",
             "    .step_names = step_names,",
             f"    .step_count = {len(model.steps)},",
+            f"    .once = {plan.once},",
             f"    .threads = {model.threads},",
             f"    .images = {plan.images},",
+            f"    .seam_bytes = {0 if plan.seam is None else _size(plan.seam)},",
             f"    .weights_bytes = {weights_bytes},",
             f"    .weights_checksum = {{{sums}}},",
             f"    .arena_bytes = {round_up(plan.arena, PAGE)},",
@@ -128,6 +130,7 @@ def tail(model: Model, weights_bytes: int, checksum: tuple[int, int]) -> str:
             "    .fill = fill,",
             "    .bind = bind,",
             "    .steps = steps,",
+            f"    .rest = {'NULL' if plan.seam is None else 'rest'},",
             "};",
             "",
         ]
@@ -214,8 +217,9 @@ def _number(value: int | float, member: Member) -> str:
 
 
 def _bind(model: Model) -> str:
-    sources = {port.name: f"inputs[{i}]" for i, port in enumerate(model.plan.inputs)}
-    sinks = {port.name: f"outputs[{i}]" for i, port in enumerate(model.plan.outputs)}
+    seam = [] if model.plan.seam is None else [model.plan.seam]  # the runtime gives it behind the user's arrays
+    sources = {port.name: f"inputs[{i}]" for i, port in enumerate((*model.plan.inputs, *seam))}
+    sinks = {port.name: f"outputs[{i}]" for i, port in enumerate((*model.plan.outputs, *seam))}
     lines = [
         "/* The user's arrays, at every run. */",
         "static void bind(void *args, const void *const *inputs, void *const *outputs)",
@@ -233,14 +237,23 @@ def _bind(model: Model) -> str:
 
 
 def _steps(model: Model) -> str:
+    once = model.plan.once
+    parts = [_function("steps", model, range(once))]
+    if model.plan.seam is not None:
+        parts.append("/* once, for all images */\n" + _function("rest", model, range(once, len(model.steps))))
+    return "\n".join(parts)
+
+
+def _function(name: str, model: Model, indices: Iterable[int]) -> str:
     lines = [
-        "static void steps(const void *args, const cn_run *run, unsigned thread, unsigned threads)",
+        f"static void {name}(const void *args, const cn_run *run, unsigned thread, unsigned threads)",
         "{",
         "    const struct args *a = args;",
         "    const struct kernels *k = &a->kernels;",
         "    (void)k, (void)thread, (void)threads;",
     ]
-    for index, bound in enumerate(model.steps):
+    for index in indices:
+        bound = model.steps[index]
         step = bound.step
         title = f"{index} {_comment(step.name)}"
         lines += ["", *_wrap(f"{title}: {_comment(step.workload.key()).replace(',', ', ')}")]
@@ -264,12 +277,15 @@ def _ports(what: str, ports: Sequence[Port]) -> str:
         lines.append(f"static const int64_t {what[:-1]}_shape_{i}[] = {{{dims}}};")
     lines.append(f"static const colonnade_port {what}[] = {{")
     for i, port in enumerate(ports):
-        size = math.prod(port.shape) * np.dtype(port.dtype).itemsize
         name = _quote(port.name)
-        lines.append(f'    {{{name}, "{port.dtype}", {what[:-1]}_shape_{i}, {len(port.shape)}, {size}}},')
+        lines.append(f'    {{{name}, "{port.dtype}", {what[:-1]}_shape_{i}, {len(port.shape)}, {_size(port)}}},')
     if not ports:
         lines.append("    {0}")
     return "\n".join([*lines, "};", ""])
+
+
+def _size(port: Port) -> int:
+    return math.prod(port.shape) * np.dtype(port.dtype).itemsize
 
 
 def _port(port: Port) -> dict[str, object]:

@@ -79,13 +79,13 @@ def imported(
         return importer
 
     whole = at(batch)
-    importer, images = (whole, 1) if left else one_by_one(whole, lambda: at(1))
-    return Imported(name, importer, left, images)
+    importer, images, seam = (whole, 1, None) if left else one_by_one(whole, lambda: at(1))
+    return Imported(name, importer, left, images, seam)
 
 
 @dataclass(eq=False)
 class Imported:
-    """A model as steps without layouts, to be run for ``images`` in turn; ``arrange`` may be called once.
+    """A model as steps without layouts, to be run for ``images`` in turn up to ``seam``; call ``arrange`` once.
 
     ``cut``: the operators that were left behind the outputs it was cut at, with their numbers; for the host to run.
     """
@@ -94,6 +94,7 @@ class Imported:
     importer: Importer
     cut: str = ""
     images: int = 1
+    seam: Port | None = None
 
     def arrange(self, costs: LayoutCosts | None = None) -> Arranged:
         """Assign layouts by what moving data costs; ``LayoutCosts.of(isa)`` knows that of an ISA."""
@@ -102,7 +103,7 @@ class Imported:
         for draft in drafts:
             draft.workload = _with_sparsity(draft)
         found = panels.edges(drafts, costs.windows)
-        return Arranged(self.name, self.importer, self.images, drafts, found, panels.chosen(found, costs))
+        return Arranged(self.name, self.importer, self.images, self.seam, drafts, found, panels.chosen(found, costs))
 
 
 @dataclass(eq=False)
@@ -116,6 +117,7 @@ class Arranged:
     name: str
     importer: Importer
     images: int
+    seam: Port | None
     drafts: list[Draft]
     found: list[panels.Edges]
     default: frozenset[int]
@@ -133,7 +135,7 @@ class Arranged:
         plan = _place_all(self.name, self.importer, self.drafts, tensors)
         inputs, outputs = (tuple(self._port(port) for port in ports) for ports in (plan.inputs, plan.outputs))
         steps = tuple(replace(s, rms=self.rms.get(s.name)) for s in plan.steps) if self.rms else plan.steps
-        return replace(plan, inputs=inputs, outputs=outputs, images=self.images, steps=steps)
+        return replace(plan, inputs=inputs, outputs=outputs, images=self.images, seam=self.seam, steps=steps)
 
     def _port(self, port: Port) -> Port:
         return replace(port, shape=(self.images * port.shape[0], *port.shape[1:])) if self.images > 1 else port

@@ -7,8 +7,7 @@ with what it should read, zero halos included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +25,31 @@ def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> 
     Raises:
         AssertionError: a convolution would not find its operands in the arena.
     """
-    if plan.images > 1:
-        one = replace(plan, images=1, outputs=tuple(replace(p, shape=(1, *p.shape[1:])) for p in plan.outputs))
-        parts = {name: np.split(np.asarray(array), plan.images) for name, array in inputs.items()}
-        runs = [run(one, {n: a[i] for n, a in parts.items()}, check_feeding) for i in range(plan.images)]
-        return {port.name: np.concatenate([outputs[port.name] for outputs in runs]) for port in plan.outputs}
     arena = np.zeros(plan.arena, np.uint8)
     arena.view(np.float32)[:] = np.nan
-    shapes = {port.name: port.shape for port in plan.outputs}
-    outputs: dict[str, Array] = {}
-    for step in plan.steps:
+    given = {name: np.asarray(array) for name, array in inputs.items()}
+    parts: dict[str, list[Array]] = {}
+    for image in range(plan.images):
+        here = {n: np.split(a, plan.images)[image] for n, a in given.items()} if plan.images > 1 else given
+        _run(plan.steps[: plan.once], arena, here, parts, check_feeding)
+    if plan.seam is not None:
+        seam = {plan.seam.name: np.concatenate([p.reshape(-1) for p in parts[plan.seam.name]])}
+        _run(plan.steps[plan.once :], arena, seam, parts, check_feeding)
+    return {p.name: np.concatenate([a.reshape(-1) for a in parts[p.name]]).reshape(p.shape) for p in plan.outputs}
+
+
+def _run(
+    steps: Sequence[Step],
+    arena: npt.NDArray[np.uint8],
+    inputs: Mapping[str, Array],
+    outputs: dict[str, list[Array]],
+    check_feeding: bool,
+) -> None:
+    """These steps once; what they export is appended to ``outputs``."""
+    for step in steps:
         if step.external and not step.inputs:
             assert step.output is not None
-            given = np.asarray(inputs[step.external])
+            given = inputs[step.external]
             shaped = given if isinstance(step.workload, Cast) else given.astype(np.float32).reshape(step.output.shape)
             write_planes(arena, step.output, step.workload.reference(shaped), VECTOR)
             continue
@@ -47,10 +58,9 @@ def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> 
             _check_feeding(arena, step, values[0])
         result = evaluate(step.workload, values, step.constants)
         if step.output is None:
-            outputs[step.external] = result.reshape(shapes[step.external]).copy()
+            outputs.setdefault(step.external, []).append(np.array(result))
         else:
             write_planes(arena, step.output, result.reshape(step.output.shape), VECTOR)
-    return outputs
 
 
 def _in_place(step: Step) -> bool:

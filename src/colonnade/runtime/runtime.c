@@ -24,9 +24,11 @@ struct colonnade_model {
     char *weights;
     char *block; /* activations and scratch, in one mapping */
     size_t block_bytes;
+    char *seam; /* in that block */
     void *args;
-    const void **inputs; /* the user's arrays, from the image at hand on */
+    const void **inputs; /* the user's arrays, from the image at hand on, and the seam */
     void **outputs;
+    cn_part *part; /* what the threads run */
     uint64_t *ends; /* of every step, when somebody profiles */
 };
 
@@ -128,7 +130,8 @@ static int map_weights(colonnade_model *model, const char *path, message to)
 static int map_block(colonnade_model *model, message to)
 {
     const size_t scratch = cn_program.shared_bytes + (size_t)cn_program.scratch_bytes * model->threads;
-    const size_t bytes = (cn_program.arena_bytes + scratch + PAGE - 1) / PAGE * PAGE;
+    const size_t seam = (cn_program.arena_bytes + scratch + 63) / 64 * 64;
+    const size_t bytes = (seam + cn_program.seam_bytes + PAGE - 1) / PAGE * PAGE;
     const size_t align = bytes >= HUGE_PAGE ? HUGE_PAGE : PAGE;
     char *base = mmap(NULL, bytes + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED)
@@ -140,6 +143,7 @@ static int map_block(colonnade_model *model, message to)
     /* tests: whatever a step reads before it was written is NaN */
     if (getenv("COLONNADE_POISON")) memset(start, 0xff, bytes);
     model->block = start;
+    model->seam = start + seam;
     model->block_bytes = bytes;
     return COLONNADE_OK;
 }
@@ -182,7 +186,7 @@ int colonnade_create(const char *weights_path, int threads, colonnade_model **ou
 static void work(void *context, unsigned thread, unsigned threads)
 {
     const colonnade_model *model = context;
-    cn_program.steps(model->args, &model->run, thread, threads);
+    model->part(model->args, &model->run, thread, threads);
 }
 
 static int runnable(const colonnade_model *model, const void *const *inputs, void *const *outputs)
@@ -195,13 +199,16 @@ static int runnable(const colonnade_model *model, const void *const *inputs, voi
     return model->owner == getpid() ? COLONNADE_OK : COLONNADE_FORKED;
 }
 
-/* the steps, for the part of the user's arrays that belongs to `image` */
-static void run_image(colonnade_model *model, const void *const *inputs, void *const *outputs, unsigned image)
+/* the steps of `part`, on the arrays from what belongs to `image` on */
+static void run_part(colonnade_model *model, cn_part *part, const void *const *inputs, void *const *outputs, unsigned image)
 {
+    model->part = part;
     for (size_t i = 0; i < cn_program.input_count; i++)
         model->inputs[i] = cn_at(inputs[i], image * (cn_program.inputs[i].bytes / cn_program.images));
     for (size_t i = 0; i < cn_program.output_count; i++)
         model->outputs[i] = cn_at(outputs[i], image * (cn_program.outputs[i].bytes / cn_program.images));
+    model->inputs[cn_program.input_count] = model->seam;
+    model->outputs[cn_program.output_count] = model->seam + image * (cn_program.seam_bytes / cn_program.images);
     cn_program.bind(model->args, model->inputs, model->outputs);
     if (model->run.team)
         cn_team_run(model->run.team, work, model);
@@ -212,9 +219,10 @@ static void run_image(colonnade_model *model, const void *const *inputs, void *c
 int colonnade_run(colonnade_model *model, const void *const *inputs, void *const *outputs)
 {
     const int code = runnable(model, inputs, outputs);
-    for (unsigned image = 0; code == COLONNADE_OK && image < cn_program.images; image++)
-        run_image(model, inputs, outputs, image);
-    return code;
+    if (code != COLONNADE_OK) return code;
+    for (unsigned image = 0; image < cn_program.images; image++) run_part(model, cn_program.steps, inputs, outputs, image);
+    if (cn_program.rest) run_part(model, cn_program.rest, inputs, outputs, 0);
+    return COLONNADE_OK;
 }
 
 int colonnade_profile(colonnade_model *model, const void *const *inputs, void *const *outputs, uint64_t *ns_per_step)
@@ -223,11 +231,13 @@ int colonnade_profile(colonnade_model *model, const void *const *inputs, void *c
     if (code != COLONNADE_OK) return code;
     memset(ns_per_step, 0, cn_program.step_count * sizeof *ns_per_step);
     model->run.clock = model->ends;
-    for (unsigned image = 0; image < cn_program.images; image++) {
+    const unsigned parts = cn_program.images + (cn_program.rest ? 1 : 0);
+    for (unsigned turn = 0; turn < parts; turn++) {
+        const int last = turn == cn_program.images; /* the part for all images */
         uint64_t before = cn_now();
-        run_image(model, inputs, outputs, image);
-        for (size_t i = 0; i < cn_program.step_count; before = model->ends[i++])
-            ns_per_step[i] += model->ends[i] - before;
+        run_part(model, last ? cn_program.rest : cn_program.steps, inputs, outputs, last ? 0 : turn);
+        const size_t first = last ? cn_program.once : 0, end = last ? cn_program.step_count : cn_program.once;
+        for (size_t i = first; i < end; before = model->ends[i++]) ns_per_step[i] += model->ends[i] - before;
     }
     model->run.clock = NULL;
     return COLONNADE_OK;

@@ -43,6 +43,8 @@ static inline cn_kernel *cn_find(const cn_entry *table, const char *symbol)
     return table->kernel;
 }
 
+typedef void cn_part(const void *args, const cn_run *run, unsigned thread, unsigned threads);
+
 typedef struct {
     const char *name;
     const char *isa;
@@ -51,8 +53,10 @@ typedef struct {
     const colonnade_port *inputs, *outputs;
     const char *const *step_names;
     size_t input_count, output_count, step_count;
+    size_t once;                  /* the first step of `rest` */
     unsigned threads;             /* the number to use when nobody says otherwise */
     unsigned images;              /* equal parts of every input and output, for which the steps run in turn */
+    uint64_t seam_bytes;          /* that they leave for `rest`, all images together */
     uint64_t weights_bytes;       /* of the whole file */
     uint64_t weights_checksum[2]; /* of the constants, see runtime.c */
     uint64_t arena_bytes;         /* activations */
@@ -63,8 +67,10 @@ typedef struct {
     void (*fill)(void *args, char *arena, char *scratch, const char *weights);
     /* point those that read or write the user's arrays at them */
     void (*bind)(void *args, const void *const *inputs, void *const *outputs);
-    /* the whole model, by one of `threads` threads */
-    void (*steps)(const void *args, const cn_run *run, unsigned thread, unsigned threads);
+    /* the whole model for one image, by one of `threads` threads */
+    cn_part *steps;
+    /* what is run once, for all images, after that; or null. The seam is one input and one output more. */
+    cn_part *rest;
 } cn_program_t;
 
 extern const cn_program_t cn_program;
