@@ -19,6 +19,8 @@ from colonnade.kernels import registry
 from colonnade.kernels.isa import isa
 from colonnade.plan import Plan
 from colonnade.runtime.session import Session
+from colonnade.targets import Local
+from colonnade.tune import tune
 from tests.models import Builder
 
 PORTABLE = isa("portable")
@@ -103,3 +105,10 @@ def test_a_bundle_runs_its_images_in_turn(kind: str, tmp_path: Path, monkeypatch
     assert macs == {step.name: count * step.workload.macs for step, count in zip(plan.steps, runs(plan), strict=True)}
     assert len(set(runs(plan))) == (2 if kind == "classifier" else 1)
     assert bundle.manifest["images_in_turn"] == BATCH
+
+
+@pytest.mark.slow
+def test_steps_for_all_images_are_tuned_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = taken_apart(network("classifier"), monkeypatch)
+    found = tune(plan, Local(), Local().probe().pick_isa(), 1, 5.0, tmp_path / "t.db")
+    assert found.walks > 0 and not found.failures  # its second convolution adds what it reads

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.registry import Operands, structs
-from colonnade.layout import Panels, Placed, Planes, panel_lanes, round_up, write_planes
+from colonnade.layout import Panels, Placed, Planes, panel_lanes, read_planes, round_up, write_planes
 from colonnade.workload import Array, Convert, evaluate
 
 MAGIC = int.from_bytes(b"CNJOB1", "little")
@@ -118,6 +118,8 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
         write_planes(image, x, values, vector)
         spans += _extents(x, vector)
     segments += [Segment(0, a, image[a:b].tobytes()) for a, b in _merged(spans)]
+    if moved.inputs:  # as they stand there: a convolution may add what it reads
+        inputs = [read_planes(image, x, vector) for x in moved.inputs]
     result = reference(step, inputs)
     tolerance = TOLERANCE * max(
         float(np.abs(result, where=np.isfinite(result), out=np.zeros_like(result)).max()), 1e-30

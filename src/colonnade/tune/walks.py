@@ -187,12 +187,13 @@ def _problem(plan: Plan) -> Problem:
     """The whole plan on an arena of its own: random floats, zeros for whole numbers. Nothing is checked in it."""
     rng = np.random.default_rng(0)
     sizes: dict[str, int] = {}
-    for port in (*plan.inputs, *plan.outputs):
+    seam = [] if plan.seam is None else [plan.seam]
+    for port in (*plan.inputs, *plan.outputs, *seam):
         size = math.prod(port.shape) * np.dtype(port.dtype).itemsize
         sizes[port.name] = max(size, sizes.get(port.name, 0))
     places = {name: 1 + index for index, name in enumerate(sizes)}
     segments = []
-    for port in plan.inputs:
+    for port in (*plan.inputs, *seam):
         values = np.zeros(port.shape, port.dtype)
         if values.dtype.kind == "f":
             values = rng.standard_normal(port.shape).astype(port.dtype)
