@@ -1,0 +1,147 @@
+"""Large maps a few channels at a time: a convolution and the steps behind it that work channel by channel.
+
+What a stem writes (3.2 MB in a ResNet) has left the near caches when max pool reads it, and so has what the first layer
+of an inverted residual writes for the depthwise one. Where a convolution's output is read by one such step alone, both
+are cut into parts of some output channels each, and the part's map is read where it was just written. Tiles stay whole;
+whoever reads the result sees a list of planes, as of a concat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.frontend.feeding import is_depthwise
+from colonnade.pattern import discover
+from colonnade.workload import Conv2d, Convert, Pool2d, Workload, matrix
+
+LARGE = 1 << 20  # bytes of a map that is cut: more than a second cache keeps beside all else
+PART = 384 << 10  # bytes of a part's map, but for ...
+ROWS = 8  # ... the least channels of a part: fewer are no block of registers
+
+Places = npt.NDArray[np.int64]  # [C, 2]: of every channel, the tensor of a list and the channel in it
+
+
+def part(steps: list[Draft]) -> list[Draft]:
+    """The steps with large maps in parts."""
+    readers: dict[Tensor, list[Draft]] = {}
+    for step in steps:
+        for tensor in {tensor for value in step.inputs for tensor in value.tensors}:
+            readers.setdefault(tensor, []).append(step)
+    chains = {id(chain[-1]): chain for step in steps if (chain := _chain(step, readers))}
+    parted = {id(step) for chain in chains.values() for step in chain}
+    result: list[Draft] = []
+    replaced: dict[Tensor, tuple[list[Tensor], Places]] = {}
+    for step in steps:
+        for old, (new, where) in replaced.items():
+            step.inputs = [_relisted(value, old, new, where) for value in step.inputs]
+        if chain := chains.get(id(step), []):
+            made, ends, where = _parts(chain)
+            result += made
+            assert step.output is not None
+            replaced[step.output] = ends, where
+        elif id(step) not in parted:
+            result.append(step)
+    return result
+
+
+def _chain(conv: Draft, readers: dict[Tensor, list[Draft]]) -> list[Draft]:
+    """``conv`` and the steps behind it that are cut with it, or none."""
+    work, output = conv.workload, conv.output
+    if (
+        not isinstance(work, Conv2d)
+        or output is None
+        or work.groups != 1
+        or work.prologue is not None
+        or conv.panels
+        or len(conv.inputs) != 1
+        or 4 * prod(output.shape) <= LARGE
+    ):
+        return []
+    chain = [conv]
+    while output is not None and len(following := readers.get(output, [])) == 1 and _by_channel(following[0], output):
+        chain.append(following[0])
+        if not isinstance(following[0].workload, Convert):
+            return chain if len(_cuts(conv)) > 1 else []
+        output = following[0].output
+    return []
+
+
+def _by_channel(step: Draft, x: Tensor) -> bool:
+    """Does ``step`` compute each channel from the same one of ``x``, and of nothing else?"""
+    work = step.workload
+    if step.output is None or len(step.inputs) != 1 or step.inputs[0].tensor is not x or step.panels:
+        return False
+    if isinstance(work, Conv2d):
+        return (
+            is_depthwise(work) and work.out_channels == work.in_channels and set(step.constants) <= {"weight", "bias"}
+        )
+    return isinstance(work, Pool2d) or (isinstance(work, Convert) and work.kind == "planes")
+
+
+def _cuts(conv: Draft) -> list[npt.NDArray[np.int64]]:
+    """The output channels of every part: whole tiles, or neighbours where all is dense."""
+    work, output = conv.workload, conv.output
+    assert isinstance(work, Conv2d) and output is not None
+    most = max(PART * work.out_channels // (4 * prod(output.shape)) // ROWS * ROWS, ROWS)
+    tiled = discover(matrix(conv.constants["weight"]))
+    if tiled.is_dense:
+        return np.split(np.arange(work.out_channels), range(most, work.out_channels, most))
+    cuts: list[npt.NDArray[np.int64]] = []
+    for rows in (rows for tile in tiled.tiles for rows in np.split(tile.rows, range(most, tile.rows.size, most))):
+        if cuts and cuts[-1].size + rows.size <= most:
+            cuts[-1] = np.concatenate([cuts[-1], rows])
+        else:
+            cuts.append(rows.astype(np.int64))
+    return cuts
+
+
+def _parts(chain: Sequence[Draft]) -> tuple[list[Draft], list[Tensor], Places]:
+    """The steps of ``chain`` part by part, the tensors that the last ones write, and where its channels are."""
+    steps: list[Draft] = []
+    ends: list[Tensor] = []
+    cuts = _cuts(chain[0])
+    where = np.zeros((sum(map(len, cuts)), 2), np.int64)
+    for index, channels in enumerate(cuts):
+        where[channels] = np.stack([np.full(len(channels), index), np.arange(len(channels))], 1)
+        x = chain[0].inputs
+        for step in chain:
+            output = step.output
+            assert output is not None
+            shape = (output.shape[0], len(channels), *output.shape[2:])
+            mine = Tensor(f"{output.name}.{index}", shape, output.phases, output.kept_phases)
+            constants = {role: array[channels] for role, array in step.constants.items()}
+            steps.append(Draft(f"{step.name}.{index}", _fewer(step.workload, len(channels)), x, mine, constants))
+            x = [whole(mine)]
+        ends += x[0].tensors
+    return steps, ends, where
+
+
+def _fewer(work: Workload, count: int) -> Workload:
+    """The same for so many channels."""
+    if isinstance(work, Conv2d):
+        if is_depthwise(work):
+            return replace(work, in_channels=count, out_channels=count, groups=count)
+        return replace(work, out_channels=count)
+    if isinstance(work, Pool2d):
+        return replace(work, channels=count)
+    assert isinstance(work, Convert)
+    return replace(work, shape=(work.shape[0], count, *work.shape[2:]))
+
+
+def _relisted(value: Value, old: Tensor, new: list[Tensor], where: Places) -> Value:
+    """``value`` with the planes of ``old`` where they are now."""
+    if value.channels is None or old not in value.tensors:
+        return value
+    tensors = [tensor for tensor in value.tensors if tensor is not old]
+    at = value.tensors.index(old)
+    channels = value.planes.copy()
+    mine = channels[:, 0] == at
+    channels[~mine, 0] = [tensors.index(value.tensors[i]) for i in channels[~mine, 0]]
+    channels[mine] = where[channels[mine, 1]] + [len(tensors), 0]
+    return replace(value, tensors=(*tensors, *new), channels=channels.reshape(value.channels.shape))
