@@ -257,7 +257,8 @@ def scaling(
         Contender(s.name, Ours(b, builder.target, random_inputs(dict(b.manifest)), s.threads))
         for s, b in bundles.items()
     ]
-    results = alternate(contenders, peaks(builder, 1), blocks, block_s)
+    # every core must be undisturbed, and turns are few: a contender with several threads sees the slowest of them
+    results = alternate(contenders, peaks(builder, max(s.threads for s in bundles)), blocks, block_s)
     found = {}
     for setting, result in zip(bundles, results, strict=True):
         made = contender_record(result)

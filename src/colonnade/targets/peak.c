@@ -4,8 +4,8 @@
  *
  * Prints `gflops X` (all threads together, two operations a multiply-add) and `gbps Y` (bytes read / 1e9 / s; only
  * when READ_BYTES > 0). Each is the best of its repetitions: a limit is not a median. `pace Z` is one: the bytes / 1e9 / s
- * at which the first thread takes multiply-adds and additions from the second cache, the median of all passes. A
- * neighbour on the other half of the core, whom multiply-adds in registers hardly notice, slows it.
+ * at which a thread takes multiply-adds and additions from its second cache, the median of all passes and the lowest of
+ * all threads. A neighbour on the other half of a core, whom multiply-adds in registers hardly notice, slows it.
  * Independent chains of 6 and of 12 are tried: enough to hide the latency, few enough for 16 registers.
  */
 #define _GNU_SOURCE
@@ -66,7 +66,7 @@ static size_t read_bytes;
 static char *block;
 static unsigned threads;
 
-struct result { unsigned number; double flops, bytes, pace; };
+struct result { unsigned number; double flops, bytes, pace; float data[PACE_BYTES / 4 + 16]; double took[PASSES]; };
 
 static void *measure(void *argument)
 {
@@ -83,19 +83,15 @@ static void *measure(void *argument)
         if (six_rate > result->flops) result->flops = six_rate;
         if (twelve_rate > result->flops) result->flops = twelve_rate;
     }
-    if (result->number == 0) {
-        static float data[PACE_BYTES / 4];
-        static double took[PASSES];
-        size_t passes = 0;
-        for (size_t i = 0; i < PACE_BYTES / 4; i++) data[i] = 1.0f;
-        for (end = now() + seconds; passes < PASSES && (passes < 3 || now() < end); passes++) {
-            double t = now();
-            sink = pass(data, one, vl);
-            took[passes] = now() - t;
-        }
-        qsort(took, passes, sizeof *took, upwards);
-        result->pace = PACE_BYTES / took[passes / 2];
+    size_t passes = 0;
+    for (size_t i = 0; i < PACE_BYTES / 4; i++) result->data[i] = 1.0f;
+    for (end = now() + seconds; passes < PASSES && (passes < 3 || now() < end); passes++) {
+        double t = now();
+        sink = pass(result->data, one, vl);
+        result->took[passes] = now() - t;
     }
+    qsort(result->took, passes, sizeof *result->took, upwards);
+    result->pace = PACE_BYTES / result->took[passes / 2];
     if (!read_bytes) return 0;
     size_t share = read_bytes / threads / 4096 * 4096;
     const float *p = (const float *)(block + share * result->number);
@@ -128,19 +124,21 @@ int main(int argc, char **argv)
         /* zero pages may be shared: write each one */
         for (size_t i = 0; i < read_bytes; i += 64) block[i] = 1;
     }
-    struct result results[1024] = {{0}};
-    pthread_t ids[1024];
+    struct result *results = calloc(threads, sizeof *results);
+    pthread_t *ids = calloc(threads, sizeof *ids);
+    if (!results || !ids) return fprintf(stderr, "out of memory\n"), 4;
     for (unsigned i = 0; i < threads; i++) results[i].number = i;
     for (unsigned i = 1; i < threads; i++)
         if (pthread_create(&ids[i], 0, measure, &results[i])) return fprintf(stderr, "no threads\n"), 4;
     measure(&results[0]);
-    double flops = results[0].flops, bytes = results[0].bytes;
+    double flops = results[0].flops, bytes = results[0].bytes, pace = results[0].pace;
     for (unsigned i = 1; i < threads; i++) {
         pthread_join(ids[i], 0);
         flops += results[i].flops;
         bytes += results[i].bytes;
+        if (results[i].pace < pace) pace = results[i].pace;
     }
-    printf("gflops %.3f\npace %.3f\n", flops * 1e-9, results[0].pace * 1e-9);
+    printf("gflops %.3f\npace %.3f\n", flops * 1e-9, pace * 1e-9);
     if (read_bytes) printf("gbps %.3f\n", bytes * 1e-9);
     return 0;
 }

@@ -14,8 +14,8 @@ from colonnade.targets.base import Target
 @dataclass(frozen=True)
 class Peak:
     """``gflops``: f32, two operations a multiply-add, all threads together. ``gbps``: 10^9 bytes read from memory a
-    second; 0 when it was not measured. ``pace``: 10^9 bytes a second that the first thread takes from its second cache
-    with arithmetic on them, the median over the whole time: how the machine runs just now, and no limit."""
+    second; 0 when it was not measured. ``pace``: 10^9 bytes a second that the slowest thread takes from its second
+    cache with arithmetic on them, the median over the whole time: how the machine runs just now, and no limit."""
 
     gflops: float
     gbps: float = 0.0
