@@ -22,6 +22,7 @@ struct colonnade_model {
     unsigned threads;
     pid_t owner; /* a forked child has the memory but not the threads */
     char *weights;
+    size_t weights_bytes;
     char *block; /* activations and scratch, in one mapping */
     size_t block_bytes;
     char *seam; /* in that block */
@@ -92,8 +93,36 @@ static int intact(const char *weights)
     return sum == cn_program.weights_checksum[0] && sums == cn_program.weights_checksum[1];
 }
 
-/* Map the file and check that it is this model's, whole and undamaged. */
-static int map_weights(colonnade_model *model, const char *path, message to)
+/* `bytes` (whole pages) of zeros, in huge pages where there is room for one and the system has them; null: no memory. */
+static char *map_memory(size_t bytes)
+{
+    const size_t align = bytes >= HUGE_PAGE ? HUGE_PAGE : PAGE;
+    char *base = mmap(NULL, bytes + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) return NULL;
+    char *start = (char *)(((uintptr_t)base + align - 1) / align * align);
+    if (start > base) munmap(base, (size_t)(start - base));
+    if (start + bytes < base + bytes + align) munmap(start + bytes, (size_t)(base + align - start));
+    if (align == HUGE_PAGE) madvise(start, bytes, MADV_HUGEPAGE); /* a hint: it may be refused */
+    return start;
+}
+
+/* Up to `size` bytes of the file; how many there were, or -1. */
+static ssize_t read_all(int file, char *to, size_t size)
+{
+    size_t done = 0;
+    while (done < size) {
+        const ssize_t got = read(file, to + done, size - done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return -1;
+        if (got == 0) break;
+        done += (size_t)got;
+    }
+    return (ssize_t)done;
+}
+
+/* Read the file, and check that it is this model's, whole and undamaged. It is read rather than mapped for the huge
+ * pages: weights pass by once an inference, so each of a file's small pages is one more miss in the TLB. */
+static int read_weights(colonnade_model *model, const char *path, message to)
 {
     const int file = open(path, O_RDONLY | O_CLOEXEC);
     struct stat status;
@@ -102,49 +131,42 @@ static int map_weights(colonnade_model *model, const char *path, message to)
         close(file);
         return fail(to, COLONNADE_BAD_WEIGHTS, "%s: not a weights file", path);
     }
-    char *mapped = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, file, 0);
+    model->weights_bytes = (cn_program.weights_bytes + PAGE - 1) / PAGE * PAGE;
+    if (!(model->weights = map_memory(model->weights_bytes))) {
+        close(file);
+        return fail(to, COLONNADE_NO_MEMORY, "no memory for %zu bytes of weights", model->weights_bytes);
+    }
+    const ssize_t got = read_all(file, model->weights, cn_program.weights_bytes);
+    const int problem = errno;
     close(file);
-    if (mapped == MAP_FAILED) return fail(to, COLONNADE_NO_MEMORY, "%s: cannot be mapped: %s", path, strerror(errno));
+    if (got < 0) return fail(to, COLONNADE_BAD_WEIGHTS, "%s: %s", path, strerror(problem));
 
     header found;
-    memcpy(&found, mapped, sizeof found);
+    memcpy(&found, model->weights, sizeof found);
     const char *wrong = NULL;
     if (memcmp(found.magic, "COLONNAD", 8) != 0 || found.format != 1)
         wrong = "not a weights file of this format";
     else if (found.bytes != cn_program.weights_bytes ||
              memcmp(found.checksum, cn_program.weights_checksum, sizeof found.checksum) != 0)
         wrong = "does not belong to this model";
-    else if ((uint64_t)status.st_size != found.bytes)
+    else if ((uint64_t)status.st_size != found.bytes || (uint64_t)got != found.bytes)
         wrong = "is truncated; copy the bundle again";
-    else if (!intact(mapped))
+    else if (!intact(model->weights))
         wrong = "is damaged; copy the bundle again";
-    if (wrong) {
-        munmap(mapped, (size_t)status.st_size);
-        return fail(to, COLONNADE_BAD_WEIGHTS, "%s: %s", path, wrong);
-    }
-    model->weights = mapped;
-    return COLONNADE_OK;
+    return wrong ? fail(to, COLONNADE_BAD_WEIGHTS, "%s: %s", path, wrong) : COLONNADE_OK;
 }
 
-/* Activations and scratch on zero pages, huge ones where the system has them. */
+/* Activations and scratch, on zero pages. */
 static int map_block(colonnade_model *model, message to)
 {
     const size_t scratch = cn_program.shared_bytes + (size_t)cn_program.scratch_bytes * model->threads;
     const size_t seam = (cn_program.arena_bytes + scratch + 63) / 64 * 64;
-    const size_t bytes = (seam + cn_program.seam_bytes + PAGE - 1) / PAGE * PAGE;
-    const size_t align = bytes >= HUGE_PAGE ? HUGE_PAGE : PAGE;
-    char *base = mmap(NULL, bytes + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED)
-        return fail(to, COLONNADE_NO_MEMORY, "no memory for %zu bytes of activations", bytes);
-    char *start = (char *)(((uintptr_t)base + align - 1) / align * align);
-    if (start > base) munmap(base, (size_t)(start - base));
-    if (start + bytes < base + bytes + align) munmap(start + bytes, (size_t)(base + align - start));
-    if (align == HUGE_PAGE) madvise(start, bytes, MADV_HUGEPAGE); /* a hint: it may be refused */
+    model->block_bytes = (seam + cn_program.seam_bytes + PAGE - 1) / PAGE * PAGE;
+    if (!(model->block = map_memory(model->block_bytes)))
+        return fail(to, COLONNADE_NO_MEMORY, "no memory for %zu bytes of activations", model->block_bytes);
+    model->seam = model->block + seam;
     /* tests: whatever a step reads before it was written is NaN */
-    if (getenv("COLONNADE_POISON")) memset(start, 0xff, bytes);
-    model->block = start;
-    model->seam = start + seam;
-    model->block_bytes = bytes;
+    if (getenv("COLONNADE_POISON")) memset(model->block, 0xff, model->block_bytes);
     return COLONNADE_OK;
 }
 
@@ -170,7 +192,7 @@ int colonnade_create(const char *weights_path, int threads, colonnade_model **ou
     model->ends = calloc(cn_program.step_count + 1, sizeof *model->ends);
     const int there = model->args && model->inputs && model->outputs && model->ends;
     int code = there ? COLONNADE_OK : fail(to, COLONNADE_NO_MEMORY, "no memory");
-    if (code == COLONNADE_OK) code = map_weights(model, weights_path, to);
+    if (code == COLONNADE_OK) code = read_weights(model, weights_path, to);
     if (code == COLONNADE_OK) code = map_block(model, to);
     if (code == COLONNADE_OK && model->threads > 1 && !(model->run.team = cn_team_create(model->threads)))
         code = fail(to, COLONNADE_NO_MEMORY, "cannot start %u threads", model->threads);
@@ -248,7 +270,7 @@ void colonnade_destroy(colonnade_model *model)
     if (!model) return;
     if (model->owner == getpid()) cn_team_destroy(model->run.team);
     if (model->block) munmap(model->block, model->block_bytes);
-    if (model->weights) munmap(model->weights, cn_program.weights_bytes);
+    if (model->weights) munmap(model->weights, model->weights_bytes);
     free(model->args);
     free(model->inputs);
     free(model->outputs);
