@@ -184,8 +184,19 @@ def pools(draw) -> Pool2d:
     )
 
 
+@st.composite
+def stems(draw) -> Pool2d:
+    """Windows of three columns, two apart, as behind a stem: a row of them has a way of its own."""
+    top, left, below, right = (draw(st.integers(0, 1)) for _ in range(4))
+    return Pool2d(
+        "max", draw(batches), draw(channels), draw(st.integers(7, 12)), draw(st.integers(3, 90)),
+        (draw(st.integers(2, 4)), 3), (draw(st.integers(1, 3)), 2), (top, left, below, right),
+        (draw(st.integers(1, 2)), 1), draw(st.booleans()),
+    )  # fmt: skip
+
+
 @QUICK
-@given(pool=pools(), before=halos, after=halos, threads=threads_, seed=seeds, shift=st.sampled_from([0, -5]))
+@given(pool=pools() | stems(), before=halos, after=halos, threads=threads_, seed=seeds, shift=st.sampled_from([0, -5]))
 def test_pool(isa, pool, before, after, threads, seed, shift):
     """``shift`` makes all pixels negative: a zero halo read as data would win every maximum."""
     arrange = Arranger()

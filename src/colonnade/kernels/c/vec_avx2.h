@@ -49,6 +49,11 @@ VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill)
     return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, first), _mm256_castsi256_ps(first));
 }
 VEC_INLINE vec1_t vec1_keep(vec1_t v, size_t n) { return _mm256_and_ps(v, _mm256_castsi256_ps(vec_first(n))); }
+VEC_INLINE vec1_t vec1_follow(vec1_t before, vec1_t v)
+{
+    const __m256i middle = _mm256_castps_si256(_mm256_permute2f128_ps(before, v, 0x21));
+    return _mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(v), middle, 12));
+}
 /* two vectors that share element 7, so that element 2 * lanes is not touched */
 VEC_INLINE vec1_t vec_even(__m256 low, __m256 high)
 {

@@ -74,6 +74,11 @@ VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill)
 }
 /* the first n lanes of v, 0 in all the others */
 VEC_INLINE vec1_t vec1_keep(vec1_t v, size_t n) { return _mm512_maskz_mov_ps(vec_first(n), v); }
+/* the last lane of `before`, then v without its last one */
+VEC_INLINE vec1_t vec1_follow(vec1_t before, vec1_t v)
+{
+    return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(v), _mm512_castps_si512(before), 15));
+}
 /* p[0], p[step], p[2 * step], ...: nothing beyond the n-th (1 <= n <= lanes) is read, lanes from n on are 0 */
 VEC_INLINE vec1_t vec1_load_step_n(const float *p, size_t step, size_t n)
 {

@@ -46,6 +46,7 @@ VEC_INLINE vec1_t vec1_max_where(vec1_bits_t bits, vec1_t a, vec1_t b)
 }
 VEC_INLINE vec1_t vec1_load_or(const float *p, size_t n, float fill) { VEC_EACH((size_t)i < n ? p[i] : fill); }
 VEC_INLINE vec1_t vec1_keep(vec1_t v, size_t n) { VEC_EACH((size_t)i < n ? v.at[i] : 0.0f); }
+VEC_INLINE vec1_t vec1_follow(vec1_t before, vec1_t v) { VEC_EACH(i ? v.at[i - 1] : before.at[7]); }
 VEC_INLINE vec1_t vec1_load_step(const float *p, size_t step, size_t vl) { (void)vl; VEC_EACH(p[(size_t)i * step]); }
 VEC_INLINE vec1_t vec1_load_step_n(const float *p, size_t step, size_t n) { VEC_EACH((size_t)i < n ? p[(size_t)i * step] : 0.0f); }
 VEC_INLINE void vec1_split2(const float *p, vec1_t *a, vec1_t *b, size_t vl)
