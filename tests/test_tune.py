@@ -463,14 +463,14 @@ def test_heats_shorten_the_list_and_resume(tmp_path: Path) -> None:
     assert (state.running, state.best) == ((), field[1])
 
 
-def test_rivals_are_the_best_prefetch_of_every_way_near_the_best(tmp_path: Path) -> None:
+def test_rivals_are_the_best_prefetch_of_every_way_near_the_best_and_every_kernel_first(tmp_path: Path) -> None:
     def one(kernel: str, block: int, prefetch: int, ns: int) -> tuple[Candidate, Record]:
         candidate = Candidate(kernel, {"strip_block": block, "prefetch": prefetch})
         return candidate, Record(candidate.key(), "", 1, Measurement("ok", "", (ns,)))
 
     pairs = [one("a", 1, 0, 105), one("a", 1, 8, 100), one("a", 0, 8, 120), one("b", 1, 8, 130), one("c", 1, 8, 140)]
     candidates, records = [c for c, _ in pairs], [r for _, r in pairs]
-    assert rivals(candidates, records) == (candidates[1], candidates[2], candidates[3])
-    assert rivals(candidates, records, 2) == (candidates[1], candidates[2])
+    assert rivals(candidates, records) == (candidates[1], candidates[3], candidates[2])
+    assert rivals(candidates, records, 2) == (candidates[1], candidates[3])
     assert rivals(candidates[:2], records[:2]) == ()  # one way alone has nobody to meet
     assert decide(candidates, records) == candidates[1]

@@ -18,7 +18,7 @@ from colonnade.tune.search import FINAL, screened, times
 
 NETWORK = 4  # the stage of records taken in walks
 NEAR = 1.35  # of the best time by itself, to be a rival at all: loop orders change places by as much
-RIVALS = 10
+RIVALS = 12
 # (walks that a rival has to its name, factor of the best within which it stays): shorter and shorter lists
 HEATS = ((8, 1.12), (24, 1.05), (60, 1.02))
 
@@ -26,7 +26,9 @@ HEATS = ((8, 1.12), (24, 1.05), (60, 1.02))
 def rivals(candidates: Sequence[Candidate], records: Sequence[Record], most: int = RIVALS) -> tuple[Candidate, ...]:
     """Who may meet in the network: near the best by itself, the best prefetch distance of each kernel and loop order.
 
-    In the order of their times by themselves; empty where fewer than two were measured.
+    The best of each kernel comes first, then the others, each in the order of their times by themselves: what disturbs
+    the machine for a second slows some kernels by a fifth and others not at all, and ten loop orders of one of the
+    latter would leave no place to the former. Empty where fewer than two were measured.
     """
     found = screened(records)
     found.update(times(records, (FINAL,)))
@@ -35,7 +37,11 @@ def rivals(candidates: Sequence[Candidate], records: Sequence[Record], most: int
     for c in ordered:
         if found[c.key()] <= NEAR * found[ordered[0].key()]:
             ways.setdefault((c.kernel, *sorted((k, v) for k, v in c.params.items() if k != "prefetch")), c)
-    picked = tuple(ways.values())[:most]
+    first: dict[str, Candidate] = {}
+    for c in ways.values():
+        first.setdefault(c.kernel, c)
+    leaders = set(map(Candidate.key, first.values()))
+    picked = (*first.values(), *(c for c in ways.values() if c.key() not in leaders))[:most]
     return picked if len(picked) > 1 else ()
 
 
