@@ -135,7 +135,8 @@ def joined(values: list[Value], axis: int) -> Value:
 
 @dataclass(eq=False)
 class Draft:
-    """One step to be: see ``plan.Step``. ``panels``: a convolution that gathers its input, in whatever layout it is."""
+    """One step to be: see ``plan.Step``. ``panels``: a convolution that gathers its input, in whatever layout it is.
+    ``channels``: those of its output that the step writes, int64; all where None."""
 
     name: str
     workload: Workload
@@ -144,6 +145,7 @@ class Draft:
     constants: dict[str, Array] = field(default_factory=dict)
     external: str = ""
     panels: bool = False
+    channels: npt.NDArray[np.int64] | None = None
 
 
 def can_activate(step: Draft) -> bool:

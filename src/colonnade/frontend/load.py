@@ -177,7 +177,8 @@ def _place_all(name: str, importer: Importer, drafts: list[Draft], stored: Colle
     last: dict[Tensor, int] = {}
     for index, draft in enumerate(drafts):
         if draft.output is not None:
-            first[draft.output] = last[draft.output] = index
+            first.setdefault(draft.output, index)
+            last[draft.output] = index
         for value in draft.inputs:
             last.update(dict.fromkeys(value.tensors, index))
     held = _in_place_of_residuals(drafts, chosen, last)
@@ -194,11 +195,11 @@ def _place_all(name: str, importer: Importer, drafts: list[Draft], stored: Colle
             draft.name,
             draft.workload,
             tuple(_placed(value, placed, chosen) for value in draft.inputs),
-            placed[draft.output] if draft.output is not None else None,
+            None if draft.output is None else _written(placed[draft.output], draft, first[draft.output] == index),
             draft.constants,
             draft.external,
         )
-        for draft in drafts
+        for index, draft in enumerate(drafts)
     )
     buffers = tuple(
         Buffer(t.name, offset, size, chosen[t], first[t], last[t])
@@ -237,6 +238,15 @@ def _in_place_of_residuals(
             for tensor in (t for t, holder in held.items() if holder is held[output]):
                 chosen[tensor] = replace(mine, lead=lead)
     return held
+
+
+def _written(whole: Placed, draft: Draft, first: bool) -> Placed:
+    """What ``draft`` writes of its output; the ``first`` one to write there clears the lead."""
+    if draft.channels is None:
+        return whole
+    offsets = whole.offsets.reshape(whole.shape[1], -1)[draft.channels].reshape(-1)
+    shape = (whole.shape[0], len(draft.channels), *whole.shape[2:])
+    return replace(whole, shape=shape, offsets=offsets, lead_bytes=whole.lead_bytes if first else 0)
 
 
 def _placed(value: Value, placed: dict[Tensor, Placed], chosen: dict[Tensor, Layout]) -> Placed:

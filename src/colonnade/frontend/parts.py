@@ -3,7 +3,7 @@
 What a stem writes (3.2 MB in a ResNet) has left the near caches when max pool reads it, and so has what the first layer
 of an inverted residual writes for the depthwise one. Where a convolution's output is read by one such step alone, both
 are cut into parts of some output channels each, and the part's map is read where it was just written. Tiles stay whole;
-whoever reads the result sees a list of planes, as of a concat.
+the last steps of all parts write planes of one tensor, so its readers notice nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.frontend.draft import Draft, Tensor, whole
 from colonnade.frontend.feeding import is_depthwise
 from colonnade.pattern import discover
 from colonnade.workload import Conv2d, Convert, Pool2d, Workload, matrix
@@ -23,8 +23,6 @@ from colonnade.workload import Conv2d, Convert, Pool2d, Workload, matrix
 LARGE = 1 << 20  # bytes of a map that is cut: more than a second cache keeps beside all else
 PART = 384 << 10  # bytes of a part's map, but for ...
 ROWS = 8  # ... the least channels of a part: fewer are no block of registers
-
-Places = npt.NDArray[np.int64]  # [C, 2]: of every channel, the tensor of a list and the channel in it
 
 
 def part(steps: list[Draft]) -> list[Draft]:
@@ -36,15 +34,9 @@ def part(steps: list[Draft]) -> list[Draft]:
     chains = {id(chain[-1]): chain for step in steps if (chain := _chain(step, readers))}
     parted = {id(step) for chain in chains.values() for step in chain}
     result: list[Draft] = []
-    replaced: dict[Tensor, tuple[list[Tensor], Places]] = {}
     for step in steps:
-        for old, (new, where) in replaced.items():
-            step.inputs = [_relisted(value, old, new, where) for value in step.inputs]
         if chain := chains.get(id(step), []):
-            made, ends, where = _parts(chain)
-            result += made
-            assert step.output is not None
-            replaced[step.output] = ends, where
+            result += _parts(chain)
         elif id(step) not in parted:
             result.append(step)
     return result
@@ -101,25 +93,22 @@ def _cuts(conv: Draft) -> list[npt.NDArray[np.int64]]:
     return cuts
 
 
-def _parts(chain: Sequence[Draft]) -> tuple[list[Draft], list[Tensor], Places]:
-    """The steps of ``chain`` part by part, the tensors that the last ones write, and where its channels are."""
+def _parts(chain: Sequence[Draft]) -> list[Draft]:
+    """The steps of ``chain`` part by part."""
     steps: list[Draft] = []
-    ends: list[Tensor] = []
-    cuts = _cuts(chain[0])
-    where = np.zeros((sum(map(len, cuts)), 2), np.int64)
-    for index, channels in enumerate(cuts):
-        where[channels] = np.stack([np.full(len(channels), index), np.arange(len(channels))], 1)
+    for index, channels in enumerate(_cuts(chain[0])):
         x = chain[0].inputs
         for step in chain:
-            output = step.output
+            output, last = step.output, step is chain[-1]
             assert output is not None
             shape = (output.shape[0], len(channels), *output.shape[2:])
-            mine = Tensor(f"{output.name}.{index}", shape, output.phases, output.kept_phases)
+            mine = output if last else Tensor(f"{output.name}.{index}", shape, output.phases, output.kept_phases)
             constants = {role: array[channels] for role, array in step.constants.items()}
-            steps.append(Draft(f"{step.name}.{index}", _fewer(step.workload, len(channels)), x, mine, constants))
+            work = _fewer(step.workload, len(channels))
+            written = channels if last else None
+            steps.append(Draft(f"{step.name}.{index}", work, x, mine, constants, channels=written))
             x = [whole(mine)]
-        ends += x[0].tensors
-    return steps, ends, where
+    return steps
 
 
 def _fewer(work: Workload, count: int) -> Workload:
@@ -132,16 +121,3 @@ def _fewer(work: Workload, count: int) -> Workload:
         return replace(work, channels=count)
     assert isinstance(work, Convert)
     return replace(work, shape=(work.shape[0], count, *work.shape[2:]))
-
-
-def _relisted(value: Value, old: Tensor, new: list[Tensor], where: Places) -> Value:
-    """``value`` with the planes of ``old`` where they are now."""
-    if value.channels is None or old not in value.tensors:
-        return value
-    tensors = [tensor for tensor in value.tensors if tensor is not old]
-    at = value.tensors.index(old)
-    channels = value.planes.copy()
-    mine = channels[:, 0] == at
-    channels[~mine, 0] = [tensors.index(value.tensors[i]) for i in channels[~mine, 0]]
-    channels[mine] = where[channels[mine, 1]] + [len(tensors), 0]
-    return replace(value, tensors=(*tensors, *new), channels=channels.reshape(value.channels.shape))
