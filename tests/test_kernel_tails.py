@@ -145,3 +145,12 @@ def test_inner_loops_keep_their_sums_in_registers(name: str, tmp_path: Path) -> 
                 if re.search(r"\(%rsp|\d\(%rbp\)", loop[0]):
                     spilling.append(function[1])
     assert loops > 50 and not spilling
+
+
+def test_threads_share_out_strips_by_their_vectors() -> None:
+    """49 lanes are two vectors, and one and a lane: half a plane more for one of two threads than for the other."""
+    machine = isa_named("avx512")
+    cut = strips.tailed(49, 8, 2, machine, paired=True)
+    assert cut is not None and cut.widths == [2, 1] and cut.tail == 1
+    assert cut.idle(1) == 1 and cut.idle(2) == pytest.approx(2 * 2 / (3 + 1 / 8)) and cut.idle(3) > cut.idle(2)
+    assert strips.whole(64 * 16, 2, machine).idle(2) == 1

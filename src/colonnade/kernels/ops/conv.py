@@ -228,7 +228,7 @@ def in_place(
             yield Candidate(
                 registers.symbol(mr, nv, isa, kind),
                 params,
-                work * habit * _idle(tiles if split else cut.count, threads),
+                work * habit * (_idle(tiles, threads) if split else cut.idle(threads)),
             )
 
 
@@ -245,7 +245,7 @@ def _packed(
         if isa.scalable:  # a load waits for its line, and a store follows it
             gather = rows * cut.count * (20.0 + 9 * nv)
         for block, split in product((1, 4) if cut.count > 4 else (1,), (0, 1) if threads > 1 else (0,)):
-            idle = _idle(len(tiled.tiles) if split else cut.count, threads)
+            idle = _idle(len(tiled.tiles), threads) if split else cut.idle(threads)
             params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
             params |= {"tail": int(cut.tail > 0), "fetch": _far([tiled], lanes, isa)}
             rank = (work * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
