@@ -50,6 +50,19 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         __asm__ volatile("vfmacc.vf %0, %2, %3" : "+vr"(acc), "+f"(*next) : "f"(s), "vr"(v)); \
         return acc; \
     } \
+    VEC_INLINE vec##L##_t vec##L##_fma_now(vec##L##_t acc, float s, vec##L##_t v) \
+    { \
+        __asm__ volatile("vfmacc.vf %0, %1, %2" : "+vr"(acc) : "f"(s), "vr"(v)); \
+        return acc; \
+    } \
+    /* lane by lane, `at` bytes from p on, offsets as bits */ \
+    VEC_INLINE vec##L##_t vec##L##_gather_now(const float *p, vec##L##_t at) \
+    { \
+        vec##L##_t v; \
+        __asm__ volatile("vluxei32.v %0, (%1), %2" : "=&vr"(v) : "r"(p), "vr"(at) : "memory"); \
+        return v; \
+    } \
+    VEC_INLINE void vec##L##_scatter_now(float *p, vec##L##_t v, vec##L##_t at) { __asm__ volatile("vsuxei32.v %1, (%0), %2" : : "r"(p), "vr"(v), "vr"(at) : "memory"); } \
     VEC_INLINE vec##L##_t vec##L##_load_now(const float *p) \
     { \
         vec##L##_t v; \
@@ -83,6 +96,18 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     VEC_INLINE vec##L##_t vec##L##_clear_now(vec##L##_t v, vbool##RATIO##_t holes) \
     { \
         __asm__ volatile("vmerge.vim %0, %0, 0, %1" : "+vr"(v) : "vm"(holes)); \
+        return v; \
+    } \
+    /* the same, where limits are 0 in holes and all ones elsewhere */ \
+    VEC_INLINE vec##L##_t vec##L##_limits_now(vbool##RATIO##_t holes) \
+    { \
+        vec##L##_t limits; \
+        __asm__ volatile("vmv.v.i %0, -1\n\tvmerge.vim %0, %0, 0, %1" : "=&vr"(limits) : "vm"(holes)); \
+        return limits; \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_least_now(vec##L##_t v, vec##L##_t limits) \
+    { \
+        __asm__ volatile("vminu.vv %0, %0, %1" : "+vr"(v) : "vr"(limits)); \
         return v; \
     } \
     typedef vbool##RATIO##_t vec##L##_mask_t; \
@@ -191,8 +216,27 @@ VEC_HALF(2, 1)
 VEC_HALF(4, 2)
 VEC_HALF(8, 4)
 
+/* loads that stand where they are written */
+VEC_INLINE uint64_t vec_word_now(const uint32_t *p)
+{
+    uint64_t x;
+    __asm__ volatile("lwu %0, %1" : "=r"(x) : "m"(*p));
+    return x;
+}
+VEC_INLINE float vec_float_now(const float *p)
+{
+    float x;
+    __asm__ volatile("flw %0, %1" : "=f"(x) : "m"(*p));
+    return x;
+}
+VEC_INLINE uint64_t vec_long_now(const uint64_t *p)
+{
+    uint64_t x;
+    __asm__ volatile("ld %0, %1" : "=r"(x) : "m"(*p));
+    return x;
+}
 /* asks for a line of memory, never waits: a load into no register (Zicbop's hints are not in RVV 1.0) */
-VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "A"(*(const int *)p)); }
+VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "m"(*(const int *)p)); }
 VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop, which RVV 1.0 machines may lack */
 #define VEC_SPLIT(L) \
     VEC_INLINE void vec##L##_split2(const float *p, vec##L##_t *a, vec##L##_t *b, size_t vl) \

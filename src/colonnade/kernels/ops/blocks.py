@@ -55,8 +55,9 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int) -> list[
 
     A few strips run through a tile together, so that its weights come from memory once; then what they read must stay
     near, block by block. Many strips in planes share translations and lines; a strip in a panel fills the first cache
-    alone, and the next one comes while it is used; weights that fill half of the second cache are not read again for
-    every strip. ``held``: bytes of the input, 0 where K cannot be cut.
+    alone, and the next one comes while it is used. Of weights that would fill the second cache, half are in use at a
+    time; where they are more than that they are read once, for all strips if these fit. ``held``: bytes of the input, 0
+    where K cannot be cut.
     """
     weights = 4 * sum(tile.values.size for t in tiled for tile in t.tiles)
     least = min((len(tile.columns) for t in tiled for tile in t.tiles), default=0)
@@ -64,14 +65,22 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int) -> list[
     while parts < 8 and held >= parts * NEAR and least >= 2 * parts * FEWEST:
         parts *= 2
     found: list[tuple[int, int]]
-    if 4 < count <= 16 and feed == 0 and parts == 8:
-        found = [(-(-count // 2), parts // 2), (0, parts), (0, 1)]
+    if 4 < count <= 16 and feed == 0 and parts > 1:
+        found = [(-(-count // 2), min(parts, 4)), (0, parts), (0, 1)]
     elif count <= 4 or (count <= 16 and feed == 0):
         found = [(0, parts), (0, 2 * parts if parts > 1 else 1), (0, 1), (2, 1), (1, 1)]
     elif feed == 2:
-        found = [(b, 1) for b in ((1, 2, 4, 0) if weights <= 3 << 17 else (2, 4, 1, 0))]
+        two = min(parts, 2)
+        if weights <= 3 << 17:
+            found = [(1, 1), (2, 1), (4, 1), (0, 1)]
+        elif weights <= 3 << 18:
+            found = [(1, two), (1, 1), (2, 1), (4, 1)]
+        elif held <= 2 * NEAR:
+            found = [(0, 1), (1, 1), (2, 1), (4, 1)]
+        else:
+            found = [(2, two), (2, 1), (1, two), (4, 1)]
     elif parts > 1 and held > 8 * NEAR:
-        found = [(8, 2), (8, 4), (4, 1), (1, 1)]
+        found = [(4, 2), (8, 2), (8, 4), (1, 1)]
     else:
-        found = [(4, 1), (1, 1), (0, 1), (8, min(parts, 2))]
+        found = [(1, 1), (4, 1), (0, 1), (8, min(parts, 2))]
     return list(dict.fromkeys((b, n) for b, n in found if b < count)) or [(0, 1)]

@@ -98,11 +98,13 @@ def variants(isa: Isa) -> Iterator[Variant]:
 def variant(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> Variant:
     """The kernel of ``mr`` rows by ``nv`` vectors; ``kind`` is spconv or that of ``pairs``."""
     counts = registers.row_counts(mr)
-    rings = {m: registers.ring(m, nv) for m in counts}
+    rings = {m: (registers.ring(mr, nv)[0], registers.ring(m, nv)[1]) for m in counts}  # one order of offsets for all
     paired = kind == pairs.KIND
     tails = strips.tails(mr, nv, isa, paired)
     params = {
         "MR": mr, "NV": nv, "row_counts": counts, "rings": rings,
+        "limited": {m: registers.limited(m, nv, rings[m][0]) for m in counts},
+        "sideways": isa.scalable and registers.sideways(mr, nv),
         "asks": {m: registers.asks(m, rings[m][0]) for m in counts},
         "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa), "weights_ahead": WEIGHTS_FETCHED,
         "pairs": {m: pairs.rows(m) for m in counts} if paired else {}, "least": f"{pairs.LEAST}f",
@@ -306,11 +308,13 @@ def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float
     busiest of arithmetic (LMUL a multiply-add), load (2.2 LMUL) and issue (a multiply-add and its weight a row, seven
     more), its way through the caches, and the wait for a load where few columns have a register. VLEN is taken as
     256; a strip costs the same however few lanes it has."""
-    strips = -(-lanes // (8 * lmul))
+    whole, rest = divmod(lanes, 8 * lmul)
     total = 0.0
     for tile in tiled.tiles:
         for rows in registers.heights(len(tile.rows), mr):
-            late = {1: 7 + 2.2 * lmul, 2: 1.5}.get(registers.ring(rows, lmul)[0], 0.0)
+            by_rows = rows == mr and registers.sideways(mr, lmul) and rest <= 8
+            strips = whole + ((rest + 3) / 17 if by_rows and rest else rest > 0)
+            late = {1: 7 + 2.2 * lmul, 2: 1.5, 4: 0.8}.get(registers.ring(mr, lmul)[0], 0.0)
             column = max(rows * lmul, 2.2 * lmul, rows + 3.5) + 1 + 0.2 * lmul + late
             total += strips * (len(tile.columns) * column + 5 * rows * lmul)  # limits, holes, store, bias
     return total
@@ -334,6 +338,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     mr, nv = (int(part.removesuffix("v")) for part in shape.split("x"))
     tiled = tables.tiling(step, dense_tile=mr if params["dense"] else 0)
     isa = isa_named(candidate.kernel.rpartition("__")[2])
+    ring = registers.places(mr, nv, isa)
     panel = packing.Panel.of(conv, tiled) if feed == 1 else None
     cut = strips.taken(candidate, layout.lanes, mr, nv, isa)
     if (stored := panels.vectors(*step.inputs, output)) and (stored != {nv} or cut.tail):
@@ -363,7 +368,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         window = windows.Window.of(conv, part, layout) if feed == 3 else None
         if window is not None:
             full, gathered = list(window.rows), window.bytes(layout.lanes, nv, params["strip_block"])
-        filled = tables.tables(conv.key(), full, part, per_group)
+        filled = tables.tables(conv.key(), full, part, per_group, ring)
         # behind the first block of columns, sums go on from what stands in the output
         residual = output if not first else step.inputs[1] if conv.epilogue.residual else None
         in_place = panel is None and (window is None or isinstance(source.layout, Panels))
@@ -402,7 +407,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             **begun,
         }
         if window is not None:
-            shifts = tables.tables(conv.key(), list(window.shifts), part, per_group).offsets
+            shifts = tables.tables(conv.key(), list(window.shifts), part, per_group, ring).offsets
             fields |= windows.fields(conv, source, layout, window) | {"shifts": Const(shifts)}
             calls.append(Call(candidate.kernel, PACKED.name, fields, scratch))
             continue

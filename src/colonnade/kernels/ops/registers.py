@@ -22,6 +22,21 @@ def ring(mr: int, lmul: int) -> tuple[int, int]:
     return columns, next(n for n in (4, 5, 3, 7, 2, 1) if mr % n == 0)
 
 
+def places(mr: int, nv: int, isa: Isa) -> int:
+    """Columns in the ring of a kernel, in whose order the offsets of a tile begin; 1 where there is none."""
+    return ring(mr, nv)[0] if isa.scalable else 1
+
+
+def limited(mr: int, lmul: int, columns: int) -> bool:
+    """Is a register group left, beside sums and columns, for the limits that clear lanes which are no pixels?"""
+    return lmul <= 2 and (mr + columns + 1) * lmul + 1 <= 32
+
+
+def sideways(mr: int, lmul: int) -> bool:
+    """Has a scalable kernel blocks with its rows in the lanes, for the last few lanes of a plane?"""
+    return (mr, lmul) == (8, 2)
+
+
 def asks(mr: int, columns: int) -> list[str]:
     """Statements of a scalable kernel that ask for the weights of ``columns`` columns by lines, 512 bytes ahead."""
     return [f"vec_touch((const char *)w0 + {512 + at});" for at in range(0, columns * mr * 4, LINE)]

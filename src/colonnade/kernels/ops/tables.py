@@ -84,9 +84,9 @@ TILE_DTYPE = np.dtype(
 )
 
 
-def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per_group: int) -> Tables:
+def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per_group: int, ring: int = 1) -> Tables:
     """Offsets, weights and tile records; tiles of equal supports share one run of offsets. ``full``: offsets of all
-    columns of every group."""
+    columns of every group. ``ring``: places of the kernel that takes them, in whose order a run begins."""
     runs: list[npt.NDArray[np.int64]] = []
     starts: dict[tuple[int, bytes], int] = {}
     records = np.zeros(len(tiled.tiles), TILE_DTYPE)
@@ -96,8 +96,8 @@ def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per
         support = (group, tile.columns.tobytes())
         if support not in starts:
             starts[support] = column
-            runs.append(full[group][tile.columns])
-            column += len(tile.columns)
+            runs.append(_placed(full[group][tile.columns], full[group][0], ring))
+            column += len(runs[-1])
         record["rows"], record["columns"] = len(tile.rows), len(tile.columns)
         record["first_row"], record["first_column"], record["first_weight"] = row, starts[support], weight
         row += len(tile.rows)
@@ -111,3 +111,14 @@ def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per
     spare = np.zeros(max(WEIGHTS_AHEAD, 8 * max(len(tile.rows) for tile in tiled.tiles)))
     weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(np.float32)
     return Tables(offsets.astype(np.uint32), weights, records)
+
+
+def _placed(offsets: npt.NDArray[np.int64], any_: int, ring: int) -> npt.NDArray[np.int64]:
+    """A tile's offsets as a kernel with a ring of ``ring`` columns loads them first, place by place: columns beyond
+    whole turns go through the last places, those behind them from the front on. A short tile's other places get
+    ``any_``."""
+    if ring == 1:
+        return offsets
+    first = np.full(ring, any_)
+    first[: len(offsets)] = offsets[:ring]
+    return np.concatenate([np.roll(first, -(len(offsets) % ring)), offsets[ring:]])

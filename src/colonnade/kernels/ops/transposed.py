@@ -123,8 +123,9 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     planes = output.offsets.reshape(conv.out_channels, len(stored))
     bias = step.constants.get("bias", np.zeros(conv.out_channels, np.float32))
     calls: list[Call] = []
+    key, per_group = conv.key(), conv.out_channels // conv.groups
     for phase, taps, tiled in _phases(step, mr if candidate.params["dense"] else 0):
-        filled = tables.tables(conv.key(), _offsets(conv, source, taps), tiled, conv.out_channels // conv.groups)
+        filled = tables.tables(key, _offsets(conv, source, taps), tiled, per_group, registers.places(mr, nv, isa))
         if not taps:
             filled.tiles["columns"] = 0
         order = np.concatenate([tile.rows for tile in tiled.tiles])

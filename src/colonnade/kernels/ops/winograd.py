@@ -310,7 +310,7 @@ def _product(
         4 * np.add.outer(np.arange(n2, dtype=np.int64) * position(count, plane), np.arange(count) * plane)
         for count in (ic, oc)
     )
-    filled = tables.tables(conv.key(), list(offsets), tiled, oc)
+    filled = tables.tables(conv.key(), list(offsets), tiled, oc, registers.places(mr, nv, isa))
     cut = _cut(conv, m, mr, nv, isa, paired)
     return {
         "arena": Shared(0),
