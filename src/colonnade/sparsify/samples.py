@@ -24,7 +24,7 @@ LEAST_SAMPLES = 32_768
 # Samples that are multiplied at once: bounds the memory of the gathered inputs.
 BLOCK_BYTES = 128 << 20
 # Of a layer's gathered samples, those that are held for its refits; the others are gathered once more for each.
-KEPT_BYTES = 512 << 20
+KEPT_BYTES = 384 << 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ TRIAL_TILES = 4
 # What `Solution.spread` multiplies a row by, at most: one that gives almost nothing of what is wanted gives noise.
 MOST_GAIN = 2.0
 # Bytes of a layer's Cholesky factors of kept columns that wait for its refits; the others are computed anew.
-FACTOR_BYTES = 1 << 30
+FACTOR_BYTES = 384 << 20
 # Up to here double precision costs little; past it single precision with damping is what the time allows.
 DOUBLE_COLUMNS = 640
 
