@@ -109,9 +109,27 @@ class NumpyArrays:
 class HostArrays(NumpyArrays):
     """numpy's arrays with torch's products and factors, where torch is there and values are on the CPU.
 
-    On one core of an AVX-512 machine torch's Cholesky factor is 2 to 10 times as fast as SciPy's, and its products do
-    not fall to a third at some shapes; numpy's symmetric product and its solver for many right sides are faster.
+    On one core of an AVX-512 machine torch's Cholesky factor is 2 to 10 times as fast as SciPy's, its products do not
+    fall to a third at some shapes, and it converts to and from half precision 4 times as fast; numpy's symmetric
+    product and its solver for many right sides are faster.
     """
+
+    def compact(self, values: Array, least: int, largest: float) -> Array:
+        """Half precision for floats of at least `least` bytes, none of them above `largest`."""
+        import torch
+
+        if values.dtype != np.float32 or values.nbytes < least:
+            return values
+        whole = torch.from_numpy(values)
+        if whole.ndim == 4 and not whole.is_contiguous():
+            whole = whole.movedim(1, -1)  # channels last: the ends are found 5 times as fast in the order of memory
+        low, high = (float(end) for end in torch.aminmax(whole))
+        return torch.from_numpy(values).half().numpy() if -largest < low and high < largest else values
+
+    def single(self, values: Array) -> Array:
+        import torch
+
+        return torch.from_numpy(values).float().numpy() if values.dtype == np.float16 else super().single(values)
 
     def inner(self, left: Array, right: Array) -> Array:
         """left.T @ right."""

@@ -28,8 +28,8 @@ SMALLEST = 256
 class Held:
     """One value. The same object stands for the same value of both networks. It frees its place when it goes."""
 
-    def __init__(self, shape: tuple[int, ...], value: Any, path: Path | None) -> None:
-        self.shape, self._value, self._path = shape, value, path
+    def __init__(self, shape: tuple[int, ...], value: Any, path: Path | None, axes: tuple[int, ...] = ()) -> None:
+        self.shape, self._value, self._path, self._axes = shape, value, path, axes
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -56,8 +56,8 @@ class Store:
         kept = self.arrays.compact(value, self.least, HALF_LARGEST)
         shape, size = tuple(kept.shape), int(kept.nbytes)
         if self.used + size > self.limit and size >= SMALLEST:
-            path = self._write(kept)
-            held = Held(shape, None, path)
+            path, axes = self._write(kept)
+            held = Held(shape, None, path, axes)
             weakref.finalize(held, _unlink, path)
         else:
             self.used += size
@@ -69,7 +69,9 @@ class Store:
         """The value: what `put` was given, but for its precision."""
         if not isinstance(held, Held):
             return held
-        return self.arrays.load(np.load(held._path)) if held._path is not None else held._value
+        if held._path is None:
+            return held._value
+        return self.arrays.load(np.load(held._path).transpose(np.argsort(held._axes)))
 
     def put_all(self, values: Mapping[str, Any], known: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
         """Hold values by name; known: (what is held already, what `get` gave for it), which stays the same object."""
@@ -81,19 +83,22 @@ class Store:
     def _freed(self, size: int) -> None:
         self.used -= size
 
-    def _write(self, value: Array) -> Path:
+    def _write(self, value: Array) -> tuple[Path, tuple[int, ...]]:
+        """Write a value in the order it has in memory; returns its axes in that order too."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="colonnade-")
         path = Path(self._folder.name) / f"{self.spilled}.npy"
         self.spilled += 1
+        array = self.arrays.host(value)
+        axes = tuple(int(axis) for axis in np.argsort([-stride for stride in array.strides], kind="stable"))
         try:
-            np.save(path, self.arrays.host(value))
+            np.save(path, array.transpose(axes))
         except OSError as error:
             raise UserError(
                 f"{path.parent}: calibration values do not fit on this disk ({error.strerror or error}): give fewer "
                 "inputs, or another folder in TMPDIR"
             ) from None
-        return path
+        return path, axes
 
 
 def _unlink(path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ SAMPLES_A_COLUMN = 16
 LEAST_SAMPLES = 32_768
 # Samples that are multiplied at once: bounds the memory of the gathered inputs.
 BLOCK_BYTES = 128 << 20
+# Of a layer's gathered samples, those that are held for its refits; the others are gathered once more for each.
+KEPT_BYTES = 384 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,31 @@ def usable_scale(layer: Layer) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """Some samples. inputs: x̃ [n, K] of every convolution group in the pruned model; outputs: [n, OC], the dense
+    layer's scaled ones without bias or residual; before, after: the residual [n, OC] in the dense and in the pruned
+    model (None: there is none that a weight could follow)."""
+
+    inputs: list[Array]
+    outputs: Array
+    before: Array | None
+    after: Array | None
+
+    @property
+    def bytes(self) -> int:
+        parts = [*self.inputs, self.outputs, self.before, self.after]
+        return sum(int(part.nbytes) for part in parts if part is not None)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """Blocks by the number of their batch, and the bytes that are still free for more."""
+
+    free: int = 0
+    blocks: dict[int, list[Block]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Samples:
     """One layer's samples. dense, pruned: the values of both models, batch by batch, the first of which is number
     `first`; wanted: samples of each input at most. Every walk meets the same pixels of a batch."""
@@ -87,6 +114,7 @@ class Samples:
     wanted: int
     seed: int = 0
     first: int = 0
+    kept: _Kept = field(default_factory=_Kept)
 
     @classmethod
     def of(
@@ -114,27 +142,44 @@ class Samples:
         matrix = as_matrix(self.layer.weight) * usable_scale(self.layer)[:, None]
         return [self.store.arrays.load(part) for part in np.split(matrix, self.layer.groups)]
 
-    def blocks(self) -> Iterator[tuple[list[Array], list[Array], Array | None, Array | None]]:
-        """Samples, some at a time: inputs x̃ [n, K] of every group in the pruned model, x in the dense one (the same
-        list where they are equal), and the residual [n, OC] in the dense and in the pruned one (None: there is none
-        that a weight could follow)."""
+    def keep(self) -> Samples:
+        """The same ones, gathered only once as far as memory goes."""
+        return replace(self, kept=_Kept(KEPT_BYTES))
+
+    def blocks(self) -> Iterator[Block]:
+        """Samples, some at a time."""
+        weights = self.weights()
+        for number, (before, after) in enumerate(zip(self.dense, self.pruned, strict=True), self.first):
+            if number in self.kept.blocks:
+                yield from self.kept.blocks[number]
+                continue
+            found, free = [], self.kept.free
+            for block in self._gathered(number, before, after, weights):
+                free -= block.bytes
+                if free >= 0:
+                    found.append(block)
+                yield block
+            if free >= 0:
+                self.kept.blocks[number], self.kept.free = found, free
+
+    def _gathered(self, number: int, before: Values, after: Values, weights: list[Array]) -> Iterator[Block]:
+        """Those of one batch."""
         store, layer = self.store, self.layer
         arrays = store.arrays
-        followed = layer.residual if self.dense and self.follows() else None
-        for number, (before, after) in enumerate(zip(self.dense, self.pruned, strict=True), self.first):
-            random = np.random.default_rng((self.seed, number))
-            x_pruned = arrays.single(store.get(after[layer.input]))
-            same = before[layer.input] is after[layer.input]
-            x = x_pruned if same else arrays.single(store.get(before[layer.input]))
-            added = [] if followed is None else [arrays.single(store.get(v[followed])) for v in (before, after)]
-            picks = _positions(layer, x.shape, self.wanted, random)
-            block = max(1, BLOCK_BYTES // (4 * 3 * layer.columns * layer.groups))
-            for first in range(0, len(picks[0]), block):
-                chosen = tuple(arrays.index(part[first : first + block]) for part in picks)
-                inputs = _samples(arrays, layer, x_pruned, chosen)
-                wants = inputs if same else _samples(arrays, layer, x, chosen)
-                there = [_at(layer, maps, chosen) for maps in added] or [None, None]
-                yield inputs, wants, there[0], there[1]
+        followed = layer.residual if self.follows() else None
+        same = before[layer.input] is after[layer.input]
+        x_pruned, x = store.get(after[layer.input]), store.get(before[layer.input])
+        added = [None, None] if followed is None else [store.get(values[followed]) for values in (before, after)]
+        picks = _positions(layer, x.shape, self.wanted, np.random.default_rng((self.seed, number)))
+        block = max(1, BLOCK_BYTES // (4 * 3 * layer.columns * layer.groups))
+        for first in range(0, len(picks[0]), block):
+            chosen = tuple(part[first : first + block] for part in picks)
+            inputs = _samples(arrays, layer, x_pruned, chosen)
+            wants = inputs if same else _samples(arrays, layer, x, chosen)
+            parts = [part @ w.T for part, w in zip(wants, weights, strict=True)]
+            outputs = parts[0] if len(parts) == 1 else arrays.join(parts, 1)
+            there = [None if maps is None else _at(arrays, layer, maps, chosen) for maps in added]
+            yield Block(inputs, outputs, there[0], there[1])
 
 
 def gather(samples: Samples) -> list[Moments]:
@@ -145,14 +190,12 @@ def gather(samples: Samples) -> list[Moments]:
     layer, arrays = samples.layer, samples.store.arrays
     rows, columns = len(layer.weight) // layer.groups, layer.columns
     moments = [Moments.empty(arrays, rows, columns) for _ in range(layer.groups)]
-    weights = samples.weights()
-    for inputs, wants, before, after in samples.blocks():
-        moved = None if before is None or after is None else before - after
-        for group in range(layer.groups):
-            y = wants[group] @ weights[group].T
-            if moved is not None:
-                y = y + moved[:, group * rows : (group + 1) * rows]
-            moments[group].add(inputs[group], y, arrays)
+    for block in samples.blocks():
+        y = block.outputs
+        if block.before is not None and block.after is not None:
+            y = y + (block.before - block.after)
+        for group, inputs in enumerate(block.inputs):
+            moments[group].add(inputs, y[:, group * rows : (group + 1) * rows], arrays)
     if not all(np.isfinite(float(part.gram.sum())) for part in moments):
         raise UserError(f"layer {layer.name}: its calibration inputs hold NaN or infinity")
     return moments
@@ -166,24 +209,22 @@ def rectified(
     to be cut off too, so z is what the fit gives already, or else the edge."""
     layer, arrays = samples.layer, samples.store.arrays
     rows = len(layer.weight) // layer.groups
-    dense, tried = samples.weights(), [arrays.load(part) for part in weights]
+    tried = [arrays.load(part) for part in weights]
     parts = [slice(group * rows, (group + 1) * rows) for group in range(layer.groups)]
     offset, shift = arrays.load(rectifier.offset), [arrays.load(part) for part in bias]
     sums = [(arrays.zeros(rows, layer.columns), arrays.zeros(rows)) for _ in parts]
-    for inputs, wants, before, after in samples.blocks():
-        for group, part in enumerate(parts):
-            y = wants[group] @ dense[group].T + offset[part]
-            given = inputs[group] @ tried[group].T + shift[group]
+    for block in samples.blocks():
+        for inputs, part, matrix, added, (cross, outputs) in zip(block.inputs, parts, tried, shift, sums, strict=True):
+            y = block.outputs[:, part] + offset[part]
             ahead = offset[part]
-            if before is not None and after is not None:
-                y, ahead = y + before[:, part], ahead + after[:, part]
-            given = given + ahead
+            if block.before is not None and block.after is not None:
+                y, ahead = y + block.before[:, part], ahead + block.after[:, part]
+            given = inputs @ matrix.T + added + ahead
             low, high = y <= 0, y >= rectifier.most
             z = y * ~(low | high) + given.clip(None, 0) * low - ahead
             if rectifier.most < math.inf:
                 z = z + given.clip(rectifier.most, None) * high
-            cross, outputs = sums[group]
-            cross += z.T @ inputs[group]
+            cross += z.T @ inputs
             outputs += z.sum(0)
     return sums
 
@@ -231,18 +272,21 @@ def _output(layer: Layer, shape: Sequence[int]) -> tuple[int, int]:
     ) // sw + 1
 
 
-def _samples(arrays: Arrays, layer: Layer, x: Array, picks: tuple[Array, ...]) -> list[Array]:
-    """Inputs at the sampled positions, [n, K] for each group, K in the order (kh, kw, ic)."""
+def _samples(arrays: Arrays, layer: Layer, x: Array, picks: tuple[npt.NDArray[np.int64], ...]) -> list[Array]:
+    """Inputs at the sampled positions, [n, K] for each group, K in the order (kh, kw, ic), in single precision."""
     if not _is_map(layer):
-        flat = x.reshape(-1, x.shape[-1])[picks[0]]
-        return [flat]
+        return [arrays.single(x.reshape(-1, x.shape[-1])[arrays.index(picks[0])])]
     if x.ndim == 3:
         x = x[:, :, None]
-    x = arrays.pad(x, *layer.padding) if any(layer.padding) else x
     image, row, column = picks
     kh, kw = _kernel(layer)
     (sh, sw), (dh, dw) = layer.strides, layer.dilation
-    taps = [x[image, :, row * sh + i * dh, column * sw + j * dw] for i in range(kh) for j in range(kw)]
+    top, left, *_ = layer.padding
+    taps = [
+        _pixels(arrays, x, image, row * sh + i * dh - top, column * sw + j * dw - left)
+        for i in range(kh)
+        for j in range(kw)
+    ]
     if layer.groups == 1:
         return [taps[0] if len(taps) == 1 else arrays.join(taps, 1)]
     width = x.shape[1] // layer.groups
@@ -251,10 +295,27 @@ def _samples(arrays: Arrays, layer: Layer, x: Array, picks: tuple[Array, ...]) -
     ]
 
 
-def _at(layer: Layer, maps: Array, picks: tuple[Array, ...]) -> Array:
-    """Values of the output's shape at the sampled positions, [n, OC]."""
+def _pixels(
+    arrays: Arrays,
+    maps: Array,
+    image: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int64],
+    column: npt.NDArray[np.int64],
+) -> Array:
+    """All channels [n, C] at these positions, zeros where they lie outside."""
+    height, width = maps.shape[2:]
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    at = [arrays.index(part) for part in (image, row.clip(0, height - 1), column.clip(0, width - 1))]
+    found = arrays.single(maps[at[0], :, at[1], at[2]])
+    if not inside.all():
+        found[arrays.index(np.flatnonzero(~inside))] = 0
+    return found
+
+
+def _at(arrays: Arrays, layer: Layer, maps: Array, picks: tuple[npt.NDArray[np.int64], ...]) -> Array:
+    """Values of the output's shape at the sampled positions, [n, OC], in single precision."""
     if not _is_map(layer):
-        return maps.reshape(-1, maps.shape[-1])[picks[0]]
+        return arrays.single(maps.reshape(-1, maps.shape[-1])[arrays.index(picks[0])])
     if maps.ndim == 3:
         maps = maps[:, :, None]
-    return maps[picks[0], :, picks[1], picks[2]]
+    return _pixels(arrays, maps, *picks)

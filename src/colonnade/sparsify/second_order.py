@@ -35,6 +35,8 @@ DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
 TRIAL_TILES = 4
 # What `Solution.spread` multiplies a row by, at most: one that gives almost nothing of what is wanted gives noise.
 MOST_GAIN = 2.0
+# Bytes of a layer's Cholesky factors of kept columns that wait for its refits; the others are computed anew.
+FACTOR_BYTES = 384 << 20
 # Up to here double precision costs little; past it single precision with damping is what the time allows.
 DOUBLE_COLUMNS = 640
 
@@ -96,8 +98,8 @@ class Solution:
         """The same columns, fitted to other outputs for the same inputs; cross, outputs: as in `Moments`."""
         self.system.aim(cross, outputs)
         solved = np.zeros_like(self.weights)
-        for members, kept in zip(self.rows, self.kept, strict=True):
-            solved[np.ix_(members, kept)] = self.system.fit(members, kept)
+        for number, (members, kept) in enumerate(zip(self.rows, self.kept, strict=True)):
+            solved[np.ix_(members, kept)] = self.system.fit(members, kept, number)
         return replace(self, weights=solved, bias=self.system.bias(solved))
 
     def spread(self, share: float) -> Solution:
@@ -169,6 +171,7 @@ def solve(
     intercept: bool = True,
     damping: float = DAMPING,
     rounds: int = ROUNDS,
+    refits: bool = False,
 ) -> Solution:
     """Prune one layer's matrix [OC, K] (of one convolution group) and fit what is kept.
 
@@ -176,18 +179,20 @@ def solve(
     tiles:     rows of every tile; found by the columns' importance when left out (neighbours without `similar_rows`).
     intercept: whether a bias may be added to the outputs.
     damping:   added to the covariance's diagonal, as a share of its mean.
+    refits:    whether `Solution.towards` is to follow: it is quicker then, and takes memory (FACTOR_BYTES).
     """
     system = _System(weights, moments, arrays, intercept)
+    system.room = FACTOR_BYTES if refits else 0
     system.invert(damping)
     rows = list(tiles) if tiles is not None else _tiles(system, pattern, similar_rows)
     solved = np.zeros(weights.shape, np.float32)
     mask = np.zeros(weights.shape, bool)
     columns = []
-    for members in rows:
+    for number, members in enumerate(rows):
         kept = _keep(system, members, pattern, rounds)
         columns.append(kept)
         mask[np.ix_(members, kept)] = True
-        solved[np.ix_(members, kept)] = system.fit(members, kept)
+        solved[np.ix_(members, kept)] = system.fit(members, kept, number)
     system.forget()
     bias = system.bias(solved)
     return Solution(solved, bias, tuple(rows), tuple(columns), mask, system.explained(solved), system)
@@ -219,6 +224,8 @@ class _System:
         self.weights = precise(arrays.load(np.asarray(weights, np.float32)))
         self.eye = precise(arrays.eye(size))
         self.precise = precise
+        self.factors: dict[int, Array] = {}
+        self.room = 0  # bytes, for factors
 
     def damp(self, damping: float) -> None:
         """A with damping. What the inputs leave open is decided by the dense weights."""
@@ -257,10 +264,16 @@ class _System:
         """What removing one column alone costs each row, [OC, K]."""
         return np.asarray(self.arrays.host(self.best * self.best / self.inverse.diagonal()[None, :]), np.float32)
 
-    def fit(self, rows: Ints, kept: npt.NDArray[np.int64]) -> Floats:
-        """The best weights [rows, kept] on the kept columns."""
+    def fit(self, rows: Ints, kept: npt.NDArray[np.int64], number: int | None = None) -> Floats:
+        """The best weights [rows, kept] on the kept columns. number: of a tile that always has these rows, columns and
+        damping."""
         at, members = self.arrays.index(kept), self.arrays.index(rows.astype(np.int64))
-        lower = self.arrays.factor(self.damped[at][:, at])
+        lower = None if number is None else self.factors.get(number)
+        if lower is None:
+            lower = self.arrays.factor(self.damped[at][:, at])
+            if number is not None and int(lower.nbytes) <= self.room:
+                self.room -= int(lower.nbytes)
+                self.factors[number] = lower
         right = self.target[members][:, at].T
         solved = self.arrays.backward(lower, self.arrays.forward(lower, right)).T
         return np.asarray(self.arrays.host(solved), np.float32)

@@ -147,6 +147,9 @@ def prune_layer(samples: Samples, pattern: ColumnPattern, options: Options) -> t
     matrices = np.split(as_matrix(layer.weight) * scale[:, None], layer.groups)
     batches = len(samples.dense)
     cut = batches if options.damping is not None else -(-3 * batches // 4)
+    refits = options.refits if layer.rectifier is not None and layer.intercept and samples.follows() else 0
+    if refits:
+        samples = samples.keep()
     moments = gather(samples.part(0, cut))
     dampings = [DAMPING if options.damping is None else options.damping] * layer.groups
     if cut < batches:
@@ -160,13 +163,13 @@ def prune_layer(samples: Samples, pattern: ColumnPattern, options: Options) -> t
     found = [
         solve(
             matrix, sums, pattern, arrays, similar_rows=options.similar_rows, intercept=layer.intercept,
-            damping=damping, rounds=options.rounds,
+            damping=damping, rounds=options.rounds, refits=refits > 0,
         )
         for matrix, sums, damping in zip(matrices, moments, dampings, strict=True)
     ]  # fmt: skip
     del moments
     if layer.rectifier is not None and layer.intercept:
-        for _ in range(options.refits if samples.follows() else 0):
+        for _ in range(refits):
             wanted = rectified(samples, layer.rectifier, [f.weights for f in found], [f.bias for f in found])
             found = [solution.towards(*sums) for solution, sums in zip(found, wanted, strict=True)]
         found = [solution.spread(options.spread) for solution in found]

@@ -106,13 +106,10 @@ class Runner:
 
     def run(self, first: int, stop: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run nodes[first:stop]; returns the values used at or after `stop`."""
-        known: dict[str, Any] = {
-            name: value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
-            for name, value in values.items()
-        }
+        known = dict(values)
         for node in self.nodes[first:stop]:
             if node.op != "placeholder":
-                known[node.name] = self._call(node, known)
+                known[node.name] = self._call(node, known, values)
         kept = {}
         for node in self.nodes[:stop]:
             if self.last_use[node] >= stop and node.name in known:
@@ -123,24 +120,37 @@ class Runner:
         """Values computed before nodes[at] and used at or after it."""
         return [node for node in self.nodes[:at] if self.last_use[node] >= at]
 
-    def _call(self, node: fx.Node, known: Mapping[str, Any]) -> Any:
+    def _call(self, node: fx.Node, known: dict[str, Any], held: Mapping[str, Any]) -> Any:
         def look(argument: fx.Node) -> Any:
-            return known[argument.name]
+            value = known[argument.name]
+            if isinstance(value, Tensor) and value.dtype == torch.float16 and argument.name in held:
+                value = known[argument.name] = value.float()
+            return value
+
+        def own(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            """Arguments of an operator that works in place: others may still want its first one."""
+            first = node.args[0]
+            spent = (
+                isinstance(first, fx.Node) and self.last_use[first] == self.position[node] and self._fresh(first, held)
+            )
+            if spent and not torch.is_grad_enabled():
+                return args
+            return (args[0].clone(), *args[1:])
 
         args = cast(tuple[Any, ...], fx.node.map_arg(node.args, look))
         kwargs = cast(dict[str, Any], fx.node.map_arg(node.kwargs, look))
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
             if getattr(module, "inplace", False):
-                args = _own(args)
+                args = own(args)
             return module(*args, **kwargs)
         if node.op == "call_function":
             if node.target in IN_PLACE or kwargs.get("inplace"):
-                args = _own(args)
+                args = own(args)
             return cast(Any, node.target)(*args, **kwargs)
         if node.op == "call_method":
             if str(node.target).endswith("_"):
-                args = _own(args)
+                args = own(args)
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "get_attr":
             found: Any = self.model
@@ -149,10 +159,20 @@ class Runner:
             return found
         raise UserError(f"cannot run {node.op} {node.name}")
 
+    def _fresh(self, node: fx.Node, held: Mapping[str, Any]) -> bool:
+        """Whether a value has memory of its own: it is neither held nor a view of another one. (What works in place was
+        given such.)"""
+        if node.name in held:
+            return False
+        if node.op == "call_module":
+            return isinstance(self.model.get_submodule(str(node.target)), (*Weighted, *Norms))
+        return node.op == "call_function" and node.target in (*ADDITIONS, *IN_PLACE)
 
-def _own(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of an operator that works in place: others may still want its first one."""
-    return (args[0].clone(), *args[1:])
+
+def _ordered(value: Any, order: torch.memory_format) -> Any:
+    """Maps with their values in this order; anything else as it is."""
+    maps = isinstance(value, Tensor) and value.ndim == 4
+    return value.contiguous(memory_format=order) if maps else value
 
 
 class TorchChain:
@@ -162,6 +182,7 @@ class TorchChain:
         self.model = model
         self.runner = Runner(model, trace(model))
         self.calibration = calibration
+        self.order = torch.channels_last  # convolutions are quickest in it
         wanted = set(names)
         nodes = [n for n in self.runner.nodes if n.op == "call_module" and str(n.target) in wanted]
         calls: dict[str, int] = {}
@@ -253,9 +274,19 @@ class TorchChain:
     @torch.no_grad()
     def run(self, stage: int, values: Values) -> Values:
         given = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}
-        found = self.runner.run(self.bounds[stage], self.bounds[stage + 1], given)
+        try:
+            found = self._run(stage, given)
+        except RuntimeError:  # a model may look at maps in a way that only their usual order allows
+            if self.order is torch.contiguous_format:
+                raise
+            self.order = torch.contiguous_format
+            found = self._run(stage, given)
         # What is passed on stays the same object: that is how equal values of both models are known.
         return {name: values[name] if name in values else self._out(value) for name, value in found.items()}
+
+    def _run(self, stage: int, given: Values) -> Values:
+        ordered = {name: _ordered(value, self.order) for name, value in given.items()}
+        return self.runner.run(self.bounds[stage], self.bounds[stage + 1], ordered)
 
     @torch.no_grad()
     def assign(self, layer: Layer, weight: Floats, bias: Floats) -> None:
