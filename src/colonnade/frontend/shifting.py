@@ -8,6 +8,7 @@ needs no zeros behind its rows, and its pointwise convolutions gain as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import product
 from math import prod
@@ -19,8 +20,9 @@ from colonnade.layout import Planes
 from colonnade.workload import Conv2d, ConvTranspose2d, Reach
 
 GAIN = 1.5  # what is saved over what the copies cost, at least
-TRANSFORMED = 0.5  # of a 3x3's columns kept, past which Winograd's convolution, for planes alone, is quicker
-SMALL = 8  # rows and columns up to which it is not, whatever is kept
+# rows and columns of a map at most, and the share of a 3x3's columns kept past which Winograd's convolution, which
+# reads planes alone, is quicker: the larger the map, the fuller its transformed tiles
+TRANSFORMED = ((8, 1.0), (16, 0.5), (math.inf, 0.38))
 
 
 def shift(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
@@ -56,9 +58,10 @@ def _can(step: Draft) -> bool:
     if not isinstance(conv, Conv2d) or is_depthwise(conv) or conv.prologue is not None:
         return False
     plain = (conv.kernel, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
-    if plain and max(conv.out_height, conv.out_width) > SMALL:
-        return bool((step.constants["weight"] != 0).mean() <= TRANSFORMED)
-    return True
+    if not plain:
+        return True
+    most = next(kept for size, kept in TRANSFORMED if max(conv.out_height, conv.out_width) <= size)
+    return bool((step.constants["weight"] != 0).mean() <= most)
 
 
 def _saved(region: list[Draft], wide: list[Draft], regions: Regions, costs: LayoutCosts) -> float:
