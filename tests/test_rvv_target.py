@@ -142,5 +142,5 @@ def test_the_static_ranking_of_rvv():
     assert first.kernel.startswith("f32_winograd"), "a quarter of the multiplications, and all that it moves, is less"
     best = next(c for c in others if c.kernel.startswith("f32_spconv"))
     rows, lmul = (int(x.rstrip("v")) for x in best.kernel.split("_")[2].split("x"))
-    assert rows * lmul >= 20, "a dense tile and four columns fill the registers"
+    assert rows * lmul >= 16, "sums fill half of the registers at least; more leave too few columns to wait for loads"
     assert np.isfinite([c.rank for c in ranked]).all()
