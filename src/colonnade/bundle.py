@@ -179,10 +179,10 @@ CONVERSIONS = ("convert", "interleave", "reorder")  # steps that only move what 
 
 def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str, Any]:
     described = lowered.description(model)
-    steps = []
+    steps, once = [], model.plan.once
     for index, bound in enumerate(model.steps):
         step = bound.step
-        images = model.plan.images if index < model.plan.once else 1
+        images = model.plan.images if index < once else 1
         steps.append(
             {
                 "name": step.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -57,6 +58,11 @@ class Port:
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Variants(Protocol):

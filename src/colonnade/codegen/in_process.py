@@ -53,6 +53,7 @@ class Program:
                 kernel = taken[call.kernel]
                 image, outside = self._arguments(call)
                 self._calls.append((kernel, image, outside, step, index == 0))
+        self._once = sum(len(calls) for _, calls in bound[: plan.once])  # calls from here on are for all images
 
     def run(
         self,
@@ -65,16 +66,15 @@ class Program:
         outputs = {p.name: np.empty(p.shape, p.dtype) for p in self.plan.outputs}
         images, seam = self.plan.images, self.plan.seam
         between = {} if seam is None else {seam.name: np.empty(seam.shape, seam.dtype)}
-        once = {id(step) for step in self.plan.steps[self.plan.once :]}
-        for index in range(images + (seam is not None)):  # the last time, the steps for all images
-            for kernel, image, outside, step, first in self._calls:
-                if (id(step) in once) != (index == images):
-                    continue
+        sources, sinks = inputs | between, outputs | between
+        turns = [(index, self._calls[: self._once]) for index in range(images)]
+        for index, calls in (*turns, (0, self._calls[self._once :])):
+            for kernel, image, outside, step, first in calls:
                 if first and before is not None:
                     before(step, self._arena)
                 for at, name in outside:
-                    array = ((outputs if step.inputs else inputs) | between)[name]
-                    _point(image, at, array.ctypes.data + index % images * (array.nbytes // images))
+                    array = (sinks if step.inputs else sources)[name]
+                    _point(image, at, array.ctypes.data + index * (array.nbytes // images))
                 kernel(image.ctypes.data, 0, 1)
         return outputs
 

@@ -120,7 +120,7 @@ def tail(model: Model, weights_bytes: int, checksum: tuple[int, int]) -> str:
             f"    .once = {plan.once},",
             f"    .threads = {model.threads},",
             f"    .images = {plan.images},",
-            f"    .seam_bytes = {0 if plan.seam is None else _size(plan.seam)},",
+            f"    .seam_bytes = {0 if plan.seam is None else plan.seam.nbytes},",
             f"    .weights_bytes = {weights_bytes},",
             f"    .weights_checksum = {{{sums}}},",
             f"    .arena_bytes = {round_up(plan.arena, PAGE)},",
@@ -278,14 +278,10 @@ def _ports(what: str, ports: Sequence[Port]) -> str:
     lines.append(f"static const colonnade_port {what}[] = {{")
     for i, port in enumerate(ports):
         name = _quote(port.name)
-        lines.append(f'    {{{name}, "{port.dtype}", {what[:-1]}_shape_{i}, {len(port.shape)}, {_size(port)}}},')
+        lines.append(f'    {{{name}, "{port.dtype}", {what[:-1]}_shape_{i}, {len(port.shape)}, {port.nbytes}}},')
     if not ports:
         lines.append("    {0}")
     return "\n".join([*lines, "};", ""])
-
-
-def _size(port: Port) -> int:
-    return math.prod(port.shape) * np.dtype(port.dtype).itemsize
 
 
 def _port(port: Port) -> dict[str, object]:

@@ -51,8 +51,8 @@ def one_by_one(many: Importer, single: Callable[[], Importer]) -> tuple[Importer
     except UserError:  # some graphs are written for one batch size only
         return many, 1, None
     alike = len(one.steps) == len(many.steps) and all(map(_repeats, one.steps, many.steps, [images] * len(one.steps)))
-    whole = [(p.name, p.dtype, (images, *p.shape[1:])) for p in (*one.inputs, *one.outputs) if p.shape[:1] == (1,)]
-    if not alike or whole != [(p.name, p.dtype, p.shape) for p in (*many.inputs, *many.outputs)]:
+    ports = [(p.name, p.dtype, (images, *p.shape[1:])) for p in (*one.inputs, *one.outputs) if p.shape[:1] == (1,)]
+    if not alike or ports != [(p.name, p.dtype, p.shape) for p in (*many.inputs, *many.outputs)]:
         return many, 1, None
     return one, images, _join(one, many)
 
@@ -60,13 +60,16 @@ def one_by_one(many: Importer, single: Callable[[], Importer]) -> tuple[Importer
 def _join(one: Importer, many: Importer) -> Port | None:
     """Put the last steps of ``many`` in the place of those of ``one``, from the first on where that pays."""
     found: tuple[int, Tensor] | None = None
+    kept = worth = 0
     for start in range(len(many.steps) - 1, 0, -1):
         step = many.steps[start]
-        if _touched(step) > max(SMALL, _kept(step)) or not step.inputs:
+        own = _kept(step)
+        if _touched(step) > max(SMALL, own) or not step.inputs:
             break
+        kept += own
         if (tensor := _crossing(many.steps, start)) is not None:
-            found = start, tensor
-    if found is None or sum(map(_kept, many.steps[found[0] :])) < HEAVY:
+            found, worth = (start, tensor), kept
+    if found is None or worth < HEAVY:
         return None
     start, tensor = found
     part = next(a.output for a, b in zip(one.steps, many.steps, strict=True) if b.output is tensor)

@@ -31,12 +31,17 @@ def part(steps: list[Draft]) -> list[Draft]:
     for step in steps:
         for tensor in {tensor for value in step.inputs for tensor in value.tensors}:
             readers.setdefault(tensor, []).append(step)
-    chains = {id(chain[-1]): chain for step in steps if (chain := _chain(step, readers))}
-    parted = {id(step) for chain in chains.values() for step in chain}
+    chains: dict[int, list[Draft]] = {}  # by the last step, what replaces it and those before
+    parted: set[int] = set()
+    for step in steps:
+        chain = _chain(step, readers)
+        if chain and len(cuts := _cuts(step)) > 1:
+            chains[id(chain[-1])] = _parts(chain, cuts)
+            parted.update(map(id, chain))
     result: list[Draft] = []
     for step in steps:
-        if chain := chains.get(id(step), []):
-            result += _parts(chain)
+        if id(step) in chains:
+            result += chains[id(step)]
         elif id(step) not in parted:
             result.append(step)
     return result
@@ -59,7 +64,7 @@ def _chain(conv: Draft, readers: dict[Tensor, list[Draft]]) -> list[Draft]:
     while output is not None and len(following := readers.get(output, [])) == 1 and _by_channel(following[0], output):
         chain.append(following[0])
         if not isinstance(following[0].workload, Convert):
-            return chain if len(_cuts(conv)) > 1 else []
+            return chain
         output = following[0].output
     return []
 
@@ -93,10 +98,10 @@ def _cuts(conv: Draft) -> list[npt.NDArray[np.int64]]:
     return cuts
 
 
-def _parts(chain: Sequence[Draft]) -> list[Draft]:
-    """The steps of ``chain`` part by part."""
+def _parts(chain: Sequence[Draft], cuts: Sequence[npt.NDArray[np.int64]]) -> list[Draft]:
+    """The steps of ``chain`` part by part, ``cuts`` the output channels of each."""
     steps: list[Draft] = []
-    for index, channels in enumerate(_cuts(chain[0])):
+    for index, channels in enumerate(cuts):
         x = chain[0].inputs
         for step in chain:
             output, last = step.output, step is chain[-1]

@@ -6,7 +6,6 @@ of a step alike, for they take turns. Steps of one key change together, and a wa
 
 from __future__ import annotations
 
-import math
 import struct
 import tempfile
 import time
@@ -189,8 +188,7 @@ def _problem(plan: Plan) -> Problem:
     sizes: dict[str, int] = {}
     seam = [] if plan.seam is None else [plan.seam]
     for port in (*plan.inputs, *plan.outputs, *seam):
-        size = math.prod(port.shape) * np.dtype(port.dtype).itemsize
-        sizes[port.name] = max(size, sizes.get(port.name, 0))
+        sizes[port.name] = max(port.nbytes, sizes.get(port.name, 0))
     places = {name: 1 + index for index, name in enumerate(sizes)}
     segments = []
     for port in (*plan.inputs, *seam):
