@@ -40,7 +40,7 @@ from colonnade.plan import Step
 from colonnade.targets.model import Modelled as Target
 from colonnade.tune.job import Problem, Run, encode, problem
 from colonnade.tune.measure import Harness
-from colonnade.workload import RELU, Conv2d, Convert, Epilogue, unmatrix
+from colonnade.workload import RELU, Conv2d, Convert, ConvPool, Epilogue, Pool2d, unmatrix
 
 SUITE = "trixie"
 PACKAGES = ("libxnnpack0.20241108", "libxnnpack-dev", "libpthreadpool0", "libpthreadpool-dev", "libc6", "libgcc-s1")
@@ -90,6 +90,20 @@ def resnet50() -> Iterator[Layer]:
         width, size = out, size // 2
 
 
+def stem(conv: Conv2d, rng: np.random.Generator) -> Step:
+    """The first layer, which our kernel computes together with the max pool behind it: that is counted with ours."""
+    pool = Pool2d("max", 1, conv.out_channels, conv.out_height, conv.out_width, (3, 3), (2, 2), (1, 1, 1, 1))
+    pitch = pool.out_width + 1
+    source = Planes(1, conv.height, conv.width, conv.width, conv.height)
+    target = Planes(1, pool.out_height, pool.out_width, pitch, pitch, lead=pitch + 1)
+    x = place("x", (1, conv.in_channels, conv.height, conv.width), source, 0)
+    at = round_up(source.buffer_bytes(conv.in_channels), 64)
+    y = place("y", (1, conv.out_channels, pool.out_height, pool.out_width), target, at)
+    weight = rng.standard_normal((conv.out_channels, conv.in_channels, *conv.kernel), np.float32) / np.sqrt(conv.k)
+    constants = {"weight": weight.astype(np.float32), "bias": np.zeros(conv.out_channels, np.float32)}
+    return Step("stem", ConvPool(conv, pool), (x,), y, constants)
+
+
 def step(layer: Layer, sparsity: float, seed: int = 0) -> Step:
     """The layer on placed planes, its halo beside them; ``sparsity`` of whole columns in tiles of 8 rows gone."""
     pad, s, k = layer.kernel // 2, layer.stride, layer.kernel
@@ -104,6 +118,8 @@ def step(layer: Layer, sparsity: float, seed: int = 0) -> Step:
         (pad, pad, pad, pad),
         epilogue=Epilogue(False, RELU),
     )
+    if layer.kernel == 7:
+        return stem(conv, np.random.default_rng(seed))
     out = conv.out_height
     edge = -(-pad // s)
     pitch = -(-layer.size // s) + max(edge, 1)  # one pitch for all maps of a resolution: where 1x1 and 3x3 meet
@@ -219,8 +235,9 @@ def digest(call: Call) -> str:
 
 
 def lanes_bound(layer: Layer, sparsity: float, vlen: int) -> float:
-    """Registers of multiply-adds on kept weights alone, halos and last vectors counted."""
-    lanes = step(layer, 0.0).output.grid.lanes
+    """Registers of multiply-adds on kept weights alone, halos and last vectors counted; of the stem, those of the sum."""
+    out = layer.size // layer.stride
+    lanes = out * out if layer.kernel == 7 else step(layer, 0.0).output.grid.lanes
     per_group = (
         ColumnPattern(sparsity, tile=8).kept(layer.ic * layer.kernel**2) if sparsity else layer.ic * layer.kernel**2
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colonnade.errors import UserError
-from colonnade.frontend import layouts, memory, panels
+from colonnade.frontend import layouts, memory, panels, stems
 from colonnade.frontend.clean import CUT, clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
@@ -100,7 +100,8 @@ class Imported:
     def arrange(self, costs: LayoutCosts | None = None) -> Arranged:
         """Assign layouts by what moving data costs; ``LayoutCosts.of(isa)`` knows that of an ISA."""
         costs = costs or LayoutCosts()
-        drafts = part(_needed(shift(layouts.arrange(self.importer.steps, costs), costs)))
+        steps = layouts.arrange(stems.join(self.importer.steps), costs)
+        drafts = part(_needed(shift(steps, costs)))
         for draft in drafts:
             draft.workload = _with_sparsity(draft)
         found = panels.edges(drafts, costs.windows)

@@ -78,6 +78,7 @@ def rows() -> dict[str, Operator]:
     """All operators by ``Workload.op``."""
     from colonnade.kernels.ops import (
         conv,
+        conv_pool,
         convert,
         dense,
         linear,
@@ -90,8 +91,8 @@ def rows() -> dict[str, Operator]:
         unary,
     )
 
-    table = (*conv.ROWS, *linear.ROWS, *pool.ROWS, *pointwise.ROWS, *convert.ROWS, *unary.ROWS, *transposed.ROWS)
-    table += (*dense.ROWS, *resample.ROWS, *tokens.ROWS, *typed.ROWS)
+    table = (*conv.ROWS, *conv_pool.ROWS, *linear.ROWS, *pool.ROWS, *pointwise.ROWS, *convert.ROWS, *unary.ROWS)
+    table += (*transposed.ROWS, *dense.ROWS, *resample.ROWS, *tokens.ROWS, *typed.ROWS)
     return {row.op: row for row in table}
 
 

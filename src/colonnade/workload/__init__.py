@@ -2,6 +2,7 @@
 
 from colonnade.workload.base import NONE, RELU, RELU6, Activation, Array, Epilogue, Workload, activation_of, evaluate
 from colonnade.workload.conv import Conv2d, Reach, im2col, matrix, unmatrix
+from colonnade.workload.conv_pool import ConvPool
 from colonnade.workload.convert import Convert, Zeros
 from colonnade.workload.dense import (
     FILL,
@@ -27,9 +28,9 @@ from colonnade.workload.typed import Cast, TypedElementwise, TypedMatMul, TypedR
 
 __all__ = [
     "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "ChannelNorm",
-    "ChannelSoftmax", "Constant", "Conv2d", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue", "Function",
-    "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "MaxIndices", "Normalise", "PlaneProduct",
-    "Pool2d", "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "TypedElementwise", "TypedMatMul",
+    "ChannelSoftmax", "Constant", "Conv2d", "ConvPool", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue",
+    "Function", "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "MaxIndices", "Normalise",
+    "PlaneProduct", "Pool2d", "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "TypedElementwise", "TypedMatMul",
     "TypedReduce", "Unary", "Workload", "Zeros", "activation_of",
     "digest", "evaluate", "im2col", "matrix", "spread", "unmatrix",
 ]  # fmt: skip

@@ -186,6 +186,8 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         const vint32m##L##_t whole = __riscv_vreinterpret_v_f32m##L##_i32m##L(v); \
         return __riscv_vreinterpret_v_i32m##L##_f32m##L(__riscv_vmax_vx_i32m##L(whole, x, vl)); \
     } \
+    /* first, then v without its last lane */ \
+    VEC_INLINE vec##L##_t vec##L##_push(vec##L##_t v, float first, size_t vl) { return __riscv_vfslide1up_vf_f32m##L(v, first, vl); } \
     VEC_INLINE vec##L##_t vec##L##_round(vec##L##_t v, size_t vl) \
     { \
         const vint32m##L##_t whole = __riscv_vfcvt_x_f_v_i32m##L##_rm(v, __RISCV_FRM_RNE, vl); \

@@ -145,7 +145,7 @@ def lines(program: Program, lmul: int, source: str, target: str, suffix: str = "
     found = []
     for name, first, factor, second in program:
         a, b = variable(first), variable(second)
-        value = f"{a}, {b}" if abs(factor) == 1 else f"{a}, {factor:.1f}f, {b}"
+        value = f"{a}, {b}" if abs(factor) == 1 else f"{a}, {float(factor)!r}f, {b}"
         action = "add" if factor == 1 else "sub" if factor == -1 else "fma"
         found.append(f"const vec{lmul}_t {variable(name)} = vec{lmul}_{action}({value}, vl);")
     return found

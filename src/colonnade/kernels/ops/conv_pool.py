@@ -1,0 +1,233 @@
+"""A stem: a convolution of few channels whose output a max pool alone reads, in one kernel.
+
+Along the columns of the kernel, minimal filtering takes half of the multiply-adds (``filtering``): a 7x7 at stride 2 is
+four and three taps on rows of either parity, and F(4, 4) makes 4 rows from 2 * 7 products a tap along the row where the
+sum takes 28. With few channels the transform of the input is small beside the products, and the product's sums go back
+into rows while they are still near. The pool takes these rows out of a ring, so what lies between both layers, the
+largest map of most networks, is never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.kernels.call import Arena, Call, Const, Field, Scratch
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.isa import isa as isa_named
+from colonnade.kernels.ops import filtering, registers
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
+from colonnade.kernels.ops.winograd import lines
+from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
+from colonnade.kernels.structs import Member, Struct
+from colonnade.layout import LINE, VECTOR_LANES, round_up
+from colonnade.workload import Conv2d, ConvPool
+from colonnade.workload.conv_pool import BEFORE, FILTERS, taps
+
+LINE_STRUCT = Struct(
+    "cn_line",
+    "Rows of one parity (stride) of an input channel.",
+    (
+        Member("plane", "u32", "its offset"),
+        Member("first", "i32", "the first row that row 0 of the convolution reads"),
+    ),
+)
+LINE_DTYPE = np.dtype([("plane", "<u4"), ("first", "<i4")])
+STRUCT = Struct(
+    "cn_conv_pool",
+    "Max pool (3x3 at stride 2) of clip(bias + convolution), planes to planes.",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("lines", "const cn_line *"),
+        Member("offsets", "const uint32_t *", "bytes from a position to what each column reads at lane 0 [columns]"),
+        Member("weights", "const float *", "transformed, block by block: [positions][columns][rows of the block]"),
+        Member("bias", "const float *"),
+        Member("blocks", "const uint32_t *", "first output channel of every block, and the end"),
+        Member("rows", "const uint32_t *", "offset of every output plane"),
+        Member("scratch", "char *", "scratch_bytes a thread"),
+        *LEAD_MEMBERS,
+        Member("scratch_bytes", "u32"),
+        Member("line_count", "u32"),
+        Member("columns", "u32"),
+        Member("block_count", "u32"),
+        Member("position", "u32", "bytes from a position to the next"),
+        Member("wide", "u32", "lanes of a row of it; each line has one a phase"),
+        Member("transformed", "u32", "lanes of all of it"),
+        Member("sum_lanes", "u32", "of scratch, for the sums of a block"),
+        Member("room", "u32", "lanes of a row in the ring"),
+        Member("images", "u32"),
+        Member("height", "u32", "of the input"),
+        Member("width", "u32"),
+        Member("in_pitch", "u32"),
+        Member("in_image", "u32", "lanes from one image to the next"),
+        Member("stride_y", "u32", "of the convolution"),
+        Member("stride_x", "u32"),
+        Member("conv_height", "u32", "rows and columns of what is pooled"),
+        Member("conv_width", "u32"),
+        Member("top", "u32", "padding of the pool, 0 or 1"),
+        Member("left", "u32"),
+        Member("out_height", "u32"),
+        Member("out_width", "u32"),
+        Member("pitch", "u32", "of the output"),
+        Member("image_rows", "u32", "of the output"),
+        Member("tail", "u32", "zero lanes after the last image of a plane"),
+        Member("low", "f32"),
+        Member("high", "f32"),
+    ),
+)
+MARGIN = BEFORE  # zero lanes in front of a row of transformed inputs, and of -inf in front of a row to be pooled
+
+
+def shapes(isa: Isa) -> list[tuple[int, int]]:
+    """(MR, NV) to choose from."""
+    wanted = [(8, 2), (4, 4)] if isa.scalable else [(8, 3), (8, 2), (6, 4), (4, 7), (4, 4), (4, 3), (6, 2), (4, 2)]
+    return [(mr, nv) for mr, nv in wanted if registers.legal(mr, nv, isa)]
+
+
+def variants(isa: Isa) -> Iterator[Variant]:
+    """Every filter length by every (MR, NV)."""
+    for r in FILTERS:
+        for mr, nv in shapes(isa):
+            counts = registers.row_counts(mr)
+            rings = {m: (registers.ring(mr, nv)[0], registers.ring(m, nv)[1]) for m in counts}
+            params = {
+                "M": filtering.OUTPUTS, "N": filtering.size(r), "MR": mr, "NV": nv, "row_counts": counts,
+                "rings": rings, "lines": lines, "INTO": filtering.into(r), "BACK": filtering.BACK[r],
+                "MARGIN": MARGIN, "one": filtering.ONE, "W": 2 if isa.scalable else 1,
+            }  # fmt: skip
+            yield Variant(f"f32_convpool{r}_{mr}x{nv}v__{isa.name}", "conv_pool.c.in", params)
+
+
+def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
+    """The shapes, by the multiply-adds, loads and broadcasts of a column."""
+    work = step.workload
+    assert isinstance(work, ConvPool)
+    width, oc = work.conv.out_width, work.conv.out_channels
+    for mr, nv in shapes(isa):
+        lanes = isa.lanes or 8 * nv
+        vectors = -(-width // lanes)
+        regs = 1 if isa.scalable else nv
+        strips = -(-vectors // regs)
+        column = sum(
+            (rows * vectors + 0.25 * (rows * strips + vectors) + strips) * (nv if isa.scalable else 1)
+            for rows in registers.heights(oc, mr)
+        )
+        yield Candidate(f"f32_convpool{taps(work.conv)}_{mr}x{nv}v__{isa.name}", {}, column)
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """What one position's product sums over: [line, tap along the row]; ``taken[p]`` the kernel's rows of parity ``p``
+    in the window's order, ``first[p]`` the input row that the window of row 0 begins at."""
+
+    first: list[int]
+    taken: list[list[int | None]]
+    shifts: npt.NDArray[np.int64]  # of every tap along the row: columns of its phase
+    phases: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(conv: Conv2d) -> _Columns:
+        """Tap ``t`` of row ``o`` reads input row ``o*s + t - pad``: row ``o + q // s`` of parity ``q % s``."""
+        (sy, sx), (top, left) = conv.stride, conv.padding[:2]
+        first, taken = [], []
+        for parity in range(sy):
+            at = {(t - top) // sy: t for t in range(conv.kernel[0]) if (t - top) % sy == parity}
+            if at:
+                begin = min(at)
+                first.append(begin * sy + parity)
+                taken.append([at.get(begin + i) for i in range(taps(conv))])
+        q = np.arange(conv.kernel[1]) - left
+        return _Columns(first, taken, q // sx, q % sx)
+
+
+def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    """One ``cn_conv_pool`` call."""
+    work, source, output = step.workload, step.inputs[0], step.output
+    assert isinstance(work, ConvPool) and output is not None
+    conv, pool = work.conv, work.pool
+    layout, target = source.planes, output.planes
+    assert layout.phases == target.phases == (1, 1), f"{work.key()}: neither read nor written in phases"
+    isa = isa_named(candidate.kernel.rpartition("__")[2])
+    mr, nv = (int(n) for n in candidate.kernel.split("_")[2].removesuffix("v").split("x"))
+    r, columns = taps(conv), _Columns.of(conv)
+    n, ring = filtering.size(r), registers.places(mr, nv, isa)
+    parities, kw, sx = len(columns.first), conv.kernel[1], conv.stride[1]
+    reach = max(0, int(columns.shifts.max()))
+    lanes = (VECTOR_LANES * nv) if isa.scalable else isa.lanes
+    wide = round_up(MARGIN + round_up(conv.out_width, lanes) + reach + lanes, LINE // 4)
+    room = round_up(MARGIN + 2 * round_up(pool.out_width, 2 * VECTOR_LANES) + 2, LINE // 4)
+    line_count, k = conv.in_channels * parities, conv.in_channels * parities * kw
+    found = np.zeros(line_count, LINE_DTYPE)
+    found["plane"] = np.repeat(source.offsets, parities)
+    found["first"] = np.tile(columns.first, conv.in_channels)
+    position = (line_count * sx + 1) * wide
+    at = (np.arange(line_count)[:, None] * sx + columns.phases) * wide + MARGIN + columns.shifts
+    # up to whole turns of the ring by columns of zeros, then what the next position begins with
+    padded = round_up(k, ring)
+    offsets = np.concatenate([at.reshape(-1), np.full(padded - k, line_count * sx * wide + MARGIN)])
+    offsets = 4 * np.concatenate([offsets, offsets[:ring] + position])
+    blocks = np.cumsum([0, *registers.heights(conv.out_channels, mr)])
+    wanted = _transformed(step.constants["weight"], columns, r, padded)
+    weights = [wanted[:, :, a:b].reshape(-1) for a, b in pairwise(blocks)]
+    sums = n * mr * nv * (VECTOR_LANES if isa.scalable else isa.lanes)
+    transformed = (n - 1) * position + round_up(int(offsets.max()) // 4 + lanes, LINE // 4)
+    scratch = 4 * (transformed + sums + conv.out_channels * 8 * room)
+    fields: dict[str, Field] = {
+        "arena": Arena(),
+        "lines": Const(found),
+        "offsets": u32(offsets),
+        "weights": f32(np.concatenate([*weights, np.zeros(8)])),  # a core in order reads a few ahead
+        "bias": f32(step.constants.get("bias", np.zeros(conv.out_channels))),
+        "blocks": u32(blocks),
+        "rows": u32(output.offsets),
+        "scratch": Scratch(),
+        **lead(output),
+        "scratch_bytes": scratch,
+        "line_count": line_count,
+        "columns": padded,
+        "block_count": len(blocks) - 1,
+        "position": 4 * position,
+        "wide": wide,
+        "transformed": transformed,
+        "sum_lanes": sums,
+        "room": room,
+        "images": conv.batch,
+        "height": conv.height,
+        "width": conv.width,
+        "in_pitch": layout.pitch,
+        "in_image": layout.image_rows * layout.pitch,
+        "stride_y": conv.stride[0],
+        "stride_x": sx,
+        "conv_height": conv.out_height,
+        "conv_width": conv.out_width,
+        "top": pool.padding[0],
+        "left": pool.padding[1],
+        "out_height": pool.out_height,
+        "out_width": pool.out_width,
+        "pitch": target.pitch,
+        "image_rows": target.image_rows,
+        "tail": target.plane - target.batch * target.image_rows * target.pitch,
+        "low": float(conv.epilogue.activation.low),
+        "high": float(conv.epilogue.activation.high),
+    }
+    return (Call(candidate.kernel, STRUCT.name, fields, scratch),)
+
+
+def _transformed(weight: npt.NDArray[np.float32], columns: _Columns, r: int, padded: int) -> npt.NDArray[np.float64]:
+    """[OC, IC, KH, KW] → [positions, (IC, parity, KW) and zeros up to ``padded``, OC]"""
+    oc, ic, _, kw = weight.shape
+    windows = np.zeros((oc, ic, len(columns.taken), r, kw))
+    for parity, taken in enumerate(columns.taken):
+        for i, tap in enumerate(taken):
+            if tap is not None:
+                windows[:, :, parity, i] = weight[:, :, tap]
+    found = np.einsum("jr,ocprw->jcpwo", filtering.weights(r), windows, optimize=True)
+    found = found.reshape(filtering.size(r), -1, oc)
+    return np.pad(found, ((0, 0), (0, padded - found.shape[1]), (0, 0)))
+
+
+ROWS = (Operator("conv_pool", (LINE_STRUCT, STRUCT), variants, candidates, bind),)
