@@ -235,7 +235,7 @@ def digest(call: Call) -> str:
 
 
 def lanes_bound(layer: Layer, sparsity: float, vlen: int) -> float:
-    """Registers of multiply-adds on kept weights alone, halos and last vectors counted; of the stem, those of the sum."""
+    """Registers of multiply-adds on kept weights alone, halos and last vectors counted; the stem's as a plain sum."""
     out = layer.size // layer.stride
     lanes = out * out if layer.kernel == 7 else step(layer, 0.0).output.grid.lanes
     per_group = (

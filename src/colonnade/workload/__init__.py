@@ -30,7 +30,7 @@ __all__ = [
     "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "ChannelNorm",
     "ChannelSoftmax", "Constant", "Conv2d", "ConvPool", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue",
     "Function", "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "MaxIndices", "Normalise",
-    "PlaneProduct", "Pool2d", "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "TypedElementwise", "TypedMatMul",
-    "TypedReduce", "Unary", "Workload", "Zeros", "activation_of",
+    "PlaneProduct", "Pool2d", "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "TypedElementwise",
+    "TypedMatMul", "TypedReduce", "Unary", "Workload", "Zeros", "activation_of",
     "digest", "evaluate", "im2col", "matrix", "spread", "unmatrix",
 ]  # fmt: skip
