@@ -41,6 +41,13 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         vec##H##_t even; \
         __asm__ volatile("vnsrl.wi %0, %1, 0" : "=&vr"(even) : "vr"(v)); \
         return even; \
+    } \
+    /* every second lane, from the first and from the second on; vl of each */ \
+    VEC_INLINE void vec##L##_apart(vec##L##_t v, vec##H##_t *even, vec##H##_t *odd, size_t vl) \
+    { \
+        const vuint64m##L##_t pairs = __riscv_vreinterpret_v_u32m##L##_u64m##L(__riscv_vreinterpret_v_f32m##L##_u32m##L(v)); \
+        *even = __riscv_vreinterpret_v_u32m##H##_f32m##H(__riscv_vnsrl_wx_u32m##H(pairs, 0, vl)); \
+        *odd = __riscv_vreinterpret_v_u32m##H##_f32m##H(__riscv_vnsrl_wx_u32m##H(pairs, 32, vl)); \
     }
 #define VEC_GROUP(L, RATIO) \
     typedef vfloat32m##L##_t vec##L##_t; \
@@ -185,6 +192,12 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     { \
         const vint32m##L##_t whole = __riscv_vreinterpret_v_f32m##L##_i32m##L(v); \
         return __riscv_vreinterpret_v_i32m##L##_f32m##L(__riscv_vmax_vx_i32m##L(whole, x, vl)); \
+    } \
+    /* the larger one as integers: of numbers of which the larger one is positive, or both are of no interest */ \
+    VEC_INLINE vec##L##_t vec##L##_larger(vec##L##_t a, vec##L##_t b, size_t vl) \
+    { \
+        const vint32m##L##_t x = __riscv_vreinterpret_v_f32m##L##_i32m##L(a), y = __riscv_vreinterpret_v_f32m##L##_i32m##L(b); \
+        return __riscv_vreinterpret_v_i32m##L##_f32m##L(__riscv_vmax_vv_i32m##L(x, y, vl)); \
     } \
     /* first, then v without its last lane */ \
     VEC_INLINE vec##L##_t vec##L##_push(vec##L##_t v, float first, size_t vl) { return __riscv_vfslide1up_vf_f32m##L(v, first, vl); } \

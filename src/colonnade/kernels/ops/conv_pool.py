@@ -1,17 +1,17 @@
 """A stem: a convolution of few channels whose output a max pool alone reads, in one kernel.
 
 Along the columns of the kernel, minimal filtering takes half of the multiply-adds (``filtering``): a 7x7 at stride 2 is
-four and three taps on rows of either parity, and F(4, 4) makes 4 rows from 2 * 7 products a tap along the row where the
-sum takes 28. With few channels the transform of the input is small beside the products, and the product's sums go back
-into rows while they are still near. The pool takes these rows out of a ring, so what lies between both layers, the
-largest map of most networks, is never written.
+four and three taps on rows of either parity, and F(4, 4) makes 4 rows from 14 products a tap along the row where the
+sum takes 28, F(6, 4) 6 rows from 18 where it takes 42. With few channels the transform of the input is small beside the
+products, and the products' sums go back into rows while they are still near. The pool takes these rows from a ring, so
+what lies between both layers, the largest map of most networks, is never written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, round_up
 from colonnade.workload import Conv2d, ConvPool
-from colonnade.workload.conv_pool import BEFORE, FILTERS, taps
+from colonnade.workload.conv_pool import BEFORE, taps
 
 LINE_STRUCT = Struct(
     "cn_line",
@@ -84,39 +84,48 @@ MARGIN = BEFORE  # zero lanes in front of a row of transformed inputs, and of -i
 
 def shapes(isa: Isa) -> list[tuple[int, int]]:
     """(MR, NV) to choose from."""
-    wanted = [(8, 2), (4, 4)] if isa.scalable else [(8, 3), (8, 2), (6, 4), (4, 7), (4, 4), (4, 3), (6, 2), (4, 2)]
-    return [(mr, nv) for mr, nv in wanted if registers.legal(mr, nv, isa)]
+    wanted = [(8, 2)] if isa.scalable else [(8, 3), (6, 4), (4, 3), (6, 2)]
+    return [(mr, nv) for mr, nv in wanted if registers.legal(mr, nv, isa)][:2]
+
+
+def symbol(m: int, r: int, mr: int, nv: int, isa: Isa) -> str:
+    """``f32_convpool4x4_8x3v__avx512``"""
+    return f"f32_convpool{m}x{r}_{mr}x{nv}v__{isa.name}"
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
-    """Every filter length by every (MR, NV)."""
-    for r in FILTERS:
+    """Every filter by every (MR, NV)."""
+    for m, r in filtering.POINTS:
         for mr, nv in shapes(isa):
             counts = registers.row_counts(mr)
-            rings = {m: (registers.ring(mr, nv)[0], registers.ring(m, nv)[1]) for m in counts}
             params = {
-                "M": filtering.OUTPUTS, "N": filtering.size(r), "MR": mr, "NV": nv, "row_counts": counts,
-                "rings": rings, "lines": lines, "INTO": filtering.into(r), "BACK": filtering.BACK[r],
-                "MARGIN": MARGIN, "one": filtering.ONE, "W": 2 if isa.scalable else 1,
+                "M": m, "N": filtering.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
+                "rings": {c: (registers.ring(mr, nv)[0], registers.ring(c, nv)[1]) for c in counts}, "lines": lines,
+                "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN, "one": filtering.ONE,
+                "W": 2 if isa.scalable else 1,
             }  # fmt: skip
-            yield Variant(f"f32_convpool{r}_{mr}x{nv}v__{isa.name}", "conv_pool.c.in", params)
+            yield Variant(symbol(m, r, mr, nv, isa), "conv_pool.c.in", params)
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
-    """The shapes, by the multiply-adds, loads and broadcasts of a column."""
+    """The filters and shapes, by the multiply-adds, loads and broadcasts of a column and the sums of the filter."""
     work = step.workload
     assert isinstance(work, ConvPool)
-    width, oc = work.conv.out_width, work.conv.out_channels
-    for mr, nv in shapes(isa):
-        lanes = isa.lanes or 8 * nv
-        vectors = -(-width // lanes)
-        regs = 1 if isa.scalable else nv
-        strips = -(-vectors // regs)
+    conv = work.conv
+    columns = conv.in_channels * len(_Columns.of(conv).first) * conv.kernel[1]
+    for (m, r), (mr, nv) in product(filtering.POINTS, shapes(isa)):
+        if r != taps(conv):
+            continue
+        n, vectors = filtering.size(m, r), -(-conv.out_width // (isa.lanes or 8 * nv))
+        strips = vectors if isa.scalable else -(-vectors // nv)
         column = sum(
-            (rows * vectors + 0.25 * (rows * strips + vectors) + strips) * (nv if isa.scalable else 1)
-            for rows in registers.heights(oc, mr)
+            rows * vectors + 0.25 * (rows * strips + vectors) + strips
+            for rows in registers.heights(conv.out_channels, mr)
         )
-        yield Candidate(f"f32_convpool{taps(work.conv)}_{mr}x{nv}v__{isa.name}", {}, column)
+        back = conv.out_channels * vectors * (2 * n + len(filtering.back(m, r)) / 2 + m)
+        bands = -(-conv.out_height // m)
+        rank = bands * (n * columns * column + back) * (nv if isa.scalable else 1)
+        yield Candidate(symbol(m, r, mr, nv, isa), {}, rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +161,9 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     layout, target = source.planes, output.planes
     assert layout.phases == target.phases == (1, 1), f"{work.key()}: neither read nor written in phases"
     isa = isa_named(candidate.kernel.rpartition("__")[2])
-    mr, nv = (int(n) for n in candidate.kernel.split("_")[2].removesuffix("v").split("x"))
-    r, columns = taps(conv), _Columns.of(conv)
-    n, ring = filtering.size(r), registers.places(mr, nv, isa)
+    (m, r), (mr, nv) = ((int(n) for n in part.strip("convpl").split("x")) for part in candidate.kernel.split("_")[1:3])
+    columns = _Columns.of(conv)
+    n, ring = filtering.size(m, r), registers.places(mr, nv, isa)
     parities, kw, sx = len(columns.first), conv.kernel[1], conv.stride[1]
     reach = max(0, int(columns.shifts.max()))
     lanes = (VECTOR_LANES * nv) if isa.scalable else isa.lanes
@@ -171,7 +180,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     offsets = np.concatenate([at.reshape(-1), np.full(padded - k, line_count * sx * wide + MARGIN)])
     offsets = 4 * np.concatenate([offsets, offsets[:ring] + position])
     blocks = np.cumsum([0, *registers.heights(conv.out_channels, mr)])
-    wanted = _transformed(step.constants["weight"], columns, r, padded)
+    wanted = _transformed(step.constants["weight"], columns, filtering.weights(m, r), padded)
     weights = [wanted[:, :, a:b].reshape(-1) for a, b in pairwise(blocks)]
     sums = n * mr * nv * (VECTOR_LANES if isa.scalable else isa.lanes)
     transformed = (n - 1) * position + round_up(int(offsets.max()) // 4 + lanes, LINE // 4)
@@ -217,16 +226,18 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     return (Call(candidate.kernel, STRUCT.name, fields, scratch),)
 
 
-def _transformed(weight: npt.NDArray[np.float32], columns: _Columns, r: int, padded: int) -> npt.NDArray[np.float64]:
-    """[OC, IC, KH, KW] → [positions, (IC, parity, KW) and zeros up to ``padded``, OC]"""
+def _transformed(
+    weight: npt.NDArray[np.float32], columns: _Columns, g: npt.NDArray[np.float64], padded: int
+) -> npt.NDArray[np.float64]:
+    """[OC, IC, KH, KW] → [positions, (IC, parity, KW) and zeros up to ``padded``, OC] by ``g`` [positions, r]."""
     oc, ic, _, kw = weight.shape
+    n, r = g.shape
     windows = np.zeros((oc, ic, len(columns.taken), r, kw))
     for parity, taken in enumerate(columns.taken):
         for i, tap in enumerate(taken):
             if tap is not None:
                 windows[:, :, parity, i] = weight[:, :, tap]
-    found = np.einsum("jr,ocprw->jcpwo", filtering.weights(r), windows, optimize=True)
-    found = found.reshape(filtering.size(r), -1, oc)
+    found = np.einsum("jr,ocprw->jcpwo", g, windows, optimize=True).reshape(n, -1, oc)
     return np.pad(found, ((0, 0), (0, padded - found.shape[1]), (0, 0)))
 
 
