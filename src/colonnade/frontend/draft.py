@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.layout import begins_outside
-from colonnade.workload import Activation, Array, Workload, activation_of
+from colonnade.workload import Activation, Array, Cast, Convert, Workload, activation_of
 from colonnade.workload.typed import F32, lanes
 
 
@@ -146,6 +146,11 @@ class Draft:
     external: str = ""
     panels: bool = False
     channels: npt.NDArray[np.int64] | None = None
+
+
+def is_import(step: Draft) -> bool:
+    """Does it bring one of the model's inputs in as it is?"""
+    return isinstance(step.workload, Convert | Cast) and bool(step.external) and step.output is not None
 
 
 def can_activate(step: Draft) -> bool:

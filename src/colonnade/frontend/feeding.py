@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
-from colonnade.frontend.draft import Draft, Tensor, Value
+from colonnade.frontend.draft import Draft, Tensor, Value, is_import
 from colonnade.workload import Activation, Affine, Conv2d, Reach
 
 
@@ -101,7 +101,7 @@ def panels_for_strides(steps: list[Draft], costs: LayoutCosts) -> None:
     Convolutions with one input and stride share the copy, so they decide together. The model's input costs nothing: it
     is imported into phases.
     """
-    imported = {step.output for step in steps if step.external}
+    imported = {step.output for step in steps if is_import(step)}
     groups: dict[object, list[Draft]] = {}
     for step in steps:
         conv = step.workload

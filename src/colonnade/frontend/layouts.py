@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.frontend.draft import Draft, Tensor, Value, is_import, whole
 from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, is_depthwise, panels_for_strides
 from colonnade.frontend.panels import VECTORS
 from colonnade.layout import Layout, Panels, Planes, Rows
@@ -151,8 +151,8 @@ def waste(conv: Conv2d) -> float:
 
 
 def imports(steps: list[Draft]) -> dict[Tensor | None, Draft]:
-    """The steps that bring the model's inputs in, by what they write."""
-    return {step.output: step for step in steps if step.external and step.output is not None}
+    """The steps that bring the model's inputs in as they are, by what they write."""
+    return {step.output: step for step in steps if is_import(step)}
 
 
 def copy_step(x: Value, target: Tensor, importers: Mapping[Tensor | None, Draft]) -> Draft:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from colonnade.layout import Panels, Placed, Planes, read_planes, write_planes
 from colonnade.plan import Plan, Step
-from colonnade.workload import Array, Cast, Conv2d, Reach, evaluate, im2col
+from colonnade.workload import Array, Cast, Conv2d, ConvPool, Reach, evaluate, im2col
 
 VECTOR = 8  # lanes of the registers that panels are read and written with here
 
@@ -50,8 +50,10 @@ def _run(
         if step.external and not step.inputs:
             assert step.output is not None
             given = inputs[step.external]
-            shaped = given if isinstance(step.workload, Cast) else given.astype(np.float32).reshape(step.output.shape)
-            write_planes(arena, step.output, step.workload.reference(shaped), VECTOR)
+            if not isinstance(step.workload, Cast):
+                shape = step.workload.shape if isinstance(step.workload, ConvPool) else step.output.shape
+                given = given.astype(np.float32).reshape(shape)
+            write_planes(arena, step.output, evaluate(step.workload, [given], step.constants), VECTOR)
             continue
         values = [read_planes(arena, tensor, VECTOR) for tensor in step.inputs]
         if isinstance(step.workload, Conv2d) and check_feeding and _in_place(step):

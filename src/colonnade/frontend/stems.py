@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
-from colonnade.frontend.draft import Draft, Tensor
+from colonnade.frontend.draft import Draft, Tensor, is_import
 from colonnade.pattern import discover
-from colonnade.workload import Conv2d, ConvPool, Pool2d, matrix
+from colonnade.workload import Conv2d, Convert, ConvPool, Pool2d, matrix
 from colonnade.workload.conv_pool import joinable
 
 
 def join(steps: list[Draft]) -> list[Draft]:
-    """The steps with such pairs joined: a dense convolution, and a pool that alone reads it."""
+    """The steps with such pairs joined: a dense convolution, and a pool that alone reads it. Of an input of the model
+    that nobody else reads, they read the user's array."""
     readers = Counter(tensor for step in steps for value in step.inputs for tensor in value.tensors)
     convs: dict[Tensor | None, Draft] = {step.output: step for step in steps if _alone(step, readers)}
+    imported = {step.output: step for step in steps if is_import(step) and isinstance(step.workload, Convert)}
     joined: dict[int, Draft] = {}
     gone: set[int] = set()
     for step in steps:
@@ -25,8 +27,13 @@ def join(steps: list[Draft]) -> list[Draft]:
             continue
         assert isinstance(conv.workload, Conv2d)
         if joinable(conv.workload, pool) and discover(matrix(conv.constants["weight"])).is_dense:
-            work = ConvPool(conv.workload, pool)
-            joined[id(step)] = Draft(conv.name, work, conv.inputs, step.output, conv.constants)
+            work, x = ConvPool(conv.workload, pool), conv.inputs
+            brought = imported.get(x[0].tensor)
+            if brought is not None and readers[x[0].tensors[0]] == 1:
+                gone.add(id(brought))
+                x = []
+            external = brought.external if brought is not None and not x else ""
+            joined[id(step)] = Draft(conv.name, work, x, step.output, conv.constants, external)
             gone.add(id(conv))
     return [joined.get(id(step), step) for step in steps if id(step) not in gone]
 

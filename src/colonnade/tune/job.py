@@ -14,7 +14,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.registry import Operands, structs
 from colonnade.layout import Panels, Placed, Planes, panel_lanes, read_planes, round_up, write_planes
-from colonnade.workload import Array, Convert, evaluate
+from colonnade.workload import Array, Convert, ConvPool, evaluate
 
 MAGIC = int.from_bytes(b"CNJOB1", "little")
 PAGE = 4096
@@ -108,7 +108,7 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
     if step.rms is not None:  # kernels for pairs of columns rely on inputs of about this size
         inputs[0] *= np.float32(step.rms)
     if step.external and step.output is not None:
-        assert isinstance(step.workload, Convert)
+        assert isinstance(step.workload, (Convert, ConvPool))
         inputs = [rng.standard_normal(step.workload.shape, dtype=np.float32)]
         externals.append((step.external, inputs[0].nbytes))
         segments.append(Segment(1, 0, inputs[0].tobytes()))

@@ -23,6 +23,11 @@ class ConvPool(Workload):
     dtype: str = "f32"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x."""
+        return self.conv.batch, self.conv.in_channels, self.conv.height, self.conv.width
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of the convolution."""
         return self.conv.macs

@@ -16,7 +16,7 @@ from itertools import pairwise, product
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Arena, Call, Const, Field, Scratch
+from colonnade.kernels.call import Arena, Call, Const, External, Field, Scratch
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import filtering, registers
@@ -41,7 +41,8 @@ STRUCT = Struct(
     "cn_conv_pool",
     "Max pool (3x3 at stride 2) of clip(bias + convolution), planes to planes.",
     (
-        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("source", "const char *", "what planes of the input are offsets from"),
+        Member("arena", "char *", "the same for the output"),
         Member("lines", "const cn_line *"),
         Member("offsets", "const uint32_t *", "bytes from a position to what each column reads at lane 0 [columns]"),
         Member("weights", "const float *", "transformed, block by block: [positions][columns][rows of the block]"),
@@ -155,11 +156,18 @@ class _Columns:
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """One ``cn_conv_pool`` call."""
-    work, source, output = step.workload, step.inputs[0], step.output
+    work, output = step.workload, step.output
     assert isinstance(work, ConvPool) and output is not None
-    conv, pool = work.conv, work.pool
-    layout, target = source.planes, output.planes
-    assert layout.phases == target.phases == (1, 1), f"{work.key()}: neither read nor written in phases"
+    conv, pool, target = work.conv, work.pool, output.planes
+    assert target.phases == (1, 1), f"{work.key()}: not written in phases"
+    base: Field = Arena()
+    if step.inputs:
+        layout, planes = step.inputs[0].planes, step.inputs[0].offsets
+        assert layout.phases == (1, 1), f"{work.key()}: not read in phases"
+        pitch, image = layout.pitch, layout.image_rows * layout.pitch
+    else:  # the user's array
+        base, pitch, image = External(step.external), conv.width, conv.in_channels * conv.height * conv.width
+        planes = 4 * conv.height * conv.width * np.arange(conv.in_channels, dtype=np.int64)
     isa = isa_named(candidate.kernel.rpartition("__")[2])
     (m, r), (mr, nv) = ((int(n) for n in part.strip("convpl").split("x")) for part in candidate.kernel.split("_")[1:3])
     columns = _Columns.of(conv)
@@ -171,7 +179,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     room = round_up(MARGIN + 2 * round_up(pool.out_width, 2 * VECTOR_LANES) + 2, LINE // 4)
     line_count, k = conv.in_channels * parities, conv.in_channels * parities * kw
     found = np.zeros(line_count, LINE_DTYPE)
-    found["plane"] = np.repeat(source.offsets, parities)
+    found["plane"] = np.repeat(planes, parities)
     found["first"] = np.tile(columns.first, conv.in_channels)
     position = (line_count * sx + 1) * wide
     at = (np.arange(line_count)[:, None] * sx + columns.phases) * wide + MARGIN + columns.shifts
@@ -186,6 +194,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     transformed = (n - 1) * position + round_up(int(offsets.max()) // 4 + lanes, LINE // 4)
     scratch = 4 * (transformed + sums + conv.out_channels * 8 * room)
     fields: dict[str, Field] = {
+        "source": base,
         "arena": Arena(),
         "lines": Const(found),
         "offsets": u32(offsets),
@@ -207,8 +216,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "images": conv.batch,
         "height": conv.height,
         "width": conv.width,
-        "in_pitch": layout.pitch,
-        "in_image": layout.image_rows * layout.pitch,
+        "in_pitch": pitch,
+        "in_image": image,
         "stride_y": conv.stride[0],
         "stride_x": sx,
         "conv_height": conv.out_height,
