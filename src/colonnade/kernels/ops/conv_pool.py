@@ -3,7 +3,7 @@
 Along the columns of the kernel, minimal filtering takes half of the multiply-adds (``filtering``): a 7x7 at stride 2 is
 four and three taps on rows of either parity, and F(4, 4) makes 4 rows from 14 products a tap along the row where the
 sum takes 28, F(6, 4) 6 rows from 18 where it takes 42. With few channels the transform of the input is small beside the
-products, and the products' sums go back into rows while they are still near. The pool takes these rows from a ring, so
+products, and the products' sums go back into rows while they are still near. The pool takes them from there, so
 what lies between both layers, the largest map of most networks, is never written.
 """
 
@@ -59,7 +59,7 @@ STRUCT = Struct(
         Member("wide", "u32", "lanes of a row of it; each line has one a phase"),
         Member("transformed", "u32", "lanes of all of it"),
         Member("sum_lanes", "u32", "of scratch, for the sums of a block"),
-        Member("room", "u32", "lanes of a row in the ring"),
+        Member("room", "u32", "lanes of a row to be pooled, with those around it"),
         Member("images", "u32"),
         Member("height", "u32", "of the input"),
         Member("width", "u32"),
@@ -192,7 +192,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     weights = [wanted[:, :, a:b].reshape(-1) for a, b in pairwise(blocks)]
     sums = n * mr * nv * (VECTOR_LANES if isa.scalable else isa.lanes)
     transformed = (n - 1) * position + round_up(int(offsets.max()) // 4 + lanes, LINE // 4)
-    scratch = 4 * (transformed + sums + conv.out_channels * 8 * room)
+    scratch = 4 * (transformed + sums + (mr * (m - 2) + conv.out_channels * 4 + 1) * room)
     fields: dict[str, Field] = {
         "source": base,
         "arena": Arena(),
