@@ -3,6 +3,8 @@ definitions."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from emulated import INSTALLED, MISSING, RVV
@@ -17,7 +19,8 @@ from colonnade.layout import Planes
 from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, ConvPool, Epilogue, Pool2d
 from colonnade.workload.conv_pool import joinable
 
-MACHINE = [row for row in ISAS if machine_has(row.name)]
+# as if every machine added beside its multiply-adds: products by pairs too, where there are kernels for them
+MACHINE = [replace(row, adders=True) for row in ISAS if machine_has(row.name)]
 NO_SHRINK = [p for p in Phase if p not in (Phase.shrink, Phase.explain)]
 
 
@@ -92,6 +95,7 @@ def case_of(work: ConvPool, seed: int, extra: int) -> tuple[Case, list[np.ndarra
 @settings(max_examples=60, deadline=None, phases=NO_SHRINK)
 def test_it_equals_the_definitions(isa, work, seed, extra, data):
     case, inputs = case_of(work, seed, extra)
+    case = replace(case, rms=1.0)
     assert joinable(work.conv, work.pool)
     threads = data.draw(st.sampled_from([1, 2, 3]))
     found = candidates(case, isa, threads)
@@ -118,3 +122,16 @@ def test_it_equals_the_definitions_on_rvv(name, work):
     case, inputs = case_of(work, 5, 1)
     for candidate in candidates(case, isa, 1):
         run(case, candidate, isa, inputs, threads=2, tolerance=2e-4)
+
+
+@pytest.mark.skipif(not machine_has("avx512"), reason="pairs of columns need vectors of 16 lanes")
+@pytest.mark.parametrize("size", [1e-3, 1 / 32, 1.0, 8.0, 1e3])
+def test_pairs_of_columns_stay_accurate(size):
+    """Inputs larger and smaller than the sample that the kernel was bound for: as usual, or as accurate."""
+    isa = replace(need("avx512"), adders=True)
+    case, inputs = case_of(STEMS[0], 3, 0)
+    case = replace(case, rms=1.0, constants={**case.constants, "bias": np.zeros(64, np.float32)})
+    found = [c for c in candidates(case, isa, 1) if "pairpool" in c.kernel]
+    assert found
+    for candidate in found:
+        run(case, candidate, isa, [inputs[0] * np.float32(size)], tolerance=5e-5)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.isa import Isa
 from colonnade.layout import Rows, read_planes
-from colonnade.workload import Conv2d
+from colonnade.workload import Conv2d, ConvPool
 
 if TYPE_CHECKING:
     from colonnade.frontend.load import Arranged, Imported
@@ -30,10 +30,11 @@ def arranged(steps: Imported, machine: Machine, isa: Isa, db: Path | None = None
 
 
 def sizes(plan: Plan) -> dict[str, float]:
-    """Root mean square of the first input of every convolution that reads planes, by step, from one run of ``plan`` in
-    this process on the inputs that `bench` measures with."""
-    wanted = {s.name for s in plan.steps if isinstance(s.workload, Conv2d) and not isinstance(s.inputs[0].layout, Rows)}
-    if not wanted:
+    """Root mean square of the input of every convolution that reads planes or an input of the model, by step, from
+    one run of ``plan`` in this process on the inputs that `bench` measures with."""
+    convolutions = [s for s in plan.steps if isinstance(s.workload, Conv2d | ConvPool)]
+    wanted = {s.name for s in convolutions if s.inputs and not isinstance(s.inputs[0].layout, Rows)}
+    if not convolutions:
         return {}
     from colonnade.bench.run import random_inputs
     from colonnade.codegen.in_process import Program
@@ -51,5 +52,9 @@ def sizes(plan: Plan) -> dict[str, float]:
             found[step.name] = float(np.sqrt(np.square(values).mean(dtype=np.float64) / there))
 
     inputs = [{"name": port.name, "shape": port.shape, "dtype": port.dtype} for port in plan.inputs]
-    Program(plan, Local().probe().pick_isa(), lean=True).run(random_inputs({"inputs": inputs}), look)
+    given = random_inputs({"inputs": inputs})
+    Program(plan, Local().probe().pick_isa(), lean=True).run(given, look)
+    for step in convolutions:
+        if not step.inputs:  # it reads one of the model's inputs
+            found[step.name] = float(np.sqrt(np.square(given[step.external], dtype=np.float64).mean()))
     return {name: value for name, value in found.items() if np.isfinite(value)}

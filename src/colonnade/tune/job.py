@@ -104,12 +104,14 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
     image = np.full(arena, 0xFF, np.uint8)
     externals: list[tuple[str, int]] = []
     segments: list[Segment] = []
-    inputs = [rng.standard_normal(x.shape, dtype=np.float32) for x in moved.inputs]
+    shapes = [x.shape for x in moved.inputs]
+    if step.external and step.output is not None:
+        assert isinstance(step.workload, (Convert, ConvPool))
+        shapes = [step.workload.shape]
+    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
     if step.rms is not None:  # kernels for pairs of columns rely on inputs of about this size
         inputs[0] *= np.float32(step.rms)
     if step.external and step.output is not None:
-        assert isinstance(step.workload, (Convert, ConvPool))
-        inputs = [rng.standard_normal(step.workload.shape, dtype=np.float32)]
         externals.append((step.external, inputs[0].nbytes))
         segments.append(Segment(1, 0, inputs[0].tobytes()))
     spans = []

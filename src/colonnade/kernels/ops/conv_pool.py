@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
+from string import ascii_lowercase
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, External, Field, Scratch
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import filtering, registers
+from colonnade.kernels.ops import filtering, pairs, registers
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.ops.winograd import lines
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
@@ -46,7 +47,9 @@ STRUCT = Struct(
         Member("lines", "const cn_line *"),
         Member("offsets", "const uint32_t *", "bytes from a position to what each column reads at lane 0 [columns]"),
         Member("weights", "const float *", "transformed, block by block: [positions][columns][rows of the block]"),
-        Member("bias", "const float *"),
+        Member("start", "const float *", "what sums begin with, block by block: [positions][rows of the block]"),
+        Member("start_pairs", "const float *", "likewise those of pairs of columns, else null"),
+        Member("unscale", "const float *", "likewise what these are multiplied by at the end, else null"),
         Member("blocks", "const uint32_t *", "first output channel of every block, and the end"),
         Member("rows", "const uint32_t *", "offset of every output plane"),
         Member("scratch", "char *", "scratch_bytes a thread"),
@@ -76,10 +79,13 @@ STRUCT = Struct(
         Member("pitch", "u32", "of the output"),
         Member("image_rows", "u32", "of the output"),
         Member("tail", "u32", "zero lanes after the last image of a plane"),
+        Member("least", "f32", "the least mean square of inputs that pairs are accurate for"),
+        Member("most", "f32", "and the largest"),
         Member("low", "f32"),
         Member("high", "f32"),
     ),
 )
+PLAIN, PAIRED = "convpool", "pairpool"
 MARGIN = BEFORE  # zero lanes in front of a row of transformed inputs, and of -inf in front of a row to be pooled
 
 
@@ -89,23 +95,29 @@ def shapes(isa: Isa) -> list[tuple[int, int]]:
     return [(mr, nv) for mr, nv in wanted if registers.legal(mr, nv, isa)][:2]
 
 
-def symbol(m: int, r: int, mr: int, nv: int, isa: Isa) -> str:
+def shapes_of_pairs(isa: Isa) -> list[tuple[int, int]]:
+    """(MR, NV) of kernels that take columns in pairs."""
+    return pairs.shapes(isa)[:2]
+
+
+def symbol(m: int, r: int, mr: int, nv: int, isa: Isa, kind: str = PLAIN) -> str:
     """``f32_convpool4x4_8x3v__avx512``"""
-    return f"f32_convpool{m}x{r}_{mr}x{nv}v__{isa.name}"
+    return f"f32_{kind}{m}x{r}_{mr}x{nv}v__{isa.name}"
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every filter by every (MR, NV)."""
+    kinds = [(PLAIN, mr, nv) for mr, nv in shapes(isa)] + [(PAIRED, mr, nv) for mr, nv in shapes_of_pairs(isa)]
     for m, r in filtering.POINTS:
-        for mr, nv in shapes(isa):
+        for kind, mr, nv in kinds:
             counts = registers.row_counts(mr)
             params = {
                 "M": m, "N": filtering.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
                 "rings": {c: (registers.ring(mr, nv)[0], registers.ring(c, nv)[1]) for c in counts}, "lines": lines,
-                "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN, "one": filtering.ONE,
-                "W": 2 if isa.scalable else 1,
+                "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN,
+                "pairs": {c: pairs.rows(c) for c in counts} if kind == PAIRED else {}, "W": 2 if isa.scalable else 1,
             }  # fmt: skip
-            yield Variant(symbol(m, r, mr, nv, isa), "conv_pool.c.in", params)
+            yield Variant(symbol(m, r, mr, nv, isa, kind), "conv_pool.c.in", params)
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
@@ -114,19 +126,22 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     assert isinstance(work, ConvPool)
     conv = work.conv
     columns = conv.in_channels * len(_Columns.of(conv).first) * conv.kernel[1]
-    for (m, r), (mr, nv) in product(filtering.POINTS, shapes(isa)):
+    kinds = [(PLAIN, mr, nv) for mr, nv in shapes(isa)]
+    if pairs.applies(step, isa):
+        kinds += [(PAIRED, mr, nv) for mr, nv in shapes_of_pairs(isa)]
+    for (m, r), (kind, mr, nv) in product(filtering.POINTS, kinds):
         if r != taps(conv):
             continue
         n, vectors = filtering.size(m, r), -(-conv.out_width // (isa.lanes or 8 * nv))
         strips = vectors if isa.scalable else -(-vectors // nv)
         column = sum(
-            rows * vectors + 0.25 * (rows * strips + vectors) + strips
+            (pairs.work(rows) if kind == PAIRED else rows) * vectors + 0.25 * (rows * strips + vectors) + strips
             for rows in registers.heights(conv.out_channels, mr)
         )
         back = conv.out_channels * vectors * (2 * n + len(filtering.back(m, r)) / 2 + m)
         bands = -(-conv.out_height // m)
         rank = bands * (n * columns * column + back) * (nv if isa.scalable else 1)
-        yield Candidate(symbol(m, r, mr, nv, isa), {}, rank)
+        yield Candidate(symbol(m, r, mr, nv, isa, kind), {}, rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +184,9 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         base, pitch, image = External(step.external), conv.width, conv.in_channels * conv.height * conv.width
         planes = 4 * conv.height * conv.width * np.arange(conv.in_channels, dtype=np.int64)
     isa = isa_named(candidate.kernel.rpartition("__")[2])
-    (m, r), (mr, nv) = ((int(n) for n in part.strip("convpl").split("x")) for part in candidate.kernel.split("_")[1:3])
+    (m, r), (mr, nv) = (
+        (int(n) for n in part.strip(ascii_lowercase).split("x")) for part in candidate.kernel.split("_")[1:3]
+    )
     columns = _Columns.of(conv)
     n, ring = filtering.size(m, r), registers.places(mr, nv, isa)
     parities, kw, sx = len(columns.first), conv.kernel[1], conv.stride[1]
@@ -189,7 +206,23 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     offsets = 4 * np.concatenate([offsets, offsets[:ring] + position])
     blocks = np.cumsum([0, *registers.heights(conv.out_channels, mr)])
     wanted = _transformed(step.constants["weight"], columns, filtering.weights(m, r), padded)
-    weights = [wanted[:, :, a:b].reshape(-1) for a, b in pairwise(blocks)]
+    start = np.zeros((n, conv.out_channels))
+    start[filtering.ONE] = step.constants.get("bias", 0)
+    paired: dict[str, Field] = {"start_pairs": None, "unscale": None, "least": 0.0, "most": 0.0}
+    if PAIRED in candidate.kernel:
+        assert step.rms is not None, f"{work.key()}: {candidate.key()} needs to know how large its inputs are"
+        # inputs of a position as large as those of a transform of independent pixels
+        size = step.rms * np.sqrt(np.square(filtering.inputs(m, r)).sum(1))
+        factors = pairs.powers(np.sqrt(np.square(wanted[:, :k]).mean(1)), size[:, None])
+        wanted, start = wanted * factors[:, None], start * factors
+        known = (wanted[:, 0 : k // 2 * 2 : 2] * wanted[:, 1 : k // 2 * 2 : 2]).sum(1)
+        taken = np.concatenate([pairs.rows(b - a) for a, b in pairwise(blocks)])
+        paired = {
+            "start_pairs": f32(_by_block(start - np.where(taken, known, 0), blocks)),
+            "unscale": f32(_by_block(1 / factors, blocks)),
+            "least": (pairs.SMALLER * step.rms) ** 2,
+            "most": (pairs.LARGER * step.rms) ** 2,
+        }
     sums = n * mr * nv * (VECTOR_LANES if isa.scalable else isa.lanes)
     transformed = (n - 1) * position + round_up(int(offsets.max()) // 4 + lanes, LINE // 4)
     scratch = 4 * (transformed + sums + (mr * (m - 2) + conv.out_channels * 4 + 1) * room)
@@ -198,8 +231,9 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "arena": Arena(),
         "lines": Const(found),
         "offsets": u32(offsets),
-        "weights": f32(np.concatenate([*weights, np.zeros(8)])),  # a core in order reads a few ahead
-        "bias": f32(step.constants.get("bias", np.zeros(conv.out_channels))),
+        "weights": f32(np.append(_by_block(wanted, blocks), np.zeros(8))),  # a core in order reads a few ahead
+        "start": f32(_by_block(start, blocks)),
+        **paired,
         "blocks": u32(blocks),
         "rows": u32(output.offsets),
         "scratch": Scratch(),
@@ -233,6 +267,11 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "high": float(conv.epilogue.activation.high),
     }
     return (Call(candidate.kernel, STRUCT.name, fields, scratch),)
+
+
+def _by_block(table: npt.NDArray[np.float64], blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """[.., OC] with the channels of a block side by side, block by block."""
+    return np.concatenate([table[..., a:b].reshape(-1) for a, b in pairwise(blocks)])
 
 
 def _transformed(

@@ -78,12 +78,17 @@ def scaled(tiled: TiledWeights, rms: float | npt.NDArray[np.float64]) -> tuple[T
     factors = np.ones(tiled.shape[0], np.float32)
     tiles = []
     for tile, size in zip(tiled.tiles, np.broadcast_to(rms, len(tiled.tiles)), strict=True):
-        weights = np.sqrt(np.square(tile.values, dtype=np.float64).mean(0))
-        known = (weights > 0) & (size > 0)
-        ratio = np.divide(size, weights, out=np.ones_like(weights), where=known)
-        factors[tile.rows] = np.exp2(np.round(np.log2(ratio)).clip(-60, 60))
+        factors[tile.rows] = powers(np.sqrt(np.square(tile.values, dtype=np.float64).mean(0)), size)
         tiles.append(replace(tile, values=np.ascontiguousarray(tile.values * factors[tile.rows])))
     return replace(tiled, tiles=tuple(tiles)), factors
+
+
+def powers(weights: npt.NDArray[np.float64], size: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
+    """The powers of two that make weights of these root mean squares about as large as inputs of ``size``."""
+    known = (weights > 0) & (np.asarray(size) > 0)
+    ratio = np.divide(size, weights, out=np.ones_like(weights), where=known)
+    found: npt.NDArray[np.float64] = np.exp2(np.round(np.log2(ratio)).clip(-60, 60))
+    return found
 
 
 def fields(
