@@ -92,7 +92,7 @@ def case_of(work: ConvPool, seed: int, extra: int) -> tuple[Case, list[np.ndarra
 
 @pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
 @given(work=stems(), seed=st.integers(0, 2**31), extra=st.integers(0, 3), data=st.data())
-@settings(max_examples=60, deadline=None, phases=NO_SHRINK)
+@settings(max_examples=30, deadline=None, phases=NO_SHRINK)
 def test_it_equals_the_definitions(isa, work, seed, extra, data):
     case, inputs = case_of(work, seed, extra)
     case = replace(case, rms=1.0)

@@ -191,9 +191,11 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     n, ring = filtering.size(m, r), registers.places(mr, nv, isa)
     parities, kw, sx = len(columns.first), conv.kernel[1], conv.stride[1]
     reach = max(0, int(columns.shifts.max()))
-    lanes = (VECTOR_LANES * nv) if isa.scalable else isa.lanes
-    wide = round_up(MARGIN + round_up(conv.out_width, lanes) + reach + lanes, LINE // 4)
-    room = round_up(MARGIN + 2 * round_up(pool.out_width, 2 * VECTOR_LANES) + 2, LINE // 4)
+    # whole vectors are read and written, but where a vector is as long as it should be
+    lanes = 0 if isa.scalable else isa.lanes
+    most = max(-(-conv.width // sx), conv.out_width + reach)
+    wide = round_up(MARGIN + most + 2 * lanes, LINE // 4)
+    room = round_up(MARGIN + max(conv.out_width, 2 * round_up(pool.out_width, lanes or 1)) + 2, LINE // 4)
     line_count, k = conv.in_channels * parities, conv.in_channels * parities * kw
     found = np.zeros(line_count, LINE_DTYPE)
     found["plane"] = np.repeat(planes, parities)
@@ -224,7 +226,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "most": (pairs.LARGER * step.rms) ** 2,
         }
     sums = n * mr * nv * (VECTOR_LANES if isa.scalable else isa.lanes)
-    transformed = (n - 1) * position + round_up(int(offsets.max()) // 4 + lanes, LINE // 4)
+    transformed = (n - 1) * position + round_up(int(offsets.max()) // 4 + conv.out_width + 2 * lanes, LINE // 4)
     scratch = 4 * (transformed + sums + (mr * (m - 2) + conv.out_channels * 4 + 1) * room)
     fields: dict[str, Field] = {
         "source": base,
