@@ -100,10 +100,11 @@ def test_sums_go_on_from_block_to_block(isa, kernel):
 def test_blocks_where_the_input_outgrows_the_cache():
     """Of a large input with few strips; never so many that a tile keeps next to nothing of one."""
     tiled = tiling(operands(Conv2d(1, 512, 16, 7, 7, (3, 3), padding=(1,) * 4), None, 0)[0], 8)
-    assert blocks.orders([tiled], 4, 0, 1 << 20)[0] == (0, 8)
+    assert blocks.orders([tiled], 4, 0, 1 << 20, threads=4)[0] == (0, 8)
+    assert blocks.orders([tiled], 4, 0, 1 << 20)[0] == (1, 8)  # weights of a block stay near as well
     assert blocks.orders([tiled], 4, 0, 1 << 16)[0] == (0, 1)
     thin = replace(tiled, tiles=tuple(replace(t, columns=t.columns[:80], values=t.values[:80]) for t in tiled.tiles))
-    assert blocks.orders([thin], 4, 0, 1 << 20)[0] == (0, 2)
+    assert blocks.orders([thin], 4, 0, 1 << 20)[0] == (1, 2)
 
 
 def test_cores_of_a_cluster_go_from_strip_to_strip_side_by_side():
@@ -113,3 +114,4 @@ def test_cores_of_a_cluster_go_from_strip_to_strip_side_by_side():
     assert blocks.split([tiled], 16, 0, 1) == 0
     assert blocks.orders([tiled], 16, 0, 16 * blocks.STRIP, 4)[0] == (4, 2)
     assert blocks.orders([tiled], 16, 0, 8 * blocks.STRIP, 4)[0] == (4, 1)
+    assert blocks.orders([tiled], 16, 0, 16 * blocks.STRIP, 1)[0] == (1, 2)
