@@ -90,7 +90,9 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads:
             cut *= 2
         if weights <= cut * READ:
             near = threads > 1 and least >= 2 * FEWEST and weights <= SMALL
-            found = [(4 if near or (cut == 1 and held >= 2 * count * STRIP) else 1, cut), (1, 1), (4, 1), (0, 1)]
+            together = 4 if near or (cut == 1 and held >= 2 * count * STRIP) else 1
+            half = [(-(-count // 2), cut)] if cut > 1 else []  # where the second cache holds half of what is said here
+            found = [(together, cut), *half, (1, 1), (4, 1), (0, 1)]
         else:
             found = [(-(-count // 2), min(parts, 4)), (0, parts), (0, 1), (1, 1)]
     elif feed in (2, 4):  # panels, by whoever they were written
