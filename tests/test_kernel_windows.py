@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from kernel_harness import Arranger, Case, run
 from test_kernel_panels import stored
 
-from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import blocks
 from colonnade.kernels.ops.tables import tiling
 from colonnade.kernels.registry import Candidate, bind, candidates
@@ -58,15 +57,26 @@ def windowed(
 def test_windows_of_any_convolution(isa, conv, pattern, seed, more, which, data):
     case, inputs = windowed(conv, pattern, seed, more, tuple(2 * on for on in which))
     threads = data.draw(st.sampled_from([1, 2, 3]))
-    found = [c for c in candidates(case, isa, threads) if c.params.get("feed") == 3]
+    found = [c for c in candidates(case, isa, threads) if c.params.get("feed") in (3, 4)]
     if found:
         run(case, data.draw(st.sampled_from(found)), isa, inputs, threads=threads, tolerance=TOLERANCE)
 
 
-def test_a_stride_over_panels_has_no_other_feed():
-    conv = Conv2d(1, 16, 16, 9, 9, (1, 1), (2, 2))
-    case, _ = windowed(conv, None, 0, (0, 0), (2, 2, 0))
-    assert {c.params["feed"] for c in candidates(case, isa_named("rvv"), 1)} == {3}
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("strips", [(0, 2, 2), (2, 2, 2), (2, 0, 0)])
+def test_windows_without_a_halo_are_made_once_for_all_threads_and_blocks(isa, strips):
+    """From planes and from panels, with channels that no tile keeps, a residual, and blocks of K."""
+    conv = Conv2d(2, 40, 19, 17, 15, (1, 1), (2, 2), epilogue=Epilogue(True, RELU))
+    case, inputs = windowed(conv, ColumnPattern(0.8, tile=8), 3, (2, 1), strips)
+    found = list(candidates(case, isa, 3))
+    if strips[0]:
+        assert {c.params["feed"] for c in found} == {3, 4}
+    first = next(c for c in found if c.params["feed"] == 4 and not c.params["dense"])
+    for split, count, strip_block in ((0, 1, 1), (1, 1, 0), (1, 3, 2)):
+        params = {**first.params, "split_tiles": split, "blocks": count, "strip_block": strip_block}
+        candidate = Candidate(first.kernel, params)
+        assert len(bind(case, candidate)) == 1 + count
+        run(case, candidate, isa, inputs, threads=3, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("isa", MACHINE)
@@ -90,7 +100,18 @@ def test_sums_go_on_from_block_to_block(isa, kernel):
 def test_blocks_where_the_input_outgrows_the_cache():
     """Of a large input with few strips; never so many that a tile keeps next to nothing of one."""
     tiled = tiling(operands(Conv2d(1, 512, 16, 7, 7, (3, 3), padding=(1,) * 4), None, 0)[0], 8)
-    assert blocks.orders([tiled], 4, 0, 1 << 20)[0] == (0, 8)
+    assert blocks.orders([tiled], 4, 0, 1 << 20, threads=4)[0] == (0, 8)
+    assert blocks.orders([tiled], 4, 0, 1 << 20)[0] == (1, 8)  # weights of a block stay near as well
     assert blocks.orders([tiled], 4, 0, 1 << 16)[0] == (0, 1)
     thin = replace(tiled, tiles=tuple(replace(t, columns=t.columns[:80], values=t.values[:80]) for t in tiled.tiles))
-    assert blocks.orders([thin], 4, 0, 1 << 20)[0] == (0, 2)
+    assert blocks.orders([thin], 4, 0, 1 << 20)[0] == (1, 2)
+
+
+def test_cores_of_a_cluster_go_from_strip_to_strip_side_by_side():
+    """Tiles are shared out where strips are many, and K is cut by what a strip of the input takes."""
+    tiled = tiling(operands(Conv2d(1, 64, 16, 14, 14, (3, 3), padding=(1,) * 4), None, 0)[0], 8)
+    assert [blocks.split([tiled], count, feed, 4) for count, feed in ((16, 0), (16, 2), (4, 0))] == [1, 1, 0]
+    assert blocks.split([tiled], 16, 0, 1) == 0
+    assert blocks.orders([tiled], 16, 0, 16 * blocks.STRIP, 4)[0] == (4, 2)
+    assert blocks.orders([tiled], 16, 0, 8 * blocks.STRIP, 4)[0] == (4, 1)
+    assert blocks.orders([tiled], 16, 0, 16 * blocks.STRIP, 1)[0] == (1, 2)

@@ -102,17 +102,16 @@ class Model:
     def text(self, cores: int = 1) -> str:
         """What the instrument reads, for ``cores`` working at once: see ``c/model.h``.
 
-        A core alone draws lines at its own intervals. The memory of all of them gives at least what one of them was
-        seen to move in its faster direction; several share that in equal parts.
+        A core draws lines at its own intervals. The memory of several gives them what one was seen to move in its
+        faster direction, whoever asks first.
         """
-        lines = [f"cores {cores}"]
+        own = {way: self[f"memory.{way}_interval"] for way in ("write", "read")}
+        lines = [f"cores {cores}", f"shared_interval {min(own.values()) if cores > 1 else 0:g}"]
         lines += [f"{name} {self[f'core.{name}']:g}" for name in CORE]
         lines.append("units " + " ".join(f"{self['units.' + ('vec' if u == 'vec1' else u)]:g}" for u in UNITS))
         for level in ("l1", "l2"):
             lines.append(f"{level} " + " ".join(f"{self[f'{level}.{field}']:.10g}" for field in LEVEL))
-        own = {way: self[f"memory.{way}_interval"] for way in ("write", "read")}
-        write, read = (max(own[way], min(own.values()) * cores) / cores for way in ("write", "read"))
-        lines.append(f"memory 0 0 {write:g} {self['memory.latency']:g} {read:g}")
+        lines.append(f"memory 0 0 {own['write']:g} {self['memory.latency']:g} {own['read']:g}")
         lines += [f"{name} {self[f'misses.{name}']:g}" for name in MISSES]
         for name, c in self.classes.items():
             cycles = " ".join(f"{x:g}" for x in c.cycles)

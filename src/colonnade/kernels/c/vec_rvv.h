@@ -238,6 +238,11 @@ VEC_INLINE uint64_t vec_word_now(const uint32_t *p)
     __asm__ volatile("lwu %0, %1" : "=r"(x) : "m"(*p));
     return x;
 }
+VEC_INLINE uint64_t vec_shifted_now(uint64_t x, uint64_t by)
+{
+    __asm__ volatile("sll %0, %0, %1" : "+r"(x) : "r"(by));
+    return x;
+}
 VEC_INLINE float vec_float_now(const float *p)
 {
     float x;

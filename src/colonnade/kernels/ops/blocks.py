@@ -47,17 +47,32 @@ def cut(tiled: TiledWeights, conv: Conv2d, count: int) -> list[TiledWeights]:
 
 
 NEAR = 1 << 17  # bytes of input that tile after tile find in the second cache, whatever else passes through it
+STRIP = 15 << 10  # bytes of input a strip, all its taps beside them, that a first cache keeps
+READ = 3 << 17  # bytes of weights that the second cache keeps from strip to strip
+WIDE = 3 << 14  # bytes of a strip in a panel that pass through a first cache anew for every tile
+SMALL = 3 << 15  # bytes of weights that stay near while strips pass, however many pass together
 FEWEST = 36  # columns that a tile keeps of a block, below which its begin and end cost more than the caches
 
 
-def orders(tiled: list[TiledWeights], count: int, feed: int, held: int) -> list[tuple[int, int]]:
+def split(tiled: list[TiledWeights], count: int, feed: int, threads: int) -> int:
+    """What threads had better share out: 1: tiles; 0: strips, where these are few or what they read is little."""
+    least = min((len(tile.columns) for t in tiled for tile in t.tiles), default=0)
+    return int(threads > 1 and count > 4 and (feed != 0 or least >= 2 * FEWEST))
+
+
+def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads: int = 1) -> list[tuple[int, int]]:
     """(strips at a time, blocks of K) by what the caches of an in-order core show (modelled), the best first.
 
-    A few strips run through a tile together, so that its weights come from memory once; then what they read must stay
-    near, block by block. Many strips in planes share translations and lines; a strip in a panel fills the first cache
-    alone, and the next one comes while it is used. Of weights that would fill the second cache, half are in use at a
-    time; where they are more than that they are read once, for all strips if these fit. ``held``: bytes of the input, 0
-    where K cannot be cut.
+    Few strips run through a tile together, so that its weights come from memory once; then what they read must stay
+    near, block by block. Of many in planes one at a time passes all tiles of a block: so many blocks that a strip's
+    part of one, all its taps, stays in the first cache, and its weights in the second. A strip in a panel fills the
+    first cache alone, and the next one comes while it is used. Of weights that would fill the second cache, half are in
+    use at a time; where they are more than that they are read once, for all strips if these fit. ``held``: bytes of the
+    input, 0 where K cannot be cut.
+
+    Cores of a cluster share their second cache: with tiles shared out they go from strip to strip side by side, and of
+    what all of them read each has its own part of the weights. Of few strips each takes one, which its first cache
+    keeps, and all walk over the same weights.
     """
     weights = 4 * sum(tile.values.size for t in tiled for tile in t.tiles)
     least = min((len(tile.columns) for t in tiled for tile in t.tiles), default=0)
@@ -65,22 +80,31 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int) -> list[
     while parts < 8 and held >= parts * NEAR and least >= 2 * parts * FEWEST:
         parts *= 2
     found: list[tuple[int, int]]
-    if 4 < count <= 16 and feed == 0 and parts > 1:
-        found = [(-(-count // 2), min(parts, 4)), (0, parts), (0, 1)]
-    elif count <= 4 or (count <= 16 and feed == 0):
+    if count <= 4:
         found = [(0, parts), (0, 2 * parts if parts > 1 else 1), (0, 1), (2, 1), (1, 1)]
-    elif feed == 2:
-        two = min(parts, 2)
-        if weights <= 3 << 17:
+        if threads == 1 and feed == 0 and parts > 1 and weights <= parts * READ:
+            found = [(1, parts), *found]
+    elif feed == 0:
+        cut, wanted = 1, max(held / (count * STRIP), weights / READ) if held else 0
+        while cut < 8 and cut <= wanted and least >= 8 * cut * FEWEST:
+            cut *= 2
+        if weights <= cut * READ:
+            near = threads > 1 and least >= 2 * FEWEST and weights <= SMALL
+            together = 4 if near or (cut == 1 and held >= 2 * count * STRIP) else 1
+            half = [(-(-count // 2), cut)] if cut > 1 else []  # where the second cache holds half of what is said here
+            found = [(together, cut), *half, (1, 1), (4, 1), (0, 1)]
+        else:
+            found = [(-(-count // 2), min(parts, 4)), (0, parts), (0, 1), (1, 1)]
+    elif feed in (2, 4):  # panels, by whoever they were written
+        two = min(parts, 2) if held >= count * WIDE else 1
+        if weights <= READ:
             found = [(1, 1), (2, 1), (4, 1), (0, 1)]
-        elif weights <= 3 << 18:
+        elif weights <= 2 * READ:
             found = [(1, two), (1, 1), (2, 1), (4, 1)]
         elif held <= 2 * NEAR:
             found = [(0, 1), (1, 1), (2, 1), (4, 1)]
         else:
             found = [(2, two), (2, 1), (1, two), (4, 1)]
-    elif parts > 1 and held > 8 * NEAR:
-        found = [(4, 2), (8, 2), (8, 4), (1, 1)]
     else:
         found = [(1, 1), (4, 1), (0, 1), (8, min(parts, 2))]
     return list(dict.fromkeys((b, n) for b, n in found if b < count)) or [(0, 1)]

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from colonnade.kernels.call import Arena, Call, Const, Field
+from colonnade.kernels.call import Arena, Call, Const, Field, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import (
@@ -25,7 +25,7 @@ from colonnade.kernels.ops import (
 from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import VECTOR_LANES, Panels, Planes
+from colonnade.layout import VECTOR_LANES, Panels, Placed, Planes
 from colonnade.pattern import TiledWeights
 from colonnade.workload import Conv2d
 
@@ -116,8 +116,9 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     """MR x NV, strips in a block, prefetch distance, split over threads, feed; for pruned weights also the dense self.
 
     ``feed`` 0 reads the input in place, 1 gathers panels, 2 reads panels that the step in front wrote, 3 makes windows
-    (``ops.windows``). ``blocks``: of K, each a call of its own (``ops.blocks``). Where the input
-    stands as it should, panels are tried with the few shapes that promise most. A tensor in panels fixes NV.
+    (``ops.windows``), 4 makes them by a call of their own. ``blocks``: of K, each a call of its own (``ops.blocks``).
+    Where the input stands as it should, panels are tried with the few shapes that promise most. A tensor in panels
+    fixes NV.
     """
     conv = step.workload
     assert isinstance(conv, Conv2d) and step.output is not None
@@ -142,7 +143,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
                 yield from in_place([tiled], lanes, mr, nv, dense, isa, threads, held=_held(step))
             packed += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
             if not readable and isa.scalable and windows.readable(conv, step.inputs[0], layout):
-                yield from _windowed(conv, tiled, lanes, layout, mr, nv, dense, isa, threads)
+                yield from _windowed(conv, tiled, layout, mr, nv, dense, isa, threads)
         for mr, nv in pairs.shapes(isa) if readable and pairs.applies(step, isa) else ():
             tiled = tables.tiling(step, dense_tile=mr if dense else 0)
             if registers.worth_trying(mr, tiled, pairs.shapes(isa)):
@@ -153,6 +154,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
 
 
 PACKED_SHAPES = 2
+LEFT = 4  # the feed of windows that are left as panels
 
 
 def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> Iterator[Candidate]:
@@ -175,7 +177,7 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
         if not stored and packing.packable(conv, source.planes):
             found += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
         if not direct and isa.scalable and windows.readable(conv, source, output.grid):
-            found += _windowed(conv, tiled, lanes, output.grid, mr, nv, dense, isa, threads)
+            found += _windowed(conv, tiled, output.grid, mr, nv, dense, isa, threads)
         yield from (c for c in found if not c.params["tail"])  # a tail belongs to no strip
 
 
@@ -216,7 +218,7 @@ def in_place(
     for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa, kind == pairs.KIND)):
         orders = [(b, 1) for b in ((1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,))]
         if isa.scalable:
-            orders = blocks.orders(tiled, cut.count, feed, held)
+            orders = blocks.orders(tiled, cut.count, feed, held, threads)
         fetches = (0,) if isa.scalable else (far, 1 - far)
         for order, ahead, split, fetch in product(orders, distances, (0, 1) if threads > 1 else (0,), fetches):
             block, parts = order
@@ -225,6 +227,7 @@ def in_place(
             # measured habits: prefetch eight ahead; few strips at a time, or of a small plane all, whose weights are
             # then read once; strips shared out among threads
             habit = 1 + 0.02 * (ahead != 8) + 0.01 * (order != orders[0]) + 0.01 * (fetch != far)
+            habit += 0.01 * (isa.scalable and split != blocks.split(tiled, cut.count, feed, threads))
             params = {"strip_block": block, "prefetch": ahead, "split_tiles": split, "dense": dense, "feed": feed}
             params |= {"tail": int(cut.tail > 0), "fetch": fetch} | ({"blocks": parts} if parts > 1 else {})
             yield Candidate(
@@ -255,11 +258,17 @@ def _packed(
 
 
 def _windowed(
-    conv: Conv2d, tiled: TiledWeights, lanes: int, target: Planes, mr: int, nv: int, dense: int, isa: Isa, threads: int
+    conv: Conv2d, tiled: TiledWeights, target: Planes, mr: int, nv: int, dense: int, isa: Isa, threads: int
 ) -> Iterator[Candidate]:
-    """Likewise of one that reads windows, made anew for every block of strips."""
+    """Likewise of one that reads windows, made anew for every block of strips; or, without halos, made once and left as
+    panels for all threads and blocks of K."""
+    lanes = target.lanes
     window = windows.Window.of(conv, tiled, target)
     work, count = _cost_in_order(tiled, lanes, mr, nv), -(-lanes // (8 * nv))
+    if window.around == 0:
+        moved = window.count * count * 90.0 * _idle(count, threads)
+        for c in in_place([tiled], lanes, mr, nv, dense, isa, threads, feed=LEFT, held=4 * window.count * lanes):
+            yield Candidate(c.kernel, c.params, c.rank + moved)
     blocks_tried = [b for b in ((1, 4, 0) if window.around == 0 else (4, 1, 0)) if b < count] or [0]
     for block, split in product(blocks_tried, (0, 1) if threads > 1 else (0,)):
         held = 8 * nv * (block or count) + window.around
@@ -267,6 +276,7 @@ def _windowed(
         idle = _idle(len(tiled.tiles) if split else count, threads)
         params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 3, "tail": 0}
         rank = (work * idle + moved * (threads if split else idle)) * (1 + 0.1 * (block != blocks_tried[0]))
+        rank *= 1 + 0.1 * (window.around == 0)  # those that are left as panels serve whoever comes next
         yield Candidate(registers.symbol(mr, nv, isa), {**params, "fetch": 0}, rank)
 
 
@@ -326,7 +336,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     assert isinstance(conv, Conv2d) and output is not None
     source, layout = step.inputs[0], output.grid
     feed = candidate.params.get("feed", 0)
-    for tensor in step.inputs[1:] if feed in (1, 3) else step.inputs:
+    for tensor in step.inputs[1:] if feed in (1, 3, LEFT) else step.inputs:
         if (tensor.grid.pitch, tensor.grid.image_rows) != (layout.pitch, layout.image_rows):
             raise ValueError(f"{conv.key()}: lanes {tensor.grid.key()} do not match output {layout.key()}")
     if candidate.kernel.startswith("f32_dwconv_"):
@@ -347,7 +357,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     per_group = conv.out_channels // conv.groups
     if panel is not None:
         full = panel.offsets(conv, 1 if isa.scalable else cut.lanes(isa) * layout.itemsize)
-    elif feed != 3:
+    elif feed not in (3, LEFT):
         full = [tables.column_offsets(conv, source, g, strip) for g in range(conv.groups)]
     if isa.scalable and panel is None:
         tiled = blocks.by_channel(tiled, conv)
@@ -362,18 +372,22 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         parts = [tiled]
     row = nv * VECTOR_LANES if isa.scalable else cut.lanes(isa)
     gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
-    calls = []
+    left = windows.Window.of(conv, tiled, layout) if feed == LEFT else None
+    shared = left.left(layout.lanes, nv) if left is not None else 0
+    calls: list[Call] = []
     for index, part in enumerate(parts):
         first, last = index == 0, index + 1 == len(parts)
         window = windows.Window.of(conv, part, layout) if feed == 3 else None
         if window is not None:
             full, gathered = list(window.rows), window.bytes(layout.lanes, nv, params["strip_block"])
+        if left is not None:
+            full = list(left.rows)
         filled = tables.tables(conv.key(), full, part, per_group, ring)
         # behind the first block of columns, sums go on from what stands in the output
         residual = output if not first else step.inputs[1] if conv.epilogue.residual else None
-        in_place = panel is None and (window is None or isinstance(source.layout, Panels))
+        in_place = panel is None and left is None and (window is None or isinstance(source.layout, Panels))
         places = (source if in_place else None, output, residual)
-        through, scratch = panels.fields(*places, gathered, filled.offsets.size, isa)
+        through, scratch = panels.fields(*places, gathered, filled.offsets.size, window is not None, isa)
         starts = None
         if isa.scalable and feed == 0 and len(source.offsets) <= PLANES_ASKED:
             starts = tables.furthest(source, filled.offsets)
@@ -400,12 +414,18 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "prefetch": params["prefetch"],
             "fetch": fetched(step) if params["fetch"] else 0,
             "split_tiles": params["split_tiles"],
-            "packed": int(feed in (1, 3)),
+            "packed": int(panel is not None or window is not None),
             "low": float(conv.epilogue.activation.low) if last else -np.inf,
             "high": float(conv.epilogue.activation.high) if last else np.inf,
             **through,
             **begun,
         }
+        if left is not None:
+            if first:
+                calls.append(_leave(candidate.kernel, conv, source, layout, left, fields, isa, shared))
+            fields |= {"source": Shared(), "in_panels": left.count}
+            calls.append(Call(candidate.kernel, CONV.name, fields, scratch, shared))
+            continue
         if window is not None:
             shifts = tables.tables(conv.key(), list(window.shifts), part, per_group, ring).offsets
             fields |= windows.fields(conv, source, layout, window) | {"shifts": Const(shifts)}
@@ -418,6 +438,22 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         fields |= {"panel_lanes": row}
         calls.append(Call(candidate.kernel, PACKED.name, fields, scratch))
     return tuple(calls)
+
+
+def _leave(
+    kernel: str,
+    conv: Conv2d,
+    source: Placed,
+    target: Planes,
+    left: windows.Window,
+    fields: Mapping[str, Field],
+    isa: Isa,
+    shared: int,
+) -> Call:
+    """The call that makes windows of all strips, by the fields of the convolution that will read them."""
+    through, _ = panels.fields(source, None, None, 0, 0, False, isa)
+    made = {**fields, **windows.fields(conv, source, target, left), **through}
+    return Call(kernel, PACKED.name, made | {"packed": 1, "shifts": None, "made": Shared()}, 0, shared)
 
 
 def fetched(step: Operands) -> int:

@@ -55,12 +55,16 @@ ZEROS = Struct(
 NO_MASK: dict[str, Field] = {"mask": None, "mask_bytes": 0}
 
 
+def _kernel(isa: Isa) -> str:
+    return f"f32_copy_{4 if isa.scalable else 1}v__{isa.name}"
+
+
 def _convert_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(f"f32_copy_1v__{isa.name}", "copy.c.in", {"NV": 1})
+    yield Variant(_kernel(isa), "copy.c.in", {"NV": 4 if isa.scalable else 1})
 
 
 def _convert_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(f"f32_copy_1v__{isa.name}")
+    yield Candidate(_kernel(isa))
 
 
 def _convert_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

@@ -63,8 +63,16 @@ MEMBERS = (
     ),
     Member("around", "u32", "of its strips', and as many as these and those behind"),
     Member("shifts", "const uint32_t *", "of every kept column: lanes from a row's begin to what lane 0 reads"),
+    Member("made", "char *", "where windows of a strip are left as panels that a later call reads, or null: used here"),
 )
-PANELS: dict[str, Field] = {"window": 0, "images": 0, "before": 0, "around": 0, "shifts": None}  # no windows
+PANELS: dict[str, Field] = {
+    "window": 0,
+    "images": 0,
+    "before": 0,
+    "around": 0,
+    "shifts": None,
+    "made": None,
+}  # no windows
 
 
 def direct(conv: Conv2d, source: Planes, target: Planes) -> bool:

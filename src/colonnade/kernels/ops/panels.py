@@ -20,6 +20,7 @@ MEMBERS = (
     Member("scratch", "char *", "thread_bytes for every thread: offsets that depend on a strip's length, then panels"),
     Member("thread_bytes", "u32"),
     Member("offset_count", "u32", "entries of offsets"),
+    Member("source", "const char *", "where an input in panels stands, null: in the arena"),
     Member("in_panels", "u32", "channels of an input in panels, 0: it is in planes"),
     Member("out_panels", "u32", "likewise of the output"),
     Member("add_panels", "u32", "and of the residual"),
@@ -29,6 +30,7 @@ MEMBERS = (
 )
 NONE: dict[str, Field] = {
     "scratch": None,
+    "source": None,
     **{member.name: 0 for member in MEMBERS if not member.is_pointer},
 }  # a convolution from planes to planes
 
@@ -60,18 +62,24 @@ def offsets(tensor: Placed, strip: int) -> npt.NDArray[np.int64]:
 
 
 def fields(
-    source: Placed | None, output: Placed, residual: Placed | None, gathered: int, entries: int, isa: Isa
+    source: Placed | None,
+    output: Placed | None,
+    residual: Placed | None,
+    gathered: int,
+    entries: int,
+    window: bool,
+    isa: Isa,
 ) -> tuple[dict[str, Field], int]:
     """The fields of ``MEMBERS`` and the scratch of one thread in bytes. ``source``: None where the panels are gathered
-    (then ``gathered`` bytes a thread hold them); ``entries``: of the offset table."""
+    (then ``gathered`` bytes a thread hold them, or its ``window``); ``entries``: of the offset table."""
     found: dict[str, Field] = {}
-    tables = entries if source is None else 0
+    tables = entries if window else 0
     for name, tensor in (("in", source), ("out", output), ("add", residual)):
         stored = tensor is not None and isinstance(tensor.layout, Panels)
         found[f"{name}_panels"] = tensor.shape[1] if stored and tensor is not None else 0
         found[f"{name}_base"] = int(tensor.offsets[0]) if stored and tensor is not None else 0
-        if stored:
-            tables += entries if name == "in" else output.shape[1]
+        if stored and name != "in" and output is not None:
+            tables += output.shape[1]
     size = (round_up(4 * tables, LINE) if isa.scalable else 0) + gathered
-    found |= {"scratch": Scratch() if size else None, "thread_bytes": size, "offset_count": entries}
+    found |= {"source": None, "scratch": Scratch() if size else None, "thread_bytes": size, "offset_count": entries}
     return found, size

@@ -75,6 +75,10 @@ class Window:
         """Rows: a channel's phases."""
         return len(self.channels) * len(self.phases)
 
+    def left(self, lanes: int, nv: int) -> int:
+        """Bytes of all strips' windows where they are left as panels."""
+        return round_up(4 * self.count * round_up(lanes, nv * VECTOR_LANES), LINE)
+
     def bytes(self, lanes: int, nv: int, strip_block: int) -> int:
         """Scratch of one thread for strips of ``nv`` of the longest vectors, ``strip_block`` of them at a time."""
         strip = nv * VECTOR_LANES
@@ -110,6 +114,7 @@ def fields(conv: Conv2d, source: Placed, target: Planes, window: Window) -> dict
         "before_low": -np.inf,
         "before_high": np.inf,
         "window": 1,
+        "made": None,
         "images": conv.batch,
         "before": window.before,
         "around": window.around,

@@ -258,7 +258,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "room": room, "scratch_bytes": scratch_in,
     }  # fmt: skip
     residual = step.inputs[1] if conv.epilogue.residual else None
-    through, _ = panels.fields(None, output, residual, 0, 0, isa_named(isa))
+    through, _ = panels.fields(None, output, residual, 0, 0, False, isa_named(isa))
     back: dict[str, Field] = {
         **tiles, **lead(output), "arena": Arena(), "planes": _planes(output), "residual": _planes(residual),
         "tiles": Shared(source_bytes), "scratch": Scratch(), "channels": conv.out_channels,

@@ -31,6 +31,29 @@ struct memory {
 static struct cache l2; /* of all cores */
 static pthread_mutex_t l2_lock = PTHREAD_MUTEX_INITIALIZER;
 
+/* What the memory gives all cores together, by spans of SPAN lines' time, for their clocks are never quite the same: a
+ * line goes into the first span from its own on that is not full. */
+#define SPANS 4096
+#define SPAN 32
+static struct span { uint64_t number; unsigned lines; } spans[SPANS];
+
+/* When the memory of all cores takes up a line asked for at time t. Called with l2_lock held. */
+static double turn_of(double t)
+{
+    if (!(model.shared_interval > 0)) return t;
+    const double length = SPAN * model.shared_interval;
+    for (uint64_t n = (uint64_t)(t / length);; n++) {
+        struct span *s = spans + n % SPANS;
+        if (s->number > n) return t; /* long ago */
+        if (s->number < n) *s = (struct span){n, 0};
+        if (s->lines < SPAN) {
+            s->lines++;
+            const double begin = (double)n * length;
+            return begin > t ? begin : t;
+        }
+    }
+}
+
 static void cache_setup(struct cache *c, const struct level *level)
 {
     c->ways = (unsigned)level->ways;
@@ -118,26 +141,24 @@ static double beyond(struct memory *m, uint64_t line, double t, int fetch)
     pthread_mutex_lock(&l2_lock);
     struct line *found = cache_find(&l2, line);
     if (found) {
-        /* clocks of cores run apart between barriers: what another one asked for, at whatever time of its own, is waited
-         * for no longer than if it were asked for now */
+        /* clocks of cores differ a little: what another one asked for, at whatever time of its own, is waited for no
+         * longer than if it were asked for now */
         const double longest = found->by == m ? found->ready : start + model.memory.latency;
         const double there = found->ready < longest ? found->ready : longest;
         if (there > ready) ready = there;
     } else {
         struct line victim;
-        /* bandwidth is shared in equal parts, for the same reason */
-        double share = model.memory.interval * model.cores;
         m->traffic.l2_misses++;
         if (fetch) {
-            start = start > m->memory_free ? start : m->memory_free;
-            m->memory_free = start + share;
+            start = turn_of(start > m->memory_free ? start : m->memory_free);
+            m->memory_free = start + model.memory.interval;
             ready = start + model.memory.latency;
             m->traffic.read_bytes += (uint64_t)model.l2.line;
         }
         found = cache_place(&l2, line, &victim);
         found->ready = ready, found->by = m;
         if (victim.valid && victim.dirty) {
-            m->memory_free = (m->memory_free > t ? m->memory_free : t) + model.memory.line * model.cores;
+            m->memory_free = turn_of(m->memory_free > t ? m->memory_free : t) + model.memory.line;
             m->traffic.written_bytes += (uint64_t)model.l2.line;
         }
     }

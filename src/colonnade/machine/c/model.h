@@ -24,6 +24,7 @@ static struct {
     struct cost cost[CLASS_COUNT];
     struct level l1, l2, memory;
     double outstanding, prefetch_distance, prefetch_streams, write_streaming, cores;
+    double shared_interval; /* between lines of all cores' memory; 0: a core alone draws at its own intervals */
     double tlb_entries, tlb_miss, tlb2_entries, tlb2_miss, barrier;
 } model;
 
@@ -55,6 +56,7 @@ static int read_model(const char *path)
         {"memory", &model.memory.size, 5}, {"outstanding", &model.outstanding, 1},
         {"prefetch_distance", &model.prefetch_distance, 1}, {"prefetch_streams", &model.prefetch_streams, 1},
         {"write_streaming", &model.write_streaming, 1}, {"cores", &model.cores, 1},
+        {"shared_interval", &model.shared_interval, 1},
         {"tlb_entries", &model.tlb_entries, 1}, {"tlb_miss", &model.tlb_miss, 1},
         {"tlb2_entries", &model.tlb2_entries, 1}, {"tlb2_miss", &model.tlb2_miss, 1}, {"barrier", &model.barrier, 1},
     };

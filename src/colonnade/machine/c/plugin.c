@@ -32,7 +32,8 @@ static struct thread {
     uint64_t lines[LINES];
     unsigned count;
     int used, inside, waiting;
-    unsigned generation;
+    unsigned number, generation;
+    double checked; /* the clock at which others were last looked for */
     double begun, region[REGIONS];
     unsigned regions;
     struct counts before, sum, last;
@@ -42,13 +43,58 @@ static struct thread {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static double met[2];
-static unsigned met_generation[2];
+static unsigned met_generation[2], arrived[2];
 static int skip_outside, marked;
 static const char *out_path = "instrument.json";
 static const char *profile_path;
 static struct block { struct instruction *all; size_t n; struct block *next; } *blocks; /* kept for the profile */
 static uint64_t guest_base;
 static double newest; /* the clock a new thread starts with */
+
+/* Cores that work together keep pace, or one would have the cache that they share for itself as long as the host lets it
+ * run: whoever is PACE cycles ahead of the slowest waits for it. Nobody waits for a core that is AWAY: at a barrier, in a
+ * system call, outside regions, or when nobody has moved for PATIENT turns of TURN ns of the host's. */
+#define PACE 512
+#define TURN 20000000
+#define PATIENT 50
+#define AWAY 1e300
+static double shown[CORES];
+static unsigned known;
+static pthread_mutex_t pace_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t moved = PTHREAD_COND_INITIALIZER;
+
+static void show(unsigned core, double t)
+{
+    pthread_mutex_lock(&pace_lock);
+    for (; known <= core; known++) shown[known] = AWAY;
+    shown[core] = t;
+    pthread_cond_broadcast(&moved);
+    pthread_mutex_unlock(&pace_lock);
+}
+
+static int alone_ahead(double t)
+{
+    for (unsigned i = 0; i < known; i++)
+        if (shown[i] < t - PACE) return 1;
+    return 0;
+}
+
+static void keep_pace(unsigned core, double t)
+{
+    show(core, t);
+    pthread_mutex_lock(&pace_lock);
+    for (unsigned turns = 0; alone_ahead(t);) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += TURN;
+        if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
+        if (!pthread_cond_timedwait(&moved, &pace_lock, &until)) turns = 0;
+        else if (++turns == PATIENT)
+            for (unsigned i = 0; i < known; i++)
+                if (shown[i] < t - PACE) shown[i] = AWAY;
+    }
+    pthread_mutex_unlock(&pace_lock);
+}
 
 static struct thread *thread_of(unsigned cpu)
 {
@@ -58,7 +104,7 @@ static struct thread *thread_of(unsigned cpu)
     if (!threads[cpu]) {
         struct thread *t = calloc(1, sizeof *t);
         core_setup(&t->core);
-        t->core.t = newest;
+        t->core.t = newest, t->number = cpu;
         threads[cpu] = t;
     }
     pthread_mutex_unlock(&lock);
@@ -112,19 +158,25 @@ static void mark(struct thread *t, int what)
     switch (what) {
     case MARK_BEGIN:
         if (!t->inside) t->inside = 1, snapshot(t);
+        show(t->number, t->core.t);
         break;
     case MARK_END:
         if (t->inside) finish_region(t), t->inside = 0;
+        show(t->number, AWAY);
         break;
     case MARK_COLD: cold(t); break;
     case MARK_WAIT: {
         double now = drain(&t->core);
         unsigned g = ++t->generation;
         pthread_mutex_lock(&lock);
-        if (met_generation[g & 1] != g) met_generation[g & 1] = g, met[g & 1] = 0;
+        if (met_generation[g & 1] != g) met_generation[g & 1] = g, met[g & 1] = 0, arrived[g & 1] = 0;
         if (now > met[g & 1]) met[g & 1] = now;
-        pthread_mutex_unlock(&lock);
         t->waiting = 1;
+        const int all = ++arrived[g & 1] == (unsigned)model.cores;
+        /* the last one: all others go on, whenever the host lets them */
+        for (unsigned i = 0; all && i < known; i++) show(i, met[g & 1]);
+        if (!all) show(t->number, AWAY);
+        pthread_mutex_unlock(&lock);
         break;
     }
     case MARK_MET:
@@ -148,6 +200,7 @@ static void settle(struct thread *t, uint64_t next)
     } else {
         double before = t->core.t;
         step(&t->core, i, next, t->lines, t->count);
+        if (model.cores > 1 && t->core.t > t->checked + PACE / 4) t->checked = t->core.t, keep_pace(t->number, t->core.t);
         if (profile_path) {
             struct instruction *mine = (struct instruction *)i;
             mine->times++, mine->spent += t->core.t - before;
@@ -205,6 +258,7 @@ static void called(plugin_id id, unsigned cpu, int64_t number, uint64_t a1, uint
                    uint64_t a5, uint64_t a6, uint64_t a7, uint64_t a8)
 {
     (void)id, (void)a1, (void)a3, (void)a4, (void)a5, (void)a6, (void)a7, (void)a8;
+    if (!thread_of(cpu)->waiting) show(thread_of(cpu)->number, AWAY);
     thread_of(cpu)->time_at = number == CLOCK_GETTIME ? a2 : 0;
     if (number == SETITIMER && a2) {
         uint64_t *value = (uint64_t *)(uintptr_t)(guest_base + a2) + 2; /* behind the interval: seconds, microseconds */
