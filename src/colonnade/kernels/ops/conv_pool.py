@@ -86,6 +86,7 @@ STRUCT = Struct(
     ),
 )
 PLAIN, PAIRED = "convpool", "pairpool"
+SHARED_CACHE = 512 << 10  # bytes of the second cache of cores in order (SpacemiT K1)
 MARGIN = BEFORE  # zero lanes in front of a row of transformed inputs, and of -inf in front of a row to be pooled
 
 
@@ -125,6 +126,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     work = step.workload
     assert isinstance(work, ConvPool)
     conv = work.conv
+    lines_held = conv.in_channels * len(_Columns.of(conv).first) * conv.stride[1]
     columns = conv.in_channels * len(_Columns.of(conv).first) * conv.kernel[1]
     kinds = [(PLAIN, mr, nv) for mr, nv in shapes(isa)]
     if pairs.applies(step, isa):
@@ -141,6 +143,9 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         back = conv.out_channels * vectors * (2 * n + len(filtering.back(m, r)) / 2 + m)
         bands = -(-conv.out_height // m)
         rank = bands * (n * columns * column + back) * (nv if isa.scalable else 1)
+        # cores that share a second cache have transformed inputs of their own in it
+        held = threads * 4 * n * (lines_held + 1) * (conv.out_width + 2 * MARGIN)
+        rank *= 1.3 if isa.scalable and threads > 1 and held > SHARED_CACHE // 2 else 1
         yield Candidate(symbol(m, r, mr, nv, isa, kind), {}, rank)
 
 
