@@ -12,6 +12,7 @@ from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import (
     blocks,
+    costs,
     depthwise,
     packing,
     pairs,
@@ -81,8 +82,6 @@ PACKED = Struct(
     "length is known at run time only. Input planes may have any pitch, halo and phases.",
     (*CONV.members, *packing.MEMBERS),
 )
-FAR = 1 << 20  # bytes of an output from which on its lines are taken to be in no near cache when they are stored to
-LOAD = 0.25  # a load or broadcast over a multiply-add, behind which most of it is hidden: measured on 7x7 .. 56x56
 PLANES_ASKED = 128  # input planes whose next lanes are asked for ahead; of more of them the caches lose them again
 WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: measured beside 512 and 2048
 
@@ -189,15 +188,6 @@ def _held(step: Operands) -> int:
     return 4 * len(source.offsets) * source.planes.plane
 
 
-def cuts(
-    tiled: list[TiledWeights], lanes: int, mr: int, nv: int, isa: Isa, paired: bool = False
-) -> list[tuple[float, strips.Strips]]:
-    """(static cost, strips) of the ways to cut the lanes, the better one first: whole vectors, or with a tail."""
-    ways = [strips.whole(lanes, nv, isa), strips.tailed(lanes, mr, nv, isa, paired)]
-    found = [(sum(cost(t, cut, lanes, mr, nv, isa, paired) for t in tiled), cut) for cut in ways if cut is not None]
-    return sorted(found, key=lambda way: way[0])
-
-
 def in_place(
     tiled: list[TiledWeights],
     lanes: int,
@@ -214,8 +204,8 @@ def in_place(
     of the input, where the columns may be cut into blocks."""
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # scalable kernels ask for lines in ways of their own
     tiles = min((len(t.tiles) for t in tiled), default=1)
-    far = _far(tiled, lanes, isa)
-    for index, (work, cut) in enumerate(cuts(tiled, lanes, mr, nv, isa, kind == pairs.KIND)):
+    far = costs.far(tiled, lanes, isa)
+    for index, (work, cut) in enumerate(costs.cuts(tiled, lanes, mr, nv, isa, kind == pairs.KIND)):
         orders = [(b, 1) for b in ((1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,))]
         if isa.scalable:
             orders = blocks.orders(tiled, cut.count, feed, held, threads)
@@ -233,7 +223,7 @@ def in_place(
             yield Candidate(
                 registers.symbol(mr, nv, isa, kind),
                 params,
-                work * habit * (_idle(tiles, threads) if split else cut.idle(threads)),
+                work * habit * (costs.idle(tiles, threads) if split else cut.idle(threads)),
             )
 
 
@@ -245,14 +235,14 @@ def _packed(
     for tile in tiled.tiles:
         needed[int(tile.rows[0]) * conv.groups // conv.out_channels, tile.columns] = True
     rows = int(needed.sum())
-    for work, cut in cuts([tiled], lanes, mr, nv, isa):
+    for work, cut in costs.cuts([tiled], lanes, mr, nv, isa):
         gather = rows * sum(2.0 * width + 1 for width in cut.widths)
         if isa.scalable:  # a load waits for its line, and a store follows it
             gather = rows * cut.count * (20.0 + 9 * nv)
         for block, split in product((1, 4) if cut.count > 4 else (1,), (0, 1) if threads > 1 else (0,)):
-            idle = _idle(len(tiled.tiles), threads) if split else cut.idle(threads)
+            idle = costs.idle(len(tiled.tiles), threads) if split else cut.idle(threads)
             params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
-            params |= {"tail": int(cut.tail > 0), "fetch": _far([tiled], lanes, isa)}
+            params |= {"tail": int(cut.tail > 0), "fetch": costs.far([tiled], lanes, isa)}
             rank = (work * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
             yield Candidate(registers.symbol(mr, nv, isa), params, rank)
 
@@ -264,70 +254,20 @@ def _windowed(
     panels for all threads and blocks of K."""
     lanes = target.lanes
     window = windows.Window.of(conv, tiled, target)
-    work, count = _cost_in_order(tiled, lanes, mr, nv), -(-lanes // (8 * nv))
+    work, count = costs.cost_in_order(tiled, lanes, mr, nv), -(-lanes // (8 * nv))
     if window.around == 0:
-        moved = window.count * count * 90.0 * _idle(count, threads)
+        moved = window.count * count * 90.0 * costs.idle(count, threads)
         for c in in_place([tiled], lanes, mr, nv, dense, isa, threads, feed=LEFT, held=4 * window.count * lanes):
             yield Candidate(c.kernel, c.params, c.rank + moved)
     blocks_tried = [b for b in ((1, 4, 0) if window.around == 0 else (4, 1, 0)) if b < count] or [0]
     for block, split in product(blocks_tried, (0, 1) if threads > 1 else (0,)):
         held = 8 * nv * (block or count) + window.around
         moved = -(-count // (block or count)) * window.count * held / (8 * nv) * (40.0 if conv.stride[1] == 1 else 90.0)
-        idle = _idle(len(tiled.tiles) if split else count, threads)
+        idle = costs.idle(len(tiled.tiles) if split else count, threads)
         params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 3, "tail": 0}
         rank = (work * idle + moved * (threads if split else idle)) * (1 + 0.1 * (block != blocks_tried[0]))
         rank *= 1 + 0.1 * (window.around == 0)  # those that are left as panels serve whoever comes next
         yield Candidate(registers.symbol(mr, nv, isa), {**params, "fetch": 0}, rank)
-
-
-def _far(tiled: list[TiledWeights], lanes: int, isa: Isa) -> int:
-    """Is the output so large that its lines should be asked for? Kernels of scalable ISAs do so in their own way."""
-    return int(not isa.scalable and 4 * lanes * sum(t.shape[0] for t in tiled) > FAR)
-
-
-def _idle(shares: int, threads: int) -> float:
-    """By how much the busiest thread has more than an even part."""
-    return -(-shares // threads) * threads / shares
-
-
-def cost(
-    tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, isa: Isa, paired: bool = False
-) -> float:
-    """Static ranking. Fixed vectors: multiply-adds, and loads and broadcasts at a part of their price."""
-    if isa.scalable:
-        return _cost_in_order(tiled, lanes, mr, nv)
-    widths = cut.widths
-    total = 0.0
-    for tile in tiled.tiles:
-        column = 0.0
-        for rows in registers.heights(len(tile.rows), mr):
-            turns = pairs.work(rows) if paired else rows
-            column += sum(turns * v + LOAD * (rows + v) + 1 for v in widths)
-            if not cut.tail:
-                continue
-            if rows == mr:
-                column += cut.done * strips.lane_cost(mr, isa) * (1 + LOAD) + LOAD
-            else:  # a vector of its own
-                column += rows + LOAD * (rows + 1) + 1
-        total += len(tile.columns) * column
-    return total
-
-
-def _cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float:
-    """Cycles a kept column costs a two-wide in-order core with one vector-arithmetic and one vector-memory pipe: the
-    busiest of arithmetic (LMUL a multiply-add), load (2.2 LMUL) and issue (a multiply-add and its weight a row, seven
-    more), its way through the caches, and the wait for a load where few columns have a register. VLEN is taken as
-    256; a strip costs the same however few lanes it has."""
-    whole, rest = divmod(lanes, 8 * lmul)
-    total = 0.0
-    for tile in tiled.tiles:
-        for rows in registers.heights(len(tile.rows), mr):
-            by_rows = rows == mr and registers.sideways(mr, lmul) and rest <= 8
-            strips = whole + ((rest + 3) / 17 if by_rows and rest else rest > 0)
-            late = {1: 7 + 2.2 * lmul, 2: 1.5, 4: 0.8}.get(registers.ring(mr, lmul)[0], 0.0)
-            column = max(rows * lmul, 2.2 * lmul, rows + 3.5) + 1 + 0.2 * lmul + late
-            total += strips * (len(tile.columns) * column + 5 * rows * lmul)  # limits, holes, store, bias
-    return total
 
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
