@@ -23,10 +23,11 @@ from colonnade.sparsify.calibrate_onnx import OnnxChain
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.joint import view
 from colonnade.sparsify.masks import masks, remove_masks, sparsify_
+from colonnade.sparsify.moments import Damping, Moments
 from colonnade.sparsify.onnx_file import prune_file, read_targets
 from colonnade.sparsify.reconstruct import Schedule, reconstruct_
 from colonnade.sparsify.samples import Layer, Rectifier, Samples, gather
-from colonnade.sparsify.second_order import DAMPINGS, MOST_GAIN, Moments, choose_damping, solve, unexplained
+from colonnade.sparsify.second_order import DAMPINGS, MOST_GAIN, choose_damping, solve, unexplained
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
 from colonnade.sparsify.sequential import Options, prune_layer
 from colonnade.sparsify.torch_model import export
@@ -160,7 +161,7 @@ def test_damping_follows_how_many_samples_there_are():
         y = x @ w.T + 8 * random.standard_normal((2 * count, 16)).astype(np.float32)
         known, fresh = moments(x[:count], y[:count]), moments(x[count:], y[count:])
         pattern = ColumnPattern(0.25, 4)
-        damping = choose_damping(w, known, fresh, pattern, NUMPY)
+        damping = choose_damping(w, known, fresh, pattern, NUMPY).plain
         chosen.append(damping)
         errors = []
         for value in (damping, min(DAMPINGS)):
@@ -171,6 +172,53 @@ def test_damping_follows_how_many_samples_there_are():
         assert whole.count == 2 * count
         np.testing.assert_allclose(whole.gram, moments(x, y).gram, rtol=1e-3)
     assert chosen[0] > chosen[1]
+
+
+@pytest.mark.parametrize(
+    "arrays", [NUMPY, HostArrays(), TorchArrays(torch.device("cpu"))], ids=["numpy", "host", "torch"]
+)
+def test_damping_by_positions_alike_is_a_kronecker_product(arrays):
+    """Dense fit with both parts of the damping, against the formula."""
+    taps, channels = 4, 3
+    x, w = regression(5, taps * channels, 60)
+    random = np.random.default_rng(3)
+    y = x @ w.T + random.standard_normal((60, 5)).astype(np.float32)
+    found = solve(
+        w, moments(x, y, arrays), ColumnPattern(0.0, 5), arrays, damping=Damping(0.05, 0.7), taps=taps, rounds=1
+    )  # fmt: skip
+    dx, dy = (part - part.mean(0) for part in (x.astype(np.float64), y.astype(np.float64)))
+    a, c = dx.T @ dx / 60, dy.T @ dx / 60
+    blocks = a.reshape(taps, channels, taps, channels)
+    over_taps = sum(blocks[t, :, t] for t in range(taps))
+    over_channels = sum(blocks[:, i, :, i] for i in range(channels))
+    scale = np.trace(a) / len(a)
+    alike = np.kron(over_channels / channels / scale, over_taps / taps / scale)
+    assert np.trace(alike) == pytest.approx(len(a))
+    damping = scale * (0.05 * np.eye(len(a)) + 0.7 * alike)
+    np.testing.assert_allclose(found.weights, (c + w @ damping) @ np.linalg.inv(a + damping), rtol=1e-3, atol=1e-4)
+
+
+def test_positions_that_are_alike_are_used_where_samples_are_few():
+    """Inputs whose channels vary together in one way at all kernel positions: the damping that says so fits unseen
+    samples better than any plain one. Where positions are not told apart from channels there is none."""
+    random = np.random.default_rng(0)
+    taps, channels, count = 9, 10, 130
+    near = np.linalg.cholesky(0.8 ** np.abs(np.subtract.outer(np.arange(taps), np.arange(taps))))
+    mix = random.standard_normal((channels, channels))
+    x = near @ random.standard_normal((5000, taps, channels)) @ mix
+    x = x.reshape(5000, -1).astype(np.float32)
+    w = random.standard_normal((16, taps * channels)).astype(np.float32)
+    y = x @ w.T
+    y += random.standard_normal(y.shape).astype(np.float32) * y.std()
+    known, fresh, many = (moments(x[part], y[part]) for part in np.split(np.arange(5000), [count, 2 * count]))
+    pattern = ColumnPattern(0.5, 4)
+    errors = []
+    for told in (taps, 1):
+        damping = choose_damping(w, known, fresh, pattern, NUMPY, taps=told)
+        assert (damping.alike > 0) == (told > 1)
+        found = solve(w, known, pattern, NUMPY, damping=damping, taps=told)
+        errors.append(unexplained(found.weights, found.bias, many, NUMPY))
+    assert errors[0] < 0.97 * errors[1]
 
 
 def test_values_past_the_limit_wait_in_files_and_change_nothing(digits, monkeypatch):

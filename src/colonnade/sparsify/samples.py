@@ -15,7 +15,7 @@ from colonnade.errors import UserError
 from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import Array, Arrays
 from colonnade.sparsify.held import Store
-from colonnade.sparsify.second_order import Moments
+from colonnade.sparsify.moments import Moments
 from colonnade.sparsify.select import as_matrix
 
 # Samples (pixels of calibration images) a column of the regression; more is slower and hardly better.
@@ -64,6 +64,11 @@ class Layer:
     @property
     def columns(self) -> int:
         return int(np.prod(self.weight.shape[1:]))
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions; the columns of one follow those of another."""
+        return int(np.prod(self.weight.shape[2:]))
 
 
 Values = dict[str, Array]

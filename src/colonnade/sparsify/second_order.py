@@ -16,8 +16,9 @@ With y from dense and x̃ from pruned inputs this also makes up for the errors o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,19 @@ import numpy.typing as npt
 
 from colonnade.pattern import ColumnPattern, Floats, Ints, consecutive_rows
 from colonnade.sparsify.arrays import Array, Arrays, NotPositive
+from colonnade.sparsify.moments import Damping, Moments
 from colonnade.sparsify.select import select_columns, similar_tiles
 
 # Chosen on training images (see docs/accuracy.md).
-DAMPING = 0.01
 ROUNDS = 16
-# What a layer's damping is chosen from, and on how many of its tiles.
+# What a layer's damping is chosen from, first the plain part and then the other, and on how many of its tiles.
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
+ALIKE = (0.3, 1.0, 3.0)
+# The plain part beside the other, as a share of what would be best alone.
+PLAIN = 0.1
+# Of dampings whose errors differ by a smaller share, the one with the largest part `alike` is taken: it leaves smaller
+# errors in the mean over an input's pixels, and those do not average out in the layers behind.
+CLOSE = 0.01
 TRIAL_TILES = 4
 # What `Solution.spread` multiplies a row by, at most: one that gives almost nothing of what is wanted gives noise.
 MOST_GAIN = 2.0
@@ -39,45 +46,6 @@ MOST_GAIN = 2.0
 FACTOR_BYTES = 384 << 20
 # Up to here double precision costs little; past it single precision with damping is what the time allows.
 DOUBLE_COLUMNS = 640
-
-
-@dataclass
-class Moments:
-    """Sums over samples of inputs x̃ [K] and wanted outputs y [OC] of one layer (of one convolution group).
-
-    gram: Σ x̃ x̃ᵀ [K, K]; cross: Σ y x̃ᵀ [OC, K]; inputs: Σ x̃ [K]; outputs, squares: Σ y and Σ y² [OC].
-    """
-
-    gram: Array
-    cross: Array
-    inputs: Array
-    outputs: Array
-    squares: Array
-    count: int = 0
-
-    @classmethod
-    def empty(cls, arrays: Arrays, rows: int, columns: int) -> Moments:
-        return cls(
-            arrays.zeros(columns, columns), arrays.zeros(rows, columns), arrays.zeros(columns), arrays.zeros(rows),
-            arrays.zeros(rows),
-        )  # fmt: skip
-
-    def add(self, inputs: Array, outputs: Array, arrays: Arrays) -> None:
-        """Samples x̃ [n, K] with their y [n, OC]."""
-        self.gram += arrays.gram(inputs)
-        self.cross += outputs.T @ inputs
-        self.inputs += inputs.sum(0)
-        self.outputs += outputs.sum(0)
-        self.squares += (outputs * outputs).sum(0)
-        self.count += len(inputs)
-
-    def plus(self, other: Moments) -> Moments:
-        """The moments of both sets of samples."""
-        return Moments(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
-
-    def of_rows(self, rows: Array) -> Moments:
-        """Those of some outputs."""
-        return replace(self, cross=self.cross[rows], outputs=self.outputs[rows], squares=self.squares[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,31 +80,46 @@ class Solution:
 
 
 def choose_damping(
-    weights: Floats, known: Moments, fresh: Moments, pattern: ColumnPattern, arrays: Arrays, *, intercept: bool = True
-) -> float:
+    weights: Floats,
+    known: Moments,
+    fresh: Moments,
+    pattern: ColumnPattern,
+    arrays: Arrays,
+    *,
+    intercept: bool = True,
+    taps: int = 1,
+) -> Damping:
     """The damping with which a few tiles, fitted to `known` samples, give the wanted outputs of `fresh` ones best: the
-    more of it, the fewer samples stand behind a column. The tiles keep the columns of the strongest contributions."""
+    more of it, the fewer samples stand behind a column. The tiles keep the columns of the strongest contributions.
+
+    taps: kernel positions, the columns of which follow one another; with one only there is no `alike`.
+    """
     tiles = consecutive_rows(len(weights), pattern.tile)
     tiles = [tiles[at] for at in np.unique(np.linspace(0, len(tiles) - 1, TRIAL_TILES).astype(int))]
-    system = _System(weights, known, arrays, intercept)
+    system = _System(weights, known, arrays, intercept, taps)
     power = np.maximum(arrays.host(system.covariance.diagonal()), 0)
     keep = [np.flatnonzero(select_columns((weights[rows] ** 2).sum(0) * power, pattern)) for rows in tiles]
-    errors = []
-    for damping in DAMPINGS:
+    tried = np.concatenate(tiles)
+    wanted = fresh.of_rows(arrays.index(tried.astype(np.int64)))
+
+    def error(damping: Damping) -> float:
         system.damp(damping)
         solved = np.zeros(weights.shape, np.float32)
         try:
             for rows, kept in zip(tiles, keep, strict=True):
                 solved[np.ix_(rows, kept)] = system.fit(rows, kept)
         except NotPositive:
-            errors.append(np.inf)
-            continue
-        bias = system.bias(solved)
-        tried = np.concatenate(tiles)
-        errors.append(
-            unexplained(solved[tried], bias[tried], fresh.of_rows(arrays.index(tried.astype(np.int64))), arrays)
-        )
-    return DAMPINGS[int(np.argmin(errors))]
+            return math.inf
+        return unexplained(solved[tried], system.bias(solved)[tried], wanted, arrays)
+
+    errors = {damping: error(damping) for damping in map(Damping, DAMPINGS)}
+    chosen = min(errors, key=lambda damping: errors[damping])
+    if taps > 1:
+        errors.update({damping: error(damping) for damping in (Damping(PLAIN * chosen.plain, a) for a in ALIKE)})
+        least = min(errors.values())
+        close = [damping for damping, value in errors.items() if value <= least + CLOSE * abs(least)]
+        chosen = max(close, key=lambda damping: (damping.alike, -errors[damping]))
+    return chosen
 
 
 def unexplained(weights: Floats, bias: Floats, moments: Moments, arrays: Arrays) -> float:
@@ -169,7 +152,8 @@ def solve(
     similar_rows: bool = True,
     tiles: Sequence[Ints] | None = None,
     intercept: bool = True,
-    damping: float = DAMPING,
+    damping: Damping | float | None = None,
+    taps: int = 1,
     rounds: int = ROUNDS,
     refits: bool = False,
 ) -> Solution:
@@ -178,12 +162,14 @@ def solve(
     weights:   the dense weights; where inputs say nothing, the solution stays with them.
     tiles:     rows of every tile; found by the columns' importance when left out (neighbours without `similar_rows`).
     intercept: whether a bias may be added to the outputs.
-    damping:   added to the covariance's diagonal, as a share of its mean.
+    damping:   of the covariance; a number is a plain one.
+    taps:      kernel positions, the columns of which follow one another.
     refits:    whether `Solution.towards` is to follow: it is quicker then, and takes memory (FACTOR_BYTES).
     """
-    system = _System(weights, moments, arrays, intercept)
+    system = _System(weights, moments, arrays, intercept, taps)
     system.room = FACTOR_BYTES if refits else 0
-    system.invert(damping)
+    damping = Damping() if damping is None else damping
+    system.invert(damping if isinstance(damping, Damping) else Damping(damping))
     rows = list(tiles) if tiles is not None else _tiles(system, pattern, similar_rows)
     solved = np.zeros(weights.shape, np.float32)
     mask = np.zeros(weights.shape, bool)
@@ -201,8 +187,8 @@ def solve(
 class _System:
     """The regression of one layer, scaled so that the mean diagonal of A is one."""
 
-    def __init__(self, weights: Floats, moments: Moments, arrays: Arrays, intercept: bool) -> None:
-        self.arrays = arrays
+    def __init__(self, weights: Floats, moments: Moments, arrays: Arrays, intercept: bool, taps: int = 1) -> None:
+        self.arrays, self.taps = arrays, taps
         n = self.count = max(moments.count, 1)
         self.mean_in = moments.inputs / n
         self.mean_out = moments.outputs / n
@@ -227,13 +213,28 @@ class _System:
         self.factors: dict[int, Array] = {}
         self.room = 0  # bytes, for factors
 
-    def damp(self, damping: float) -> None:
+    def damp(self, damping: Damping) -> None:
         """A with damping. What the inputs leave open is decided by the dense weights."""
-        self.damping = damping
-        self.damped = self.covariance + damping * self.eye
-        self.target = self.cross + damping * self.weights
+        self.damped = self.covariance + damping.plain * self.eye
+        self.pull = damping.plain * self.weights  # what the damping adds to the wanted outputs' covariance
+        if damping.alike > 0 and self.taps > 1:
+            self._add_alike(damping.alike)
+        self.target = self.cross + self.pull
 
-    def invert(self, damping: float) -> None:
+    def _add_alike(self, share: float) -> None:
+        """The damping that treats kernel positions alike, block by block: no other matrix of A's size is made."""
+        taps, size = self.taps, len(self.eye) // self.taps
+        parts = [slice(tap * size, (tap + 1) * size) for tap in range(taps)]
+        channels = sum(self.covariance[part, part] for part in parts) / taps
+        channels = channels * (share / max(float(channels.diagonal().sum()) / size, 1e-30))
+        blocks = [self.weights[:, part] @ channels for part in parts]
+        for one in parts:
+            for other, block in zip(parts, blocks, strict=True):
+                together = float(self.covariance[one, other].diagonal().sum()) / size
+                self.damped[one, other] += together * channels
+                self.pull[:, one] += together * block
+
+    def invert(self, damping: Damping) -> None:
         """A with damping, its inverse and the best dense weights; more damping where rounding makes A indefinite."""
         for _ in range(8):
             self.damp(damping)
@@ -241,7 +242,7 @@ class _System:
                 lower = self.arrays.factor(self.damped)
                 half = self.arrays.forward(lower, self.eye)
             except NotPositive:
-                damping = max(10 * damping, 1e-6)
+                damping = replace(damping, plain=max(10 * damping.plain, 1e-6))
                 continue
             self.inverse = half.T @ half
             self.best = self.target @ self.inverse
@@ -258,7 +259,7 @@ class _System:
         cross = cross / self.count
         if self.intercept:
             cross = cross - self.mean_out[:, None] * self.mean_in[None, :]
-        self.target = self.precise(cross) / self.scale + self.damping * self.weights
+        self.target = self.precise(cross) / self.scale + self.pull
 
     def importance(self) -> Floats:
         """What removing one column alone costs each row, [OC, K]."""

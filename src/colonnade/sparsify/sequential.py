@@ -19,8 +19,9 @@ from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.arrays import Arrays
 from colonnade.sparsify.held import Store
+from colonnade.sparsify.moments import Damping
 from colonnade.sparsify.samples import SAMPLES_A_COLUMN, Layer, Samples, Values, gather, rectified, usable_scale
-from colonnade.sparsify.second_order import DAMPING, ROUNDS, choose_damping, solve
+from colonnade.sparsify.second_order import ROUNDS, choose_damping, solve
 from colonnade.sparsify.select import as_matrix, from_matrix
 
 # Bytes of calibration values that are held in memory; the rest waits in files. With the matrices of the largest layers
@@ -72,13 +73,14 @@ class Options:
 @dataclass(frozen=True, eq=False)
 class LayerResult:
     """explained: share of the wanted outputs' variance that the pruned layer can reproduce on its pruned inputs;
-    damping: that was used (the mean over convolution groups)."""
+    damping, alike: that were used (`second_order.Damping`; means over convolution groups)."""
 
     layer: Layer
     mask: npt.NDArray[np.bool_]
     tiles: int
     explained: float
     damping: float
+    alike: float
 
 
 def prune_chain(
@@ -151,11 +153,11 @@ def prune_layer(samples: Samples, pattern: ColumnPattern, options: Options) -> t
     if refits:
         samples = samples.keep()
     moments = gather(samples.part(0, cut))
-    dampings = [DAMPING if options.damping is None else options.damping] * layer.groups
+    dampings = [Damping() if options.damping is None else Damping(options.damping)] * layer.groups
     if cut < batches:
         fresh = gather(samples.part(cut, batches))
         dampings = [
-            choose_damping(matrix, known, new, pattern, arrays, intercept=layer.intercept)
+            choose_damping(matrix, known, new, pattern, arrays, intercept=layer.intercept, taps=layer.taps)
             for matrix, known, new in zip(matrices, moments, fresh, strict=True)
         ]
         moments = [known.plus(new) for known, new in zip(moments, fresh, strict=True)]
@@ -163,7 +165,7 @@ def prune_layer(samples: Samples, pattern: ColumnPattern, options: Options) -> t
     found = [
         solve(
             matrix, sums, pattern, arrays, similar_rows=options.similar_rows, intercept=layer.intercept,
-            damping=damping, rounds=options.rounds, refits=refits > 0,
+            damping=damping, taps=layer.taps, rounds=options.rounds, refits=refits > 0,
         )
         for matrix, sums, damping in zip(matrices, moments, dampings, strict=True)
     ]  # fmt: skip
@@ -180,6 +182,7 @@ def prune_layer(samples: Samples, pattern: ColumnPattern, options: Options) -> t
     weight = from_matrix(solved / scale[:, None], layer.weight.shape).astype(np.float32)
     result = LayerResult(
         layer, from_matrix(mask, layer.weight.shape), sum(len(f.rows) for f in found),
-        float(np.mean([f.explained for f in found])), float(np.mean(dampings)),
+        float(np.mean([f.explained for f in found])), float(np.mean([d.plain for d in dampings])),
+        float(np.mean([d.alike for d in dampings])),
     )  # fmt: skip
     return weight, np.asarray(bias / scale, np.float32), result
