@@ -721,14 +721,14 @@ def test_cifar_resnet_with_real_weights(batch: int, shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("resnet18", {"conv2d": 20, "affine": 0, "binary": 0, "convert planes": 3}),
-        ("resnet50", {"conv2d": 53, "affine": 0, "binary": 0}),
-        ("resnext50_32x4d", {"conv2d": 53, "binary": 0}),
+        ("resnet18", {"conv_pool": 1, "conv2d": 19, "affine": 0, "binary": 0, "convert planes": 3}),
+        ("resnet50", {"conv_pool": 1, "conv2d": 52, "affine": 0, "binary": 0}),
+        ("resnext50_32x4d", {"conv_pool": 1, "conv2d": 52, "binary": 0}),
         ("mobilenet_v2", {"conv2d": 52, "affine": 0, "binary": 0}),
         ("squeezenet1_1", {"conv2d": 26, "affine": 0}),
-        ("densenet121", {"conv2d": 120, "affine": 62}),
+        ("densenet121", {"conv_pool": 1, "conv2d": 119, "affine": 62}),
         ("shufflenet_v2_x0_5", {"conv2d": 56, "affine": 0}),
-        ("googlenet", {"conv2d": 57, "affine": 0}),
+        ("googlenet", {"conv_pool": 1, "conv2d": 56, "affine": 0}),
         ("mnasnet0_5", {"conv2d": 52, "affine": 0, "binary": 0}),
     ],
 )
