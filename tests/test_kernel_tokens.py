@@ -55,7 +55,10 @@ def test_channel_norm(isa, shape, halo, centred, threads, seed):
     constants = {"scale": values(shape[1], seed), "shift": values(shape[1], seed + 1)}
     # a mean far from zero, and channels that differ by more than their last digits
     data = values(shape, seed + 2) + 10 + 4 * (np.arange(shape[1]) % 2)[:, None, None].astype(np.float32)
-    check(arrange.case(ChannelNorm(shape, 1e-5, centred), [x], y, constants), isa, [data], threads, 2e-5)
+    # where the channels of a token happen to lie close together, what is left of them has lost digits
+    spread = np.sqrt(data.var(axis=1) + 1e-5).min() if centred else 1.0
+    lost = 4 * np.finfo(np.float32).eps * np.abs(data).max() / spread
+    check(arrange.case(ChannelNorm(shape, 1e-5, centred), [x], y, constants), isa, [data], threads, max(2e-5, lost))
 
 
 @FEW
