@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.frontend.draft import Draft, Tensor, Value, is_import, whole
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.tokens import Tokens, row_major
 from colonnade.plan import Port
@@ -177,9 +177,7 @@ class Context:
             n, width = value.placed_shape
             tensor = Tensor(f"{name}.{dtype}", (n, width // lanes(value.dtype) * lanes(dtype)))
             label = self.unique(tensor.name)
-            imported = isinstance(writer.workload, Cast) and writer.workload.kind == "import"
-            if imported and value.dtype != F32:
-                assert isinstance(writer.workload, Cast)
+            if isinstance(writer.workload, Cast) and is_import(writer) and value.dtype != F32:
                 work = replace(writer.workload, target=dtype)
                 self.add(Draft(label, work, [], tensor, external=writer.external))
             else:
@@ -222,7 +220,7 @@ class Context:
             writer = self._writer[tensor]
             planes = Tensor(f"{tensor.name}.planes", value.shape)
             name = self.unique(planes.name)
-            if not writer.inputs and isinstance(writer.workload, Convert) and writer.workload.kind == "import":
+            if isinstance(writer.workload, Convert) and is_import(writer):
                 self.add(Draft(name, Convert("import", value.shape), [], planes, external=writer.external))
             else:
                 self.add(Draft(name, Convert("unflatten", value.shape), [value], planes))
@@ -240,7 +238,7 @@ class Context:
             whole_tensor = value.tensor
             writer = self._writer.get(whole_tensor) if whole_tensor is not None else None
             label = self.unique(f"{name or value.tensors[0].name}.flatten")
-            if writer is not None and not writer.inputs and writer.external:
+            if writer is not None and is_import(writer):
                 self.add(Draft(label, Convert("import", tensor.shape), [], tensor, external=writer.external))
             else:
                 self.add(Draft(label, Convert("flatten", (n, c, h, w)), [value], tensor))

@@ -150,7 +150,7 @@ class Draft:
 
 def is_import(step: Draft) -> bool:
     """Does it bring one of the model's inputs in as it is?"""
-    return isinstance(step.workload, Convert | Cast) and bool(step.external) and step.output is not None
+    return isinstance(step.workload, Convert | Cast) and step.workload.kind == "import"
 
 
 def can_activate(step: Draft) -> bool:

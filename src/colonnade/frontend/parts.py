@@ -1,9 +1,9 @@
 """Large maps a few channels at a time: a convolution and the steps behind it that work channel by channel.
 
-What a stem writes (3.2 MB in a ResNet) has left the near caches when max pool reads it, and so has what the first layer
-of an inverted residual writes for the depthwise one. Where a convolution's output is read by one such step alone, both
-are cut into parts of some output channels each, and the part's map is read where it was just written. Tiles stay whole;
-the last steps of all parts write planes of one tensor, so its readers notice nothing.
+What the first layer of an inverted residual writes has left the near caches when the depthwise one reads it, and so has
+a large map that a max pool reads. Where a convolution's output is read by one such step alone, both are cut into parts
+of some output channels each, and the part's map is read where it was just written. Tiles stay whole; the last steps of
+all parts write planes of one tensor, so its readers notice nothing.
 """
 
 from __future__ import annotations

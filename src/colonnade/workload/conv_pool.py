@@ -29,12 +29,7 @@ class ConvPool(Workload):
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of the convolution."""
-        return self.conv.macs
-
-    @property
-    def kept_macs(self) -> int:
-        """All of them: the convolution is dense."""
+        """Multiply-adds of the convolution, which is dense."""
         return self.conv.macs
 
     def reference(self, x: Array, weight: Array, bias: Array | None = None, *_: Any) -> Array:

@@ -22,12 +22,11 @@ from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import filtering, pairs, registers
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
-from colonnade.kernels.ops.winograd import lines
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, round_up
 from colonnade.workload import Conv2d, ConvPool
-from colonnade.workload.conv_pool import BEFORE, taps
+from colonnade.workload.conv_pool import BEFORE, FILTERS, taps
 
 LINE_STRUCT = Struct(
     "cn_line",
@@ -90,15 +89,14 @@ SHARED_CACHE = 512 << 10  # bytes of the second cache of cores in order (Spacemi
 MARGIN = BEFORE  # zero lanes in front of a row of transformed inputs, and of -inf in front of a row to be pooled
 
 
-def shapes(isa: Isa) -> list[tuple[int, int]]:
-    """(MR, NV) to choose from."""
+FILTERED = [(m, r) for m, r in filtering.POINTS if r in FILTERS and m > 2]  # F(2, 3) saves too little
+
+
+def shapes(isa: Isa, paired: bool) -> list[tuple[str, int, int]]:
+    """(kind, MR, NV) to choose from; ``paired``: those that take columns in pairs too."""
     wanted = [(8, 2)] if isa.scalable else [(8, 3), (6, 4), (4, 3), (6, 2)]
-    return [(mr, nv) for mr, nv in wanted if registers.legal(mr, nv, isa)][:2]
-
-
-def shapes_of_pairs(isa: Isa) -> list[tuple[int, int]]:
-    """(MR, NV) of kernels that take columns in pairs."""
-    return pairs.shapes(isa)[:2]
+    plain = [(PLAIN, mr, nv) for mr, nv in wanted if registers.legal(mr, nv, isa)][:2]
+    return plain + [(PAIRED, mr, nv) for mr, nv in pairs.shapes(isa)[:2] if paired]
 
 
 def symbol(m: int, r: int, mr: int, nv: int, isa: Isa, kind: str = PLAIN) -> str:
@@ -108,17 +106,15 @@ def symbol(m: int, r: int, mr: int, nv: int, isa: Isa, kind: str = PLAIN) -> str
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every filter by every (MR, NV)."""
-    kinds = [(PLAIN, mr, nv) for mr, nv in shapes(isa)] + [(PAIRED, mr, nv) for mr, nv in shapes_of_pairs(isa)]
-    for m, r in filtering.POINTS:
-        for kind, mr, nv in kinds:
-            counts = registers.row_counts(mr)
-            params = {
-                "M": m, "N": filtering.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
-                "rings": {c: (registers.ring(mr, nv)[0], registers.ring(c, nv)[1]) for c in counts}, "lines": lines,
-                "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN,
-                "pairs": {c: pairs.rows(c) for c in counts} if kind == PAIRED else {}, "W": 2 if isa.scalable else 1,
-            }  # fmt: skip
-            yield Variant(symbol(m, r, mr, nv, isa, kind), "conv_pool.c.in", params)
+    for (m, r), (kind, mr, nv) in product(FILTERED, shapes(isa, paired=True)):
+        counts = registers.row_counts(mr)
+        params = {
+            "M": m, "N": filtering.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
+            "rings": {c: (registers.ring(mr, nv)[0], registers.ring(c, nv)[1]) for c in counts},
+            "lines": filtering.lines, "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN,
+            "pairs": {c: pairs.rows(c) for c in counts} if kind == PAIRED else {}, "W": 2 if isa.scalable else 1,
+        }  # fmt: skip
+        yield Variant(symbol(m, r, mr, nv, isa, kind), "conv_pool.c.in", params)
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
@@ -126,12 +122,9 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     work = step.workload
     assert isinstance(work, ConvPool)
     conv = work.conv
-    lines_held = conv.in_channels * len(_Columns.of(conv).first) * conv.stride[1]
-    columns = conv.in_channels * len(_Columns.of(conv).first) * conv.kernel[1]
-    kinds = [(PLAIN, mr, nv) for mr, nv in shapes(isa)]
-    if pairs.applies(step, isa):
-        kinds += [(PAIRED, mr, nv) for mr, nv in shapes_of_pairs(isa)]
-    for (m, r), (kind, mr, nv) in product(filtering.POINTS, kinds):
+    line_count = conv.in_channels * len(_Columns.of(conv).first)
+    columns = line_count * conv.kernel[1]
+    for (m, r), (kind, mr, nv) in product(FILTERED, shapes(isa, pairs.applies(step, isa))):
         if r != taps(conv):
             continue
         n, vectors = filtering.size(m, r), -(-conv.out_width // (isa.lanes or 8 * nv))
@@ -144,7 +137,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         bands = -(-conv.out_height // m)
         rank = bands * (n * columns * column + back) * (nv if isa.scalable else 1)
         # cores that share a second cache have transformed inputs of their own in it
-        held = threads * 4 * n * (lines_held + 1) * (conv.out_width + 2 * MARGIN)
+        held = threads * 4 * n * (line_count * conv.stride[1] + 1) * (conv.out_width + 2 * MARGIN)
         rank *= 1.3 if isa.scalable and threads > 1 and held > SHARED_CACHE // 2 else 1
         yield Candidate(symbol(m, r, mr, nv, isa, kind), {}, rank)
 

@@ -22,6 +22,7 @@ Program = tuple[tuple[str, str, float, str], ...]  # sums that share what they c
 # sums in order leave 2.4e-7.
 _PLAIN, _HALF, _LAST = tuple(Fraction(p) for p in (0, 1, -1, 2, -2)), Fraction(1, 2), Fraction(3, 4)
 POINTS: dict[tuple[int, int], tuple[Fraction, ...]] = {
+    (2, 3): _PLAIN[:3],
     (4, 3): _PLAIN,
     (4, 4): (*_PLAIN, _HALF),
     (6, 3): (*_PLAIN, _HALF, -_HALF),
@@ -95,3 +96,18 @@ def _sum(name: str, first: str, terms: Sequence[tuple[float, str]]) -> list[tupl
     """``name`` = first + the sum of factor * second of all ``terms``."""
     names = [first, *(f"t{name[1:]}_{count}_" for count in range(len(terms) - 1)), name]
     return [(names[k + 1], names[k], factor, second) for k, (factor, second) in enumerate(terms)]
+
+
+def lines(program: Program, lmul: int, source: str, target: str, suffix: str = "") -> list[str]:
+    """C of a transform in vector primitives: from variables ``<source>i<suffix>`` to ``<target>i<suffix>``."""
+
+    def variable(name: str) -> str:
+        return {"x": source, "y": target}.get(name[0], f"{target}{name[0]}") + name[1:] + suffix
+
+    found = []
+    for name, first, factor, second in program:
+        a, b = variable(first), variable(second)
+        value = f"{a}, {b}" if abs(factor) == 1 else f"{a}, {float(factor)!r}f, {b}"
+        action = "add" if factor == 1 else "sub" if factor == -1 else "fma"
+        found.append(f"const vec{lmul}_t {variable(name)} = vec{lmul}_{action}({value}, vl);")
+    return found

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import pairs, panels, registers, strips, tables
+from colonnade.kernels.ops import filtering, pairs, panels, registers, strips, tables
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -26,48 +26,20 @@ from colonnade.layout import LINE, Panels, Placed, round_up
 from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d
 
-Matrix = tuple[tuple[float, ...], ...]
+# B: input transform [m+2, m+2], G: weights [m+2, 3], A: output [m, m+2]
+B, G, A = ({m: part(m, 3) for m in (2, 4)} for part in (filtering.inputs, filtering.weights, filtering.outputs))
 
-# B: input transform [m+2, m+2], G: weights [m+2, 3], A: output [m, m+2]; points 0, 1, -1 (, 2, -2) and infinity
-B: dict[int, Matrix] = {
-    2: ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
-    4: (
-        (4, 0, -5, 0, 1, 0),
-        (0, -4, -4, 1, 1, 0),
-        (0, 4, -4, -1, 1, 0),
-        (0, -2, -1, 2, 1, 0),
-        (0, 2, -1, -2, 1, 0),
-        (0, 4, 0, -5, 0, 1),
-    ),
-}
-G: dict[int, Matrix] = {
-    2: ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
-    4: (
-        (1 / 4, 0, 0),
-        (-1 / 6, -1 / 6, -1 / 6),
-        (-1 / 6, 1 / 6, -1 / 6),
-        (1 / 24, 1 / 12, 1 / 6),
-        (1 / 24, -1 / 12, 1 / 6),
-        (0, 0, 1),
-    ),
-}
-A: dict[int, Matrix] = {
-    2: ((1, 1, 1, 0), (0, 1, -1, -1)),
-    4: ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
-}
-
-# The products of B and A with a vector x by sums that share what they can: name = first + factor * second, y_i results
-Program = tuple[tuple[str, str, float, str], ...]
-INTO: dict[int, Program] = {
-    2: (("y0", "x0", -1, "x2"), ("y1", "x1", 1, "x2"), ("y2", "x2", -1, "x1"), ("y3", "x1", -1, "x3")),
+# The products of B and A with a vector x in fewer sums than `filtering` finds by itself
+INTO: dict[int, filtering.Program] = {
+    2: (("y0", "x2", -1, "x0"), ("y1", "x1", 1, "x2"), ("y2", "x2", -1, "x1"), ("y3", "x3", -1, "x1")),
     4: (
         ("a", "x4", -4, "x2"), ("b", "x3", -4, "x1"), ("c", "x4", -1, "x2"), ("d", "x3", -1, "x1"),
         ("e", "x4", -5, "x2"), ("f", "x5", -5, "x3"), ("y1", "a", 1, "b"), ("y2", "a", -1, "b"),
         ("y3", "c", 2, "d"), ("y4", "c", -2, "d"), ("y0", "e", 4, "x0"), ("y5", "f", 4, "x1"),
     ),
 }  # fmt: skip
-BACK: dict[int, Program] = {
-    2: (("a", "x0", 1, "x1"), ("b", "x1", -1, "x2"), ("y0", "a", 1, "x2"), ("y1", "b", -1, "x3")),
+BACK: dict[int, filtering.Program] = {
+    2: (("a", "x0", 1, "x1"), ("b", "x1", -1, "x2"), ("y0", "a", 1, "x2"), ("y1", "b", 1, "x3")),
     4: (
         ("a", "x1", 1, "x2"), ("b", "x1", -1, "x2"), ("c", "x3", 1, "x4"), ("d", "x3", -1, "x4"), ("e", "x0", 1, "a"),
         ("f", "b", 8, "d"), ("y1", "b", 2, "d"), ("y2", "a", 4, "c"), ("y0", "e", 1, "c"), ("y3", "f", 1, "x5"),
@@ -131,24 +103,9 @@ VECTOR = 16  # lanes of the widest fixed vector: rows in scratch are written, re
 def variants(isa: Isa) -> Iterator[Variant]:
     """The transforms of both tile sizes; the product between them is the convolution's own kernel."""
     for m in (2, 4):
-        same: dict[str, object] = {"M": m, "N": m + 2, "NV": 1, "lines": lines}
+        same: dict[str, object] = {"M": m, "N": m + 2, "NV": 1, "lines": filtering.lines}
         yield Variant(f"f32_winograd{m}_input_1v__{isa.name}", "winograd_input.c.in", {**same, "B": INTO[m]})
         yield Variant(f"f32_winograd{m}_output_1v__{isa.name}", "winograd_output.c.in", {**same, "A": BACK[m]})
-
-
-def lines(program: Program, lmul: int, source: str, target: str, suffix: str = "") -> list[str]:
-    """C of a transform in vector primitives: from variables ``<source>i<suffix>`` to ``<target>i<suffix>``."""
-
-    def variable(name: str) -> str:
-        return {"x": source, "y": target}.get(name[0], f"{target}{name[0]}") + name[1:] + suffix
-
-    found = []
-    for name, first, factor, second in program:
-        a, b = variable(first), variable(second)
-        value = f"{a}, {b}" if abs(factor) == 1 else f"{a}, {float(factor)!r}f, {b}"
-        action = "add" if factor == 1 else "sub" if factor == -1 else "fma"
-        found.append(f"const vec{lmul}_t {variable(name)} = vec{lmul}_{action}({value}, vl);")
-    return found
 
 
 def applies(step: Operands) -> bool:
@@ -222,8 +179,7 @@ def _lanes(conv: Conv2d, m: int) -> int:
 
 def transform(weight: npt.NDArray[np.float32], m: int) -> npt.NDArray[np.float32]:
     """[OC, IC, 3, 3] → [(m + 2)^2, OC, IC]: G w Gᵀ, computed in float64."""
-    g = np.asarray(G[m], np.float64)
-    out = np.einsum("ia,ocab,jb->ijoc", g, weight.astype(np.float64), g, optimize=True)
+    out = np.einsum("ia,ocab,jb->ijoc", G[m], weight.astype(np.float64), G[m], optimize=True)
     return np.ascontiguousarray(out.reshape((m + 2) ** 2, *weight.shape[:2]), np.float32)
 
 
