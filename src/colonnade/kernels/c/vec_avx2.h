@@ -113,6 +113,12 @@ VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, siz
     vec_beside(a, c, &ac_low, &ac_high), vec_beside(b, d, &bd_low, &bd_high);
     vec1_join2(p, ac_low, bd_low, vl), vec1_join2(p + 16, ac_high, bd_high, vl);
 }
+VEC_INLINE vec1_t vec1_next(vec1_t v, float last, size_t vl)
+{
+    (void)vl;
+    const __m256 turned = _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
+    return _mm256_blend_ps(turned, _mm256_set1_ps(last), 0x80);
+}
 VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl)
 {

@@ -136,6 +136,12 @@ VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, siz
     vec1_join2(p, _mm512_permutex2var_ps(a, low, c), _mm512_permutex2var_ps(b, low, d), vl);
     vec1_join2(p + 32, _mm512_permutex2var_ps(a, high, c), _mm512_permutex2var_ps(b, high, d), vl);
 }
+/* every lane's right neighbour, `last` in lane vl - 1 */
+VEC_INLINE vec1_t vec1_next(vec1_t v, float last, size_t vl)
+{
+    (void)vl;
+    return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(_mm512_set1_ps(last)), _mm512_castps_si512(v), 1));
+}
 /* to the nearest integer, ties to even */
 VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; return _mm512_roundscale_ps(v, 0); }
 /* v * 2^n for integers n in -126..127 */

@@ -69,6 +69,7 @@ VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, siz
     (void)vl;
     for (int i = 0; i < 8; i++) p[4 * i] = a.at[i], p[4 * i + 1] = b.at[i], p[4 * i + 2] = c.at[i], p[4 * i + 3] = d.at[i];
 }
+VEC_INLINE vec1_t vec1_next(vec1_t v, float last, size_t vl) { (void)vl; VEC_EACH(i < 7 ? v.at[i + 1] : last); }
 /* |v| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction */
 VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; VEC_EACH((v.at[i] + 12582912.0f) - 12582912.0f); }
 VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl)

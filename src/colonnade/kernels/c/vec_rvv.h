@@ -259,6 +259,7 @@ VEC_INLINE uint64_t vec_long_now(const uint64_t *p)
 VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "m"(*(const int *)p)); }
 VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop, which RVV 1.0 machines may lack */
 #define VEC_SPLIT(L) \
+    VEC_INLINE vec##L##_t vec##L##_next(vec##L##_t v, float last, size_t vl) { return __riscv_vfslide1down_vf_f32m##L(v, last, vl); } \
     VEC_INLINE void vec##L##_split2(const float *p, vec##L##_t *a, vec##L##_t *b, size_t vl) \
     { \
         const vfloat32m##L##x2_t v = __riscv_vlseg2e32_v_f32m##L##x2(p, vl); \
@@ -272,9 +273,15 @@ VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop,
     }
 VEC_SPLIT(1)
 VEC_SPLIT(2)
-VEC_INLINE void vec1_join2(float *p, vec1_t a, vec1_t b, size_t vl) { __riscv_vsseg2e32_v_f32m1x2(p, __riscv_vcreate_v_f32m1x2(a, b), vl); }
-VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, size_t vl)
-{
-    __riscv_vsseg4e32_v_f32m1x4(p, __riscv_vcreate_v_f32m1x4(a, b, c, d), vl);
-}
+#define VEC_JOIN(L) \
+    VEC_INLINE void vec##L##_join2(float *p, vec##L##_t a, vec##L##_t b, size_t vl) \
+    { \
+        __riscv_vsseg2e32_v_f32m##L##x2(p, __riscv_vcreate_v_f32m##L##x2(a, b), vl); \
+    } \
+    VEC_INLINE void vec##L##_join4(float *p, vec##L##_t a, vec##L##_t b, vec##L##_t c, vec##L##_t d, size_t vl) \
+    { \
+        __riscv_vsseg4e32_v_f32m##L##x4(p, __riscv_vcreate_v_f32m##L##x4(a, b, c, d), vl); \
+    }
+VEC_JOIN(1)
+VEC_JOIN(2)
 #endif

@@ -22,7 +22,7 @@ from colonnade.kernels.ops import filtering, pairs, panels, registers, strips, t
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import LINE, Panels, Placed, round_up
+from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, round_up
 from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d
 
@@ -56,7 +56,6 @@ TILES = (
     Member("tiles_plane", "u32", "lanes from one plane of tiles to the next"),
     Member("position", "u32", "lanes from one position in a tile to the next"),
     Member("band", "u32", "rows of tiles that pass through scratch together"),
-    Member("wide", "u32", "lanes of a band of tiles in scratch"),
     Member("scratch_bytes", "u32"),
 )
 INPUT = Struct(
@@ -69,6 +68,9 @@ INPUT = Struct(
         Member("scratch", "char *", "scratch_bytes a thread"),
         *TILES,
         Member("room", "u32", "lanes of a row of pixels in scratch"),
+        Member("fold", "u32", "lanes of every Mth row in scratch"),
+        Member("in_strips", "u32", "channels of all positions, where strips of tiles follow each other: a panel; or 0"),
+        Member("strip_vectors", "u32", "registers of such a strip"),
         Member("top", "u32", "rows of padding above"),
         Member("left", "u32", "columns of padding on the left"),
     ),
@@ -84,6 +86,9 @@ OUTPUT = Struct(
         Member("scratch", "char *", "scratch_bytes a thread"),
         *LEAD_MEMBERS,
         *TILES,
+        Member("together", "u32", "channels whose tiles are transformed at a time, where a band is all of a map"),
+        Member("span", "u32", "lanes of these tiles in scratch"),
+        Member("shown", "u32", "rows of tiles whose pixels stand in scratch together"),
         Member("height", "u32", "rows of pixels"),
         Member("width", "u32", "pixels of a row"),
         Member("lanes", "u32", "up to the last pixel"),
@@ -96,7 +101,9 @@ OUTPUT = Struct(
     ),
 )
 STRUCTS = (INPUT, OUTPUT)
-BAND = 64  # tiles, about, that pass through scratch together: 16 KB of it
+BAND = 64  # tiles, about, that the input transform makes at a time: 8 KB of scratch, and few pages of panels
+RUN = 256  # lanes of a position, about, that the output transform reads in one go: 24 KB of scratch
+PIXELS = 1024  # that it puts side by side at a time
 VECTOR = 16  # lanes of the widest fixed vector: rows in scratch are written, read and split by whole ones
 
 
@@ -149,13 +156,13 @@ def candidates(step: Operands, isa: Isa, shapes: list[tuple[int, int]]) -> Itera
 
 def _rank_in_order(conv: Conv2d, m: int, mr: int, lmul: int) -> float:
     """Cycles on a two-wide in-order core, as the direct convolution's rank counts them: the product a kept column a
-    block and a quarter of that for what it waits for memory, 9 a transformed value (fitted to three modelled layers,
-    64 channels at 56x56 to 512 at 7x7, to 3 %)."""
+    block and a fifth of that for what it waits for memory, 7 a transformed value (fitted to four modelled layers, 64
+    channels at 56x56 to 512 at 7x7, to 8 %)."""
     lanes, positions = _lanes(conv, m), (m + 2) ** 2
     blocks = positions * -(-conv.out_channels // mr) * -(-lanes // (8 * lmul))
     column = max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul
     product_ = blocks * (conv.in_channels * column + 5 * mr * lmul)
-    return 1.25 * product_ + 9 * positions * (conv.in_channels + conv.out_channels) * lanes
+    return 1.19 * product_ + 7 * positions * (conv.in_channels + conv.out_channels) * lanes
 
 
 def _cut(conv: Conv2d, m: int, mr: int, nv: int, isa: Isa, paired: bool) -> strips.Strips:
@@ -196,7 +203,9 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     plane = round_up(_lanes(conv, m), LINE // 4)
     plane += LINE // 4 if plane * 4 % 4096 == 0 else 0
     into_position, back_position = position(conv.in_channels, plane), position(conv.out_channels, plane)
-    source_bytes = 4 * n2 * into_position
+    scalable = isa_named(isa).scalable  # then what is multiplied stands in panels: nobody follows plane after plane
+    in_strips = round_up(_lanes(conv, m), nv * VECTOR_LANES)
+    source_bytes = round_up(4 * n2 * (conv.in_channels * in_strips if scalable else into_position), LINE)
     shared = source_bytes + 4 * n2 * back_position + 4096
     tiles: dict[str, Field] = {
         "images": conv.batch, "tile_rows": tile_rows, "tile_columns": tile_columns, "pitch": layout.pitch,
@@ -204,22 +213,28 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     }  # fmt: skip
     band = max(1, min(tile_rows, BAND // tile_columns))
     room = round_up((tile_columns + 1) * m + m * VECTOR, LINE // 4)
-    wide = round_up(band * tile_columns + VECTOR, LINE // 4)
-    scratch_in = 4 * (m + 2) * (band * room + wide)
-    scratch_out = 4 * (m * m * wide + round_up(m * band * layout.pitch + m * (tile_columns + VECTOR), LINE // 4))
-    tiles |= {"band": band, "wide": wide}
+    fold = round_up((band + 1) * tile_columns + VECTOR, LINE // 4)
+    scratch_in = 4 * (room + (m + 2) * m * fold)
+    back_band = max(1, min(tile_rows, RUN // tile_columns))
+    together = max(1, RUN // plane) if conv.batch == 1 and back_band == tile_rows else 1
+    span = round_up((together - 1) * plane + back_band * tile_columns + VECTOR, LINE // 4)
+    shown = max(1, min(back_band, PIXELS // (m * layout.pitch)))
+    pixels = round_up(m * shown * layout.pitch + m * (tile_columns + VECTOR), LINE // 4)
+    scratch_out = 4 * (m * (m + 2) * span + pixels)
     into = {
         **tiles, "arena": Arena(), "planes": u32(source.offsets), "tiles": Shared(0), "scratch": Scratch(),
         "channels": conv.in_channels, "position": into_position, "top": conv.padding[0], "left": conv.padding[1],
-        "room": room, "scratch_bytes": scratch_in,
+        "room": room, "scratch_bytes": scratch_in, "band": band, "fold": fold,
+        "in_strips": n2 * conv.in_channels if scalable else 0, "strip_vectors": nv if scalable else 0,
     }  # fmt: skip
     residual = step.inputs[1] if conv.epilogue.residual else None
     through, _ = panels.fields(None, output, residual, 0, 0, False, isa_named(isa))
     back: dict[str, Field] = {
         **tiles, **lead(output), "arena": Arena(), "planes": _planes(output), "residual": _planes(residual),
         "tiles": Shared(source_bytes), "scratch": Scratch(), "channels": conv.out_channels,
-        "position": back_position, "height": conv.out_height, "width": conv.out_width, "lanes": layout.lanes,
-        "plane": layout.plane, "scratch_bytes": scratch_out, "added": int(residual is not None),
+        "position": back_position, "band": back_band, "together": together, "span": span, "shown": shown,
+        "height": conv.out_height, "width": conv.out_width, "lanes": layout.lanes, "plane": layout.plane,
+        "scratch_bytes": scratch_out, "added": int(residual is not None),
         "strip_vectors": max(panels.vectors(output, *step.inputs), default=0),
         **{name: value for name, value in through.items() if name.startswith(("out_", "add_"))},
         "low": float(conv.epilogue.activation.low), "high": float(conv.epilogue.activation.high),
@@ -266,6 +281,10 @@ def _product(
         4 * np.add.outer(np.arange(n2, dtype=np.int64) * position(count, plane), np.arange(count) * plane)
         for count in (ic, oc)
     )
+    through: Mapping[str, Field] = panels.NONE
+    if isa.scalable:  # channels of a panel
+        offsets = np.arange(n2 * ic, dtype=np.int64).reshape(n2, ic)
+        through = {**panels.NONE, "source": Shared(0), "in_panels": n2 * ic}
     filled = tables.tables(conv.key(), list(offsets), tiled, oc, registers.places(mr, nv, isa))
     cut = _cut(conv, m, mr, nv, isa, paired)
     return {
@@ -294,6 +313,6 @@ def _product(
         "split_tiles": 1,
         "low": -np.inf,
         "high": np.inf,
-        **panels.NONE,
+        **through,
         **begun,
     }
