@@ -37,7 +37,7 @@ from colonnade.bench.ours import Ours, difference
 from colonnade.bench.peers import Peer
 from colonnade.bench.protocol import Contender, Load, Result, alternate
 from colonnade.bench.record import beside_dense, layers
-from colonnade.bench.run import PEAK_MS, profiles, random_inputs
+from colonnade.bench.run import profiles, random_inputs
 from colonnade.build.toolchain import Toolchain
 from colonnade.bundle import Bundle, write_bundle
 from colonnade.errors import ColonnadeError
@@ -46,7 +46,7 @@ from colonnade.pattern import ColumnPattern
 from colonnade.report.bundle import enrich, percent
 from colonnade.sparsify.onnx_file import prune_file
 from colonnade.targets import Local
-from colonnade.targets.peak import Peak, measure_peak
+from colonnade.targets.peak import MILLISECONDS, Peak, measure_peak
 from colonnade.tune import tune
 
 TILE = 8
@@ -300,6 +300,7 @@ def contender_record(result: Result) -> dict[str, Any]:
                 "ns": list(b.ns),
                 "peak": [b.before.gflops, b.after.gflops],
                 "pace": [b.before.pace, b.after.pace],
+                "handover": [b.before.handover, b.after.handover],
                 "disturbance": b.disturbance,
             }
             for b in result.blocks
@@ -310,7 +311,7 @@ def contender_record(result: Result) -> dict[str, Any]:
 def peaks(builder: Builder, threads: int) -> Callable[[], Peak]:
     """The probe around each block."""
     return lambda: measure_peak(
-        builder.target, builder.isa, threads, builder.toolchain, memory=False, milliseconds=PEAK_MS
+        builder.target, builder.isa, threads, builder.toolchain, memory=False, milliseconds=MILLISECONDS
     )
 
 

@@ -69,6 +69,18 @@ def test_a_neighbour_on_the_same_core_shows_in_the_pace() -> None:
     assert "60 of 90 GB/s" in found.blocks[1].disturbance
 
 
+def test_threads_that_lost_their_common_cache_show_in_the_handover() -> None:
+    """Each of them is as fast as ever; what they hand to each other is not."""
+    rates = iter([9.0, 9, 9, 8, 2.4, *[9.0] * 20])
+    (found,) = alternate([Contender("a", Fixed(10**6, []))], lambda: Peak(100.0, handover=next(rates)), 3, 0.01, False)
+    assert [bool(b.disturbance) for b in found.blocks] == [False, True, False, False]
+    assert "2.4 of 9.0 GB/s from thread to thread" in found.blocks[1].disturbance
+    # the halves of one core share all their caches, and their multiply-adds
+    halves = iter([Peak(50.0, handover=40.0)] * 3 + [Peak(100.0, handover=9.0)] * 20)
+    (found,) = alternate([Contender("a", Fixed(10**6, []))], lambda: next(halves), 2, 0.01, False)
+    assert [bool(b.disturbance) for b in found.blocks] == [True, False, False]
+
+
 def test_own_work_is_not_foreign() -> None:
     load, started, own = Load(), time.monotonic(), time.process_time()
     while time.monotonic() < started + 0.4:

@@ -118,4 +118,5 @@ def test_peak_is_plausible() -> None:
     best = measure_peak(local, isa(name), milliseconds=30)
     plain = measure_peak(local, isa("portable"), milliseconds=30, memory=False)
     assert 0.1 < plain.gflops <= best.gflops * 1.1 and best.gbps > 0.1 and plain.gbps == 0
-    assert best.pace > 0.1 and plain.pace > 0.1
+    assert best.pace > 0.1 and plain.pace > 0.1 and best.handover == 0
+    assert measure_peak(local, isa(name), 3, milliseconds=5, memory=False).handover > 0.01

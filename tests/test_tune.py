@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ from colonnade.kernels.registry import Candidate
 from colonnade.layout import Planes, place
 from colonnade.plan import Plan, Step
 from colonnade.targets import Local
+from colonnade.targets.peak import Peak
 from colonnade.tune import network as meeting
-from colonnade.tune import search
+from colonnade.tune import search, walks
 from colonnade.tune.database import Database, Record
 from colonnade.tune.job import Run, problem
 from colonnade.tune.measure import Harness, Measurement
@@ -425,6 +427,30 @@ def test_the_network_overrules_what_a_layer_is_by_itself(
     again = subject.tune(plan, 120)
     assert (again.walks, again.measured, stages(path, NETWORK)) == (0, 0, before)
     assert subject.chooser.choose(Model((sample(),))).candidates[0].kernel == "slow_0"
+
+
+def test_walks_under_a_fallen_peak_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a machine that never calms stop the search: from some point on all of them do."""
+    monkeypatch.setattr(meeting, "NEAR", 10.0)
+    made: list[int] = []
+    walk = Harness.walk
+
+    def counted(self: Harness, *arguments: Any) -> list[list[int]]:
+        found = walk(self, *arguments)
+        made.append(len(found) - walks.WARM)
+        return found
+
+    monkeypatch.setattr(Harness, "walk", counted)
+    peaks = iter([100.0, 50, *[100.0] * 99])
+    monkeypatch.setattr(Harness, "peak", lambda self: Peak(next(peaks)))
+    summary = tuner(tmp_path / "t.db", ["slow_1", "slow_0"], sleep_ms=5).tune(network(sample("first")), 60)
+    assert (summary.unsettled, summary.failures) == (0, [])
+    assert len(made) > 2 and summary.walks == sum(made[2:]) > 0  # the fall is seen before the second one, too
+    made.clear()
+    rising = iter(range(100, 10**6, 100))  # every peak puts the one before in the shade
+    monkeypatch.setattr(Harness, "peak", lambda self: Peak(next(rising)))
+    summary = tuner(tmp_path / "u.db", ["slow_1", "slow_0"], sleep_ms=5).tune(network(sample("first")), 60)
+    assert (summary.unsettled, summary.failures) == (0, []) and 0 < summary.walks < sum(made)
 
 
 def test_a_crash_in_the_network_leaves_what_was_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

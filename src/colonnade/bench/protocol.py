@@ -16,13 +16,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Protocol
 
-from colonnade.targets.peak import Peak
+from colonnade.targets.peak import Peak, fallen, highest
 
 BLOCKS = 6
 RETRIES = 2  # times BLOCKS a contender may take disturbed blocks again
 BLOCK_S = 0.6
 PAUSE_S = 0.02
-PEAK_DROP = 0.08  # below the best peak, or the best pace, seen in this run
 FOREIGN = 0.15  # processor time of other programs, as a share of one core
 STEAL = 0.03
 
@@ -145,7 +144,7 @@ def alternate(
             foreign, steal = load.shares() if load is not None else (0.0, 0.0)
             time.sleep(PAUSE_S)
             after = peak()
-            best = Peak(max(p.gflops for p in (best, before, after)), pace=max(p.pace for p in (best, before, after)))
+            best = highest((best, before, after))
             results[i].blocks.append(Block(tuple(ns), before, after, foreign, steal))
         # judged by the best peak of the whole run, so early blocks are looked at again
         for result in results:
@@ -154,11 +153,7 @@ def alternate(
 
 
 def _judged(block: Block, best: Peak) -> Block:
-    why = []
-    for name, unit in (("gflops", "GFLOP/s"), ("pace", "GB/s from the second cache")):
-        lowest, most = min(getattr(p, name) for p in (block.before, block.after)), getattr(best, name)
-        if lowest < (1 - PEAK_DROP) * most:
-            why.append(f"{lowest:.0f} of {most:.0f} {unit}")
+    why = fallen((block.before, block.after), best)
     if block.foreign > FOREIGN:
         why.append(f"other programs took {block.foreign:.0%} of a core")
     if block.steal > STEAL:

@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from statistics import median, quantiles
 from typing import Any
 
-from colonnade.bench.protocol import BLOCK_S, FOREIGN, PAUSE_S, PEAK_DROP, STEAL, Result
+from colonnade.bench.protocol import BLOCK_S, FOREIGN, PAUSE_S, STEAL, Result
 from colonnade.targets.base import Machine
+from colonnade.targets.peak import DROP
 
 FORMAT = 1
 NEVER_SLOWER = 0.03  # a pruned layer may take this much longer than its dense self, beyond the spread
@@ -89,7 +90,7 @@ def record(
         "threads": threads,
         "peak": {"gflops": peak[0], "gbps": peak[1]},
         "protocol": {
-            "block_s": BLOCK_S, "pause_s": PAUSE_S, "peak_drop": PEAK_DROP, "foreign": FOREIGN, "steal": STEAL,
+            "block_s": BLOCK_S, "pause_s": PAUSE_S, "peak_drop": DROP, "foreign": FOREIGN, "steal": STEAL,
         },
         "contenders": [
             {
@@ -104,7 +105,8 @@ def record(
                 "measured": [
                     {
                         "ns": list(b.ns), "peak": [b.before.gflops, b.after.gflops],
-                        "pace": [b.before.pace, b.after.pace], "foreign": b.foreign,
+                        "pace": [b.before.pace, b.after.pace],
+                        "handover": [b.before.handover, b.after.handover], "foreign": b.foreign,
                         "steal": b.steal, "disturbance": b.disturbance,
                     }
                     for b in r.blocks

@@ -25,13 +25,12 @@ from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.registry import Candidate
 from colonnade.plan import Plan, Variants
 from colonnade.targets.base import Machine, Target
-from colonnade.targets.peak import Peak, measure_peak
+from colonnade.targets.peak import MILLISECONDS, Peak, measure_peak
 from colonnade.tune.database import Database
 from colonnade.tune.tuner import Chooser, place
 from colonnade.tune.variants import settle
 
 Progress = Callable[[float, str], None]
-PEAK_MS = 20  # of the probe around each block
 PROFILES = 5  # of each of our builds, in turns
 
 
@@ -147,7 +146,7 @@ def bench(
             differences[kind] = difference(next(iter(answers.values())), peer.outputs())
 
         def peak() -> Peak:
-            return measure_peak(target, chosen, threads, toolchain, memory=False, milliseconds=PEAK_MS)
+            return measure_peak(target, chosen, threads, toolchain, memory=False, milliseconds=MILLISECONDS)
 
         limits: Peak = measure_peak(target, chosen, threads, toolchain)
         results = alternate(contenders, peak, blocks, local=local, progress=progress)

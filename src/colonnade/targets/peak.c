@@ -6,11 +6,15 @@
  * when READ_BYTES > 0). Each is the best of its repetitions: a limit is not a median. `pace Z` is one: the bytes / 1e9 / s
  * at which a thread takes multiply-adds and additions from its second cache, the median of all passes and the lowest of
  * all threads. A neighbour on the other half of a core, whom multiply-adds in registers hardly notice, slows it.
+ * With several threads, `handover W` is how fast they pass data on: each writes what its neighbour has read, and reads
+ * what the other one wrote; bytes written and read / 1e9 / s, the median of all rounds and the lowest of all threads.
  * Independent chains of 6 and of 12 are tried: enough to hide the latency, few enough for 16 registers.
  */
 #define _GNU_SOURCE
 #include VEC_HEADER
 #include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -66,7 +70,45 @@ static size_t read_bytes;
 static char *block;
 static unsigned threads;
 
-struct result { unsigned number; double flops, bytes, pace; float data[PACE_BYTES / 4 + 16]; double took[PASSES]; };
+#define HANDOVER_BYTES (64 << 10)
+#define HANDOVERS 64
+static float *handed; /* [threads][HANDOVER_BYTES] */
+static atomic_uint arrived, generation;
+
+struct result { unsigned number; double flops, bytes, pace, handover; float data[PACE_BYTES / 4 + 16]; double took[PASSES]; };
+
+static void meet(void)
+{
+    unsigned seen = atomic_load(&generation);
+    if (atomic_fetch_add(&arrived, 1) + 1 == threads) {
+        atomic_store(&arrived, 0);
+        atomic_store(&generation, seen + 1);
+    } else {
+        while (atomic_load(&generation) == seen) sched_yield();
+    }
+}
+
+static void hand_over(struct result *result, size_t vl)
+{
+    const size_t count = HANDOVER_BYTES / sizeof(float);
+    float *own = handed + result->number * count;
+    const float *other = handed + (result->number + 1) % threads * count;
+    for (int round = 0; round < HANDOVERS; round++) {
+        const vec1_t value = vec1_splat((float)round, vl);
+        meet();
+        double t = now();
+        for (size_t i = 0; i + vl <= count; i += vl) vec1_store(own + i, value, vl);
+        double took = now() - t;
+        meet();
+        t = now();
+        vec1_t total = vec1_splat(0.0f, vl);
+        for (size_t i = 0; i + vl <= count; i += vl) total = vec1_add(total, vec1_load(other + i, vl), vl);
+        sink = vec1_sum(total, vl);
+        result->took[round] = took + now() - t;
+    }
+    qsort(result->took, HANDOVERS, sizeof *result->took, upwards);
+    result->handover = 2.0 * HANDOVER_BYTES / result->took[HANDOVERS / 2];
+}
 
 static void *measure(void *argument)
 {
@@ -92,6 +134,7 @@ static void *measure(void *argument)
     }
     qsort(result->took, passes, sizeof *result->took, upwards);
     result->pace = PACE_BYTES / result->took[passes / 2];
+    if (threads > 1) hand_over(result, vl);
     if (!read_bytes) return 0;
     size_t share = read_bytes / threads / 4096 * 4096;
     const float *p = (const float *)(block + share * result->number);
@@ -126,19 +169,22 @@ int main(int argc, char **argv)
     }
     struct result *results = calloc(threads, sizeof *results);
     pthread_t *ids = calloc(threads, sizeof *ids);
-    if (!results || !ids) return fprintf(stderr, "out of memory\n"), 4;
+    handed = aligned_alloc(64, (size_t)threads * HANDOVER_BYTES);
+    if (!results || !ids || !handed) return fprintf(stderr, "out of memory\n"), 4;
     for (unsigned i = 0; i < threads; i++) results[i].number = i;
     for (unsigned i = 1; i < threads; i++)
         if (pthread_create(&ids[i], 0, measure, &results[i])) return fprintf(stderr, "no threads\n"), 4;
     measure(&results[0]);
-    double flops = results[0].flops, bytes = results[0].bytes, pace = results[0].pace;
+    double flops = results[0].flops, bytes = results[0].bytes, pace = results[0].pace, handover = results[0].handover;
     for (unsigned i = 1; i < threads; i++) {
         pthread_join(ids[i], 0);
         flops += results[i].flops;
         bytes += results[i].bytes;
         if (results[i].pace < pace) pace = results[i].pace;
+        if (results[i].handover < handover) handover = results[i].handover;
     }
     printf("gflops %.3f\npace %.3f\n", flops * 1e-9, pace * 1e-9);
+    if (threads > 1) printf("handover %.3f\n", handover * 1e-9);
     if (read_bytes) printf("gbps %.3f\n", bytes * 1e-9);
     return 0;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
@@ -10,16 +11,45 @@ from colonnade.errors import TargetError
 from colonnade.kernels.isa import Isa
 from colonnade.targets.base import Target
 
+MILLISECONDS = 20  # of a look at the machine between two measurements
+# what a run must not lose of the best that was seen; whatever ran under a larger loss was disturbed
+DROP, HANDOVER_DROP = 0.08, 0.2
+
 
 @dataclass(frozen=True)
 class Peak:
     """``gflops``: f32, two operations a multiply-add, all threads together. ``gbps``: 10^9 bytes read from memory a
     second; 0 when it was not measured. ``pace``: 10^9 bytes a second that the slowest thread takes from its second
-    cache with arithmetic on them, the median over the whole time: how the machine runs just now, and no limit."""
+    cache with arithmetic on them, the median over the whole time: how the machine runs just now, and no limit.
+    ``handover``: 10^9 bytes a second that threads pass on to each other; 0 for one thread."""
 
     gflops: float
     gbps: float = 0.0
     pace: float = 0.0
+    handover: float = 0.0
+
+
+def highest(peaks: Iterable[Peak]) -> Peak:
+    """The best of each, of those under full multiply-adds: threads on the two halves of one core hand on to each other
+    what both have in their first cache."""
+    seen = list(peaks)
+    gflops = max(p.gflops for p in seen)
+    full = [p for p in seen if p.gflops >= (1 - DROP) * gflops]
+    return Peak(gflops, pace=max(p.pace for p in full), handover=max(p.handover for p in full))
+
+
+def fallen(peaks: Iterable[Peak], best: Peak) -> list[str]:
+    """What one of ``peaks`` is short of beside the best ones seen, in words."""
+    seen, found = list(peaks), []
+    for name, unit, drop in (
+        ("gflops", "GFLOP/s", DROP),
+        ("pace", "GB/s from the second cache", DROP),
+        ("handover", "GB/s from thread to thread", HANDOVER_DROP),
+    ):
+        lowest, most = min(getattr(p, name) for p in seen), getattr(best, name)
+        if lowest < (1 - drop) * most:
+            found.append(f"{lowest:.{most < 10:d}f} of {most:.{most < 10:d}f} {unit}")
+    return found
 
 
 def measure_peak(
@@ -40,7 +70,8 @@ def measure_peak(
     if not outcome.ok:
         raise TargetError(f"{target.name}: the peak probe failed: {outcome.describe()}")
     found = dict(line.split() for line in outcome.stdout.splitlines())
-    return Peak(float(found["gflops"]), float(found.get("gbps", 0.0)), float(found["pace"]))
+    rates = {name: float(rate) for name, rate in found.items()}
+    return Peak(rates["gflops"], rates.get("gbps", 0.0), rates["pace"], rates.get("handover", 0.0))
 
 
 def _sources(isa: Isa) -> dict[str, str]:

@@ -16,6 +16,7 @@ from colonnade.kernels.call import Call
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate, Variant
 from colonnade.targets.base import Machine, Outcome, Target
+from colonnade.targets.peak import MILLISECONDS, Peak, measure_peak
 from colonnade.tune.job import Problem, Run, encode
 
 SIGALRM = 14
@@ -119,6 +120,10 @@ class Harness:
         if not outcome.ok:
             raise TargetError(f"{self.target.name}: a walk through the network failed: {outcome.describe()}")
         return found
+
+    def peak(self) -> Peak:
+        """What the machine's threads can do just now."""
+        return measure_peak(self.target, self.isa, self.threads, self.toolchain, False, MILLISECONDS)
 
     def _once(
         self, job: Path, runs: Sequence[Run], first: int, skipped: set[int], record: Callable[[int, Measurement], None]

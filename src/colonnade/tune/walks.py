@@ -2,6 +2,10 @@
 
 So one walk measures one rival of every step, between the neighbours it will have, and a disturbance meets all rivals
 of a step alike, for they take turns. Steps of one key change together, and a walk's figure for it is their mean.
+
+But a disturbance may favour one kind of kernel: a virtual machine's processors that come to lie on cores without a
+common cache pass lines on four times as slowly, and then whoever shares out strips beats whoever shares out tiles. What
+the machine can do is looked at around every process of walks, and where that fell these do not count.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import numpy as np
 from colonnade.kernels.call import Call, Const
 from colonnade.kernels.registry import Candidate, Operands
 from colonnade.plan import Plan
+from colonnade.targets.peak import Peak, fallen, highest
 from colonnade.tune.job import Problem, Segment, encode
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.tune.network import NETWORK, RIVALS, Standing, decide, rivals, standing
@@ -27,7 +32,8 @@ from colonnade.tune.network import NETWORK, RIVALS, Standing, decide, rivals, st
 if TYPE_CHECKING:
     from colonnade.tune.tuner import Chooser
 
-CHUNK_S = 8.0  # what a process may take, so that little is lost with it
+CHUNK_S = 4.0  # what a process may take, so that little is lost with it
+RETRIES = 4  # processes that may be thrown away beyond as many as counted: a machine that never calms has a say too
 WARM = 2  # walks of a process that do not count: pages and branches are met for the first time
 # bytes of constants that are sent to a target; with fewer rivals a step it is less
 LARGEST = {"local": 1 << 30}
@@ -88,8 +94,11 @@ def hold(
     bind: Callable[[Operands, Candidate], tuple[Call, ...]],
     deadline: float,
     progress: Callable[[float, str], None] | None = None,
+    peak: Callable[[], Peak] | None = None,
 ) -> tuple[int, int]:
     """Let the rivals of every step meet until all is settled or the time (``time.monotonic``) is over.
+
+    ``peak`` measures what the machine's threads can do now; without it every walk counts.
 
     Returns the walks made, and how many keys are not settled. Raises ``TargetError`` when the target fails, or a kernel
     does that was right by itself.
@@ -107,6 +116,8 @@ def hold(
         job = Path(folder) / "job"
         job.write_bytes(encode(_problem(plan), contest.bound, (), harness.threads, 0))
         walk_s = 0.0
+        kept = thrown = 0
+        before = best = peak() if peak is not None else Peak(0)
         while contest.open and time.monotonic() < deadline:
             if progress is not None:
                 progress(1 - len(contest.open) / max(left, 1), "the whole network")
@@ -121,6 +132,12 @@ def hold(
             packed = struct.pack(f"<{len(words)}Q", *words)
             times = harness.walk(job, packed, 120.0 + limit_s + 4 * count * walk_s)
             walk_s = max(sum(map(sum, times)) / len(times) / 1e9, 1e-4)
+            after = peak() if peak is not None else before
+            best, around, before = highest((best, after)), (before, after), after
+            if thrown < kept + RETRIES and fallen(around, best):
+                thrown += 1
+                continue
+            kept += 1
             made += len(times) - WARM
             _record(contest, chooser, turns, times)
     return made, len(contest.open)
