@@ -17,7 +17,7 @@ from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import conv as gather
-from colonnade.kernels.ops import pairs, panels, registers, strips, tables
+from colonnade.kernels.ops import feeds, pairs, panels, registers, strips, tables
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -64,7 +64,7 @@ def _candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             phases = [tiled for _, taps, tiled in _phases(step, mr if dense else 0) if taps]
             if phases and not registers.worth_trying(mr, phases[0], registers.shapes(isa)):
                 continue
-            yield from gather.in_place(phases, lanes, mr, nv, dense, isa, threads)
+            yield from feeds.in_place(phases, lanes, mr, nv, dense, isa, threads)
 
 
 Tap = tuple[int, int, int, int]  # kh, kw, and the shift in rows and columns
