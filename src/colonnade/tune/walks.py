@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from colonnade.tune.tuner import Chooser
 
 CHUNK_S = 4.0  # what a process may take, so that little is lost with it
-RETRIES = 4  # processes that may be thrown away beyond as many as counted: a machine that never calms has a say too
+RETRIES = 8  # processes that may be thrown away beyond as many as counted: a machine that never calms has a say too
 WARM = 2  # walks of a process that do not count: pages and branches are met for the first time
 # bytes of constants that are sent to a target; with fewer rivals a step it is less
 LARGEST = {"local": 1 << 30}
