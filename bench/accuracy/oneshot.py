@@ -8,7 +8,8 @@
 Without --test, accuracy is that on photos of the calibration set (CIFAR: training images) that were not used to
 calibrate: what settings are chosen on. With --test it is that on both test sets pooled (1,000 photos; CIFAR: the 10,000
 test images), each row with its paired difference from the dense network. --bundle compiles every pruned network too and
-ends with an error if a single answer differs from torch's.
+ends with an error if a single answer differs from torch's, but for ties: images on which torch's logits of the two
+answers are nearer to each other than single precision tells apart. The records count them.
 
 Rows that stand in FILE are not computed again, so a run that was stopped goes on; --keep holds pruned networks and the
 dense one's answers in DIR, from which other rows go on. --table prints what FILE holds.
@@ -50,6 +51,8 @@ MOST = 512  # calibration images; those after them are for choosing settings
 REESTIMATE = 256  # images that BatchNorm's statistics are taken from
 BALANCE = 20, 160  # photos that the layers' sensitivity is measured on, and their side; CIFAR: the images as they are
 BATCH = 50  # of the compiled network; divides the number of test images
+# Two logits are a tie up to this many times the error of single precision: each has its own, in torch and compiled.
+ROUNDINGS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +206,26 @@ def compiled(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:
         return cn.evaluate(bundle.path, (x.numpy(), labels))
 
 
+@torch.no_grad()
+def ties(model: nn.Module, x: Tensor, answers: np.ndarray, others: np.ndarray) -> int:
+    """On how many images the two answers differ, all of them ties: torch's logits of both, in double precision, are
+    nearer than ROUNDINGS times the largest error of its single precision on these images. Ends with an error otherwise.
+    """
+    at = np.flatnonzero(answers != others)
+    if not len(at):
+        return 0
+    images = x[torch.from_numpy(at)]
+    exact = copy.deepcopy(model).double()(images.double())
+    rounding = float((model(images) - exact).abs().max())
+    pairs = exact.gather(1, torch.from_numpy(np.stack([answers[at], others[at]], 1)))
+    apart = (pairs[:, 0] - pairs[:, 1]).abs()
+    wrong = int((apart > ROUNDINGS * rounding).sum())
+    if wrong:
+        raise SystemExit(f"the compiled network answers differently on {wrong} images, by {float(apart.max()):.1e}")
+    print(f"ties: {len(at)}, logits up to {float(apart.max()):.1e} apart, rounding {rounding:.1e}", flush=True)
+    return len(at)
+
+
 class Records:
     """Rows by what they are; the file is written whole after each."""
 
@@ -239,10 +262,18 @@ def table(rows: list[dict[str, Any]]) -> str:
             parts.append(
                 f"| {100 * row['sparsity']:g} % | {tile} | {how} | {100 * row['top1']:.1f} | "
                 f"{points} ({low} to {high}) | {100 * row['agreement']:.1f} % | {row['seconds'] / 60:.1f} | "
-                f"{'equal' if row['bundle'] else ''} |"
+                f"{_equal(row)} |"
             )
         parts.append("")
     return "\n".join(parts).replace("+-", "-")
+
+
+def _equal(row: dict[str, Any]) -> str:
+    """What the compiled network's answers are beside torch's."""
+    if not row["bundle"]:
+        return ""
+    tied = row.get("ties", 0)
+    return f"equal but for {tied} {'tie' if tied == 1 else 'ties'}" if tied else "equal"
 
 
 def main() -> int:
@@ -301,16 +332,15 @@ def main() -> int:
         model, seconds = kept(sparsity, tile, method)
         result = judged(model, task.x, task.labels)
         change = cn.compare(base, result)
-        if options.bundle:
-            same = int((compiled(model, task.x, task.labels).answers == result.answers).sum())
-            if same != result.images:
-                raise SystemExit(f"{method}: the compiled network answers differently on {result.images - same} photos")
+        tied = (
+            ties(model, task.x, result.answers, compiled(model, task.x, task.labels).answers) if options.bundle else 0
+        )
         print(f"{sparsity:.3f} T={tile} {method:28} {100 * result.top1:5.1f}  {change}  {seconds:.0f} s", flush=True)
         records.add({
             **common, "sparsity": sparsity, "tile": tile, "method": method, "images": result.images,
             "dense": base.top1, "top1": result.top1, "difference": change.points, "low": change.low,
             "high": change.high, "agreement": change.agreement, "seconds": seconds, "bundle": options.bundle,
-            "schedule": options.schedule if method.endswith(RECONSTRUCTED) else "",
+            "ties": tied, "schedule": options.schedule if method.endswith(RECONSTRUCTED) else "",
         })  # fmt: skip
     return 0
 
