@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -83,6 +84,25 @@ def test_masks_that_move_and_a_network_that_stays_dense(
     assert dense["zeros"] == 0 and dense["pruned"] == dense["dense"] == frozen["dense"]
     text = script.table([frozen, moved, dense])
     assert "obs+grouping, re-choosing" in text and "| 0 % |  | dense |" in text
+
+
+def test_a_teacher_is_asked_once_for_each_batch(script: Any, tmp_path: Path) -> None:
+    asked = []
+
+    class Teacher(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            asked.append(x)
+            return x.sum(1)
+
+    path, first, second = tmp_path / "answers.pt", torch.rand(4, 3), torch.rand(4, 3)
+    teacher = script.Remembered(Teacher(), path)
+    for x in (first, second, first):
+        assert torch.equal(copy.deepcopy(teacher)(x), x.sum(1))
+    assert len(asked) == 2
+    teacher.save()
+    again = script.Remembered(Teacher(), path)
+    assert torch.equal(again(second), second.sum(1)) and len(asked) == 2
+    assert torch.equal(again(first.flip(0)), first.flip(0).sum(1)) and len(asked) == 3
 
 
 def test_zeros_that_came_back_are_counted(script: Any) -> None:

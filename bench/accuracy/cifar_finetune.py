@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,34 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
         y, x, mirror = (int(torch.randint(0, limit, ())) for limit in (9, 9, 2))
         image = self.pixels[index, :, y : y + 32, x : x + 32]
         return self.normalize(image.flip(2) if mirror else image), self.labels[index]
+
+
+class Remembered(nn.Module):
+    """A teacher that keeps its answers: with one seed all networks are shown the same views, so it is asked once.
+
+    path: where the answers of earlier calls lie, and `save` puts those of this one; None: in memory only.
+    """
+
+    def __init__(self, model: nn.Module, path: Path | None) -> None:
+        super().__init__()
+        self.model, self.path = model, path
+        self.known: dict[str, Tensor] = {}
+        if path is not None and path.exists():
+            self.known = torch.load(path, weights_only=True)
+
+    def __deepcopy__(self, _memo: Any) -> Remembered:
+        return self  # `finetune` trains with a copy: one with the same memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's answers; a batch counts as seen if every bit of it is the same."""
+        key = hashlib.blake2b(x.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+        if key not in self.known:
+            self.known[key] = self.model(x).cpu()
+        return self.known[key].to(x.device)
+
+    def save(self) -> None:
+        if self.path is not None:
+            torch.save(self.known, self.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +207,7 @@ def trained_on(
     start: nn.Module, dense: nn.Module, key: dict[str, Any], setting: Setting, options: argparse.Namespace
 ) -> nn.Module:
     """The pruned network after its epochs, its masks taken off again."""
-    model, more = copy.deepcopy(start), {}
+    model, more, teacher = copy.deepcopy(start), dict[str, Any](), None
     if key["sparsity"]:
         mask_zeros_(model, least=LEAST)
     if options.rechoose:
@@ -187,11 +216,16 @@ def trained_on(
             set_movable_mask(model.get_submodule(layer.rpartition(".")[0]), None, pattern)
         more = {"rechoose": cn.Rechoose()}
     if options.teacher_share:
-        teacher = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        answers = options.keep / f"{name_of(options, 'teacher')}.pt" if options.keep else None
+        copied = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher = Remembered(copied, answers)
         more |= {"teacher": teacher, "teacher_share": options.teacher_share}
     kind = f"{key['sparsity']:g}-{options.tile}-{key['method']}-{'rechosen' if options.rechoose else 'frozen'}"
     name = f"{name_of(options, kind)}-{options.epochs}-{options.teacher_share:g}"
-    return cn.remove_masks(train(model, name, setting, options, epochs=options.epochs, **more))
+    model = cn.remove_masks(train(model, name, setting, options, epochs=options.epochs, **more))
+    if teacher is not None:
+        teacher.save()
+    return model
 
 
 def returned(before: nn.Module, after: nn.Module, moved: bool) -> int:
