@@ -278,7 +278,7 @@ def interval(row: dict[str, Any], name: str) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, one table for each network and way of training."""
     parts = []
-    shared = ("network", "test", "dense_epochs", "epochs", "lr", "precision", "teacher_share", "seed")
+    shared = ("network", "test", "dense_epochs", "lr", "precision", "teacher_share", "seed")
     for group in sorted({tuple(row[name] for name in shared) for row in rows}):
         chosen = [row for row in rows if tuple(row[name] for name in shared) == group]
         first = chosen[0]
@@ -289,18 +289,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"precision {first['precision']}, teacher's share {first['teacher_share']:g}, seed {first['seed']}\n"
         )
         parts.append(
-            f"| sparsity | T | method | right after pruning | after {first['epochs']} epochs | "
-            "difference, 95 % interval | same answer | zeros | bundle unlike torch |"
+            "| sparsity | T | method | right after pruning | epochs | top-1 | difference, 95 % interval | "
+            "same answer | zeros | bundle unlike torch |"
         )
-        parts.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-        chosen.sort(key=lambda row: (row["sparsity"], row["tile"], METHODS.index(row["method"]), row["rechoose"]))
+        parts.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        chosen.sort(
+            key=lambda row: (row["sparsity"], row["tile"], METHODS.index(row["method"]), row["rechoose"], row["epochs"])
+        )
         for row in chosen:
             how = row["method"] + (", re-choosing" if row["rechoose"] else "") if row["sparsity"] else "dense"
-            after = f"{100 * row['top1']:.2f}" if row["epochs"] else ""
             unlike = "" if row["different"] is None else f"{row['different']} of {row['images']:,}"
             parts.append(
                 f"| {100 * row['sparsity']:g} % | {row['tile'] if row['sparsity'] else ''} | {how} | "
-                f"{100 * row['pruned']:.2f} | {after} | "
+                f"{100 * row['pruned']:.2f} | {row['epochs']} | {100 * row['top1']:.2f} | "
                 f"{interval(row, 'difference')} | {100 * row['agreement']:.1f} % | {row['zeros']:,} | {unlike} |"
             )
         parts.append("")
