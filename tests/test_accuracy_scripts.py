@@ -1,0 +1,119 @@
+"""bench/accuracy/cifar_finetune.py with a small network and the bundled digits in the place of CIFAR-10."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from colonnade.demo.network import Shifted, SmallResNet, digits
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "bench" / "accuracy"
+TRAINED = 1152  # digits; nine batches of the script
+
+
+class Stopped(Shifted):
+    """Digits that are gone after so many were asked for."""
+
+    left = -1  # of all instances together
+
+    def __getitem__(self, index: int) -> Any:
+        if Stopped.left == 0:
+            raise KeyboardInterrupt
+        Stopped.left -= 1
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The script's module; what it loads are digits."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("cifar_finetune")
+    (images, labels), (x, truth) = digits()
+    torch.manual_seed(0)
+    network = SmallResNet((16, 16, 24)).eval()
+    task = module.Task(network, images[:64], x[:100], truth[:100].numpy())
+    setting = module.Setting(task, Stopped(images[:TRAINED], labels[:TRAINED]))
+    monkeypatch.setattr(module, "load", lambda _options: setting)
+    (tmp_path / "loaders").mkdir()
+    return module
+
+
+def rows(module: Any, folder: Path, keep: str, *more: str) -> list[dict[str, Any]]:
+    """The records of one call that went well."""
+    options = ["--data", folder, "--keep", folder / keep, "--records", folder / f"{keep}.json", "--precision", "no",
+               "--dense-epochs", "2", "--epochs", "2", "--sparsity", "0.75", "--lr", "0.1", *more]  # fmt: skip
+    sys.argv = ["cifar_finetune.py", *map(str, options)]
+    assert module.main() == 0
+    return list(json.loads((folder / f"{keep}.json").read_text()))
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_rows(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    whole = rows(script, tmp_path, "whole")
+    (row,) = whole
+    assert row["dense"] > row["given"] and row["top1"] > row["pruned"] and row["different"] is None
+    assert row["returned"] == 0 and row["zeros"] > 0
+    monkeypatch.setattr(Stopped, "left", 3 * TRAINED + 7)  # of the pruned network's second epoch, some
+    with pytest.raises(KeyboardInterrupt):
+        rows(script, tmp_path, "stopped")
+    assert not (tmp_path / "stopped.json").exists()
+    monkeypatch.setattr(Stopped, "left", TRAINED)  # of what is left one epoch, and nothing again
+    assert rows(script, tmp_path, "stopped") == whole
+    monkeypatch.setattr(Stopped, "left", 0)
+    assert rows(script, tmp_path, "stopped") == whole, "what stands in the records is not computed again"
+
+
+def test_masks_that_move_and_a_network_that_stays_dense(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    frozen = rows(script, tmp_path, "all")[0]
+    moved = rows(script, tmp_path, "all", "--rechoose")[1]
+    dense = rows(script, tmp_path, "all", "--sparsity", "0")[-1]
+    assert moved["zeros"] == frozen["zeros"] and moved["returned"] == 0 and moved["pruned"] == frozen["pruned"]
+    assert dense["zeros"] == 0 and dense["pruned"] == dense["dense"] == frozen["dense"]
+    text = script.table([frozen, moved, dense])
+    assert "obs+grouping, re-choosing" in text and "| 0 % |  | dense |" in text
+
+
+def test_a_teacher_is_asked_once_for_each_batch(script: Any, tmp_path: Path) -> None:
+    asked = []
+
+    class Teacher(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            asked.append(x)
+            return x.sum(1)
+
+    path, first, second = tmp_path / "answers.pt", torch.rand(4, 3), torch.rand(4, 3)
+    teacher = script.Remembered(Teacher(), path)
+    for x in (first, second, first):
+        assert torch.equal(copy.deepcopy(teacher)(x), x.sum(1))
+    assert len(asked) == 2
+    teacher.save()
+    again = script.Remembered(Teacher(), path)
+    assert torch.equal(again(second), second.sum(1)) and len(asked) == 2
+    assert torch.equal(again(first.flip(0)), first.flip(0).sum(1)) and len(asked) == 3
+
+
+def test_zeros_that_came_back_are_counted(script: Any) -> None:
+    before, after = nn.Linear(8, 8), nn.Linear(8, 8)
+    with torch.no_grad():
+        before.weight[:4], after.weight[:3], after.weight[3:] = 0, 0, 1
+    assert script.returned(before, after, False) == 8 == script.returned(before, after, True)
+    with torch.no_grad():
+        after.weight[:4], after.weight[4:] = 1, 0  # as many zeros, in other places
+    assert script.returned(before, after, False) == 32 and script.returned(before, after, True) == 0
+    row = {"returned": 8, "sparsity": 0.5, "epochs": 1, "top1": 0.9, "pruned": 0.8, "different": None}
+    assert script.broken(row) == "8 zeros came back"
+    assert "compiled answers" in script.broken(row | {"returned": 0, "different": 2})
+    assert script.broken(row | {"returned": 0, "top1": 0.7}) and not script.broken(row | {"returned": 0})
