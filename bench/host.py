@@ -46,7 +46,7 @@ from colonnade.pattern import ColumnPattern
 from colonnade.report.bundle import enrich, percent
 from colonnade.sparsify.onnx_file import prune_file
 from colonnade.targets import Local
-from colonnade.targets.peak import MILLISECONDS, Peak, measure_peak
+from colonnade.targets.peak import Peak, look, measure_peak
 from colonnade.tune import tune
 
 TILE = 8
@@ -310,9 +310,7 @@ def contender_record(result: Result) -> dict[str, Any]:
 
 def peaks(builder: Builder, threads: int) -> Callable[[], Peak]:
     """The probe around each block."""
-    return lambda: measure_peak(
-        builder.target, builder.isa, threads, builder.toolchain, memory=False, milliseconds=MILLISECONDS
-    )
+    return lambda: look(builder.target, builder.isa, threads, builder.toolchain)
 
 
 def best(results: Sequence[Result]) -> float:

@@ -23,14 +23,14 @@ import argparse
 import copy
 import hashlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from oneshot import METHODS as ONESHOT
-from oneshot import MOST, NETWORKS, Records, Task, compiled, judged, pruned
+from oneshot import MOST, NETWORKS, Records, Task, compiled, judged, judged_once, pruned
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -174,17 +174,9 @@ def dense_further(setting: Setting, options: argparse.Namespace) -> nn.Module:
     return model
 
 
-def judged_once(model: nn.Module, name: str, task: Task, options: argparse.Namespace) -> Accuracy:
-    """The accuracy, from --keep where it is there."""
-    path = options.keep / f"{name}.answers.pt" if options.keep else None
-    if path is not None and path.exists():
-        known: Accuracy = torch.load(path, weights_only=False)  # made by this script
-        return known
-    found = judged(model, task.x, task.labels)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(found, path)
-    return found
+def answers_file(name: str, options: argparse.Namespace) -> Path | None:
+    """Where --keep has a network's accuracy."""
+    return options.keep / f"{name}.answers.pt" if options.keep else None
 
 
 def pruned_once(dense: nn.Module, sparsity: float, method: str, setting: Setting, options: argparse.Namespace) -> Any:
@@ -195,12 +187,11 @@ def pruned_once(dense: nn.Module, sparsity: float, method: str, setting: Setting
     if path is not None and path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
     elif sparsity:
-        task = Task(dense, setting.task.calibration, setting.task.x, setting.task.labels)
-        model = cn.remove_masks(pruned(task, method, sparsity, options.tile))
+        model = cn.remove_masks(pruned(replace(setting.task, dense=dense), method, sparsity, options.tile))
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), path)
-    return model, judged_once(model, kind, setting.task, options)
+    return model, judged_once(model, setting.task, answers_file(kind, options))
 
 
 def trained_on(
@@ -330,8 +321,8 @@ def main() -> int:
         return 0
     setting = load(options)
     dense = dense_further(setting, options)
-    given = judged_once(setting.task.dense, name_of(options, "given"), setting.task, options)
-    base = judged_once(dense, name_of(options, "dense"), setting.task, options)
+    given = judged_once(setting.task.dense, setting.task, answers_file(name_of(options, "given"), options))
+    base = judged_once(dense, setting.task, answers_file(name_of(options, "dense"), options))
     print(f"{options.network}: {given} as given, {base} after {options.dense_epochs} epochs", flush=True)
     problems = []
     for key in wanted:

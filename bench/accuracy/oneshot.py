@@ -186,17 +186,22 @@ def judged(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:
     return cn.evaluate(copy.deepcopy(model).to(memory_format=torch.channels_last), (x.numpy(), labels), batch=BATCH)
 
 
-def dense_answers(task: Task, options: argparse.Namespace) -> Accuracy:
-    """The dense network's accuracy, from --keep where it is there."""
-    name = f"{options.network}-dense-{'test' if options.test else options.seed}.pt"
-    path = options.keep / name if options.keep else None
+def judged_once(model: nn.Module, task: Task, path: Path | None) -> Accuracy:
+    """The accuracy, from ``path`` where it is there."""
     if path is not None and path.exists():
-        return torch.load(path, weights_only=False)  # made by this script
-    found = judged(task.dense, task.x, task.labels)
+        known: Accuracy = torch.load(path, weights_only=False)  # made by this function
+        return known
+    found = judged(model, task.x, task.labels)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(found, path)
     return found
+
+
+def dense_answers(task: Task, options: argparse.Namespace) -> Accuracy:
+    """The dense network's accuracy, from --keep where it is there."""
+    name = f"{options.network}-dense-{'test' if options.test else options.seed}.pt"
+    return judged_once(task.dense, task, options.keep / name if options.keep else None)
 
 
 def compiled(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:

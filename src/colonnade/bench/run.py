@@ -25,7 +25,7 @@ from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.registry import Candidate
 from colonnade.plan import Plan, Variants
 from colonnade.targets.base import Machine, Target
-from colonnade.targets.peak import MILLISECONDS, Peak, measure_peak
+from colonnade.targets.peak import Peak, look, measure_peak
 from colonnade.tune.database import Database
 from colonnade.tune.tuner import Chooser, place
 from colonnade.tune.variants import settle
@@ -146,7 +146,7 @@ def bench(
             differences[kind] = difference(next(iter(answers.values())), peer.outputs())
 
         def peak() -> Peak:
-            return measure_peak(target, chosen, threads, toolchain, memory=False, milliseconds=MILLISECONDS)
+            return look(target, chosen, threads, toolchain)
 
         limits: Peak = measure_peak(target, chosen, threads, toolchain)
         results = alternate(contenders, peak, blocks, local=local, progress=progress)

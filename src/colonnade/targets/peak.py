@@ -29,6 +29,11 @@ class Peak:
     handover: float = 0.0
 
 
+def look(target: Target, isa: Isa, threads: int, toolchain: Toolchain | None = None) -> Peak:
+    """What ``threads`` threads can do just now, without memory: a short measurement between two others."""
+    return measure_peak(target, isa, threads, toolchain, memory=False, milliseconds=MILLISECONDS)
+
+
 def highest(peaks: Iterable[Peak]) -> Peak:
     """The best of each, of those under full multiply-adds: threads on the two halves of one core hand on to each other
     what both have in their first cache."""

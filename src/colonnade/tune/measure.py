@@ -16,7 +16,7 @@ from colonnade.kernels.call import Call
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate, Variant
 from colonnade.targets.base import Machine, Outcome, Target
-from colonnade.targets.peak import MILLISECONDS, Peak, measure_peak
+from colonnade.targets.peak import Peak, look
 from colonnade.tune.job import Problem, Run, encode
 
 SIGALRM = 14
@@ -123,7 +123,7 @@ class Harness:
 
     def peak(self) -> Peak:
         """What the machine's threads can do just now."""
-        return measure_peak(self.target, self.isa, self.threads, self.toolchain, False, MILLISECONDS)
+        return look(self.target, self.isa, self.threads, self.toolchain)
 
     def _once(
         self, job: Path, runs: Sequence[Run], first: int, skipped: set[int], record: Callable[[int, Measurement], None]

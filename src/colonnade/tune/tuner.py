@@ -249,7 +249,7 @@ class Tuner:
             assert isinstance(plan, Plan)
             try:
                 summary.walks, summary.unsettled = walks.hold(
-                    plan, self.harness, self.chooser, self.bind, end, progress, self.harness.peak
+                    plan, self.harness, self.chooser, self.bind, end, progress
                 )
             except TargetError as error:  # what was measured before stands
                 summary.failures.append(str(error))

@@ -24,7 +24,7 @@ import numpy as np
 from colonnade.kernels.call import Call, Const
 from colonnade.kernels.registry import Candidate, Operands
 from colonnade.plan import Plan
-from colonnade.targets.peak import Peak, fallen, highest
+from colonnade.targets.peak import fallen, highest
 from colonnade.tune.job import Problem, Segment, encode
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.tune.network import NETWORK, RIVALS, Standing, decide, rivals, standing
@@ -94,11 +94,8 @@ def hold(
     bind: Callable[[Operands, Candidate], tuple[Call, ...]],
     deadline: float,
     progress: Callable[[float, str], None] | None = None,
-    peak: Callable[[], Peak] | None = None,
 ) -> tuple[int, int]:
     """Let the rivals of every step meet until all is settled or the time (``time.monotonic``) is over.
-
-    ``peak`` measures what the machine's threads can do now; without it every walk counts.
 
     Returns the walks made, and how many keys are not settled. Raises ``TargetError`` when the target fails, or a kernel
     does that was right by itself.
@@ -117,7 +114,7 @@ def hold(
         job.write_bytes(encode(_problem(plan), contest.bound, (), harness.threads, 0))
         walk_s = 0.0
         kept = thrown = 0
-        before = best = peak() if peak is not None else Peak(0)
+        before = best = harness.peak()
         while contest.open and time.monotonic() < deadline:
             if progress is not None:
                 progress(1 - len(contest.open) / max(left, 1), "the whole network")
@@ -132,7 +129,7 @@ def hold(
             packed = struct.pack(f"<{len(words)}Q", *words)
             times = harness.walk(job, packed, 120.0 + limit_s + 4 * count * walk_s)
             walk_s = max(sum(map(sum, times)) / len(times) / 1e9, 1e-4)
-            after = peak() if peak is not None else before
+            after = harness.peak()
             best, around, before = highest((best, after)), (before, after), after
             if thrown < kept + RETRIES and fallen(around, best):
                 thrown += 1

@@ -277,14 +277,17 @@ def _product(
         rms = np.repeat(step.rms * np.outer(gain, gain).reshape(-1), len(tiles) // n2)
         tiled, factors = pairs.scaled(tiled, rms)
         begun = pairs.fields(tiled, factors, bias, mr, rms)
-    offsets, rows = (
-        4 * np.add.outer(np.arange(n2, dtype=np.int64) * position(count, plane), np.arange(count) * plane)
-        for count in (ic, oc)
-    )
+
+    def planes(count: int) -> npt.NDArray[np.int64]:
+        return 4 * np.add.outer(np.arange(n2, dtype=np.int64) * position(count, plane), np.arange(count) * plane)
+
+    rows = planes(oc)
     through: Mapping[str, Field] = panels.NONE
     if isa.scalable:  # channels of a panel
         offsets = np.arange(n2 * ic, dtype=np.int64).reshape(n2, ic)
         through = {**panels.NONE, "source": Shared(0), "in_panels": n2 * ic}
+    else:
+        offsets = planes(ic)
     filled = tables.tables(conv.key(), list(offsets), tiled, oc, registers.places(mr, nv, isa))
     cut = _cut(conv, m, mr, nv, isa, paired)
     return {
