@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from convolutions import operands
 from kernel_harness import need, run
 
-from colonnade.build.toolchain import FLAGS, Toolchain
+from colonnade.build.toolchain import FLAGS, Toolchain, host
 from colonnade.kernels import registry, render
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import registers as ops
@@ -147,10 +149,48 @@ def test_inner_loops_keep_their_sums_in_registers(name: str, tmp_path: Path) -> 
     assert loops > 50 and not spilling
 
 
-def test_threads_share_out_strips_by_their_vectors() -> None:
-    """49 lanes are two vectors, and one and a lane: half a plane more for one of two threads than for the other."""
-    machine = isa_named("avx512")
-    cut = strips.tailed(49, 8, 2, machine, paired=True)
-    assert cut is not None and cut.widths == [2, 1] and cut.tail == 1
-    assert cut.idle(1) == 1 and cut.idle(2) == pytest.approx(2 * 2 / (3 + 1 / 8)) and cut.idle(3) > cut.idle(2)
-    assert strips.whole(64 * 16, 2, machine).idle(2) == 1
+PLACES = """
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#define VEC_INLINE static inline
+#define VEC_NOINLINE __attribute__((unused))
+typedef struct {{
+    const char *source;
+    char *arena;
+    size_t in_panels, add_panels, out_panels, tile_count, tail;
+}} cn_conv;
+{strip}
+__attribute__((visibility("default"))) void place(const size_t *given, size_t *found);
+void place(const size_t *given, size_t *found)
+{{
+    const cn_conv c = {{.tile_count = given[0], .tail = given[1]}};
+    const cn_place at = cn_place_of(&c, given[2], given[3], given[4], given[5], given[6]);
+    found[0] = at.strip, found[1] = at.tile;
+}}
+"""
+
+
+def test_threads_have_as_much_to_do(tmp_path: Path) -> None:
+    """Strips one after the other: each thread begins where the one before ends, and no part is larger than an even one
+    by more than a tile of a strip."""
+    strip = Path(render.__file__).parent / "c" / "strip.h.in"
+    source = PLACES.format(strip=strip.read_text())
+    place = ctypes.CDLL(str(Toolchain().compile({"place.c": source.encode()}, "shared", host()))).place
+    found = (ctypes.c_size_t * 2)()
+    for lanes, nv, tiles, threads in product((1, 7, 16, 49, 196, 3136), (1, 2, 6), (1, 5, 64), (1, 2, 3, 4, 7)):
+        for cut in (strips.whole(lanes, nv, isa_named("avx512")), strips.tailed(lanes, 8, nv, isa_named("avx512"))):
+            if cut is None:
+                continue
+            weights = [8 * width for width in cut.widths]
+            weights[-1] += cut.tail
+            share, more = divmod(cut.vectors, cut.count)
+            before = []
+            for thread in range(threads + 1):
+                place((ctypes.c_size_t * 7)(tiles, cut.tail, cut.count, share, more, thread, threads), found)
+                at, tile = found
+                assert (at, tile) == (cut.count, 0) if thread == threads else at < cut.count and tile < tiles
+                before.append(sum(weights[:at]) + (weights[at] * tile / tiles if tile else 0))
+            parts = np.diff(before)
+            assert before[0] == 0 and before[-1] == sum(weights) and (parts >= 0).all()
+            assert parts.max() <= sum(weights) / threads + max(weights) / tiles + 1

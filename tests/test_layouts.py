@@ -103,6 +103,8 @@ def test_small_maps_by_shifted_planes(isa, batch):
     ]
     assert not any(isinstance(s.output.layout, Planes) and s.output.planes.shifted for s in plain.steps if s.output)
     assert len(shifted) >= 3 and any(s.output.planes.phases == (2, 2) for s in shifted)
+    # what stands at its own column is read where it was
+    assert all((0, 0) not in s.output.planes.stored_phases for s in shifted if s.output.planes.phases == (1, 1))
     small = [s.output.planes for s in plan.steps if s.output is not None and s.output.shape[2:] == (7, 7)]
     assert small and {p.pitch for p in small} == {7}
     rng = np.random.default_rng(1)

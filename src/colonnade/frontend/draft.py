@@ -47,18 +47,25 @@ class Value:
     """``shape`` is the ONNX shape. Planes: (N, \\*dims, H, W), and ``channels`` is an int64 array [\\*dims, 2] of
     (index into ``tensors``, channel). Rows: a dense array in row-major order, all of the one entry of ``tensors``,
     whatever the shape: a view costs nothing. ``dtype``: that of the elements in memory; see ``workload.typed``.
-    ``sole``: the chain of ONNX values from the step that wrote it has no other reader."""
+    ``sole``: the chain of ONNX values from the step that wrote it has no other reader. ``centre``: where the one entry
+    of ``tensors`` is shifted copies of it, the value that the phase (0, 0) is read from, for it is not copied."""
 
     shape: tuple[int, ...]
     tensors: tuple[Tensor, ...]
     channels: npt.NDArray[np.int64] | None = None
     sole: bool = True
     dtype: str = F32
+    centre: Value | None = None
 
     @property
     def is_rows(self) -> bool:
         """A matrix of rows rather than planes?"""
         return self.channels is None
+
+    @property
+    def read(self) -> tuple[Tensor, ...]:
+        """All tensors that a reader needs, ``tensors`` first."""
+        return self.tensors + (() if self.centre is None else self.centre.tensors)
 
     @property
     def width(self) -> int:

@@ -194,7 +194,7 @@ def tie_all(steps: list[Draft]) -> Regions:
     regions = Regions()
     for step in steps:
         for value in step.inputs:
-            regions.tie(*value.tensors)
+            regions.tie(*value.read)
         if isinstance(step.workload, POINTWISE):
             regions.tie(*_tensors(step.inputs), *_output(step))
         elif isinstance(step.workload, Conv2d):
@@ -221,7 +221,7 @@ def assign(steps: list[Draft], stored: Collection[Tensor] = ()) -> tuple[dict[Te
     leads: dict[Tensor, int] = {}
     after = 0
     for step, (down, right, _, _) in _readers(steps):
-        for tensor in step.inputs[0].tensors:
+        for tensor in step.inputs[0].read:
             pitch = regions.size(tensor)[0]
             leads[tensor] = max(leads.get(tensor, 0), down[0] * pitch + right[0])
             after = max(after, down[1] * pitch + right[1])
@@ -253,7 +253,7 @@ def sizes(steps: list[Draft]) -> Regions:
         if not tensor.is_rows:
             regions.need(tensor, -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0]))
     for step, (down, right, out_rows, out_columns) in _readers(steps):
-        for tensor in step.inputs[0].tensors:
+        for tensor in step.inputs[0].read:
             columns, rows = -(-tensor.shape[3] // tensor.phases[1]), -(-tensor.shape[2] // tensor.phases[0])
             # zeros before a pixel row are those behind the row before it; a read behind must not reach the next row
             pitch = max(columns + right[0], out_columns + right[1])
@@ -282,7 +282,7 @@ def _reach(step: Draft) -> Reaches | None:
 
 
 def _tensors(values: list[Value]) -> list[Tensor]:
-    return [tensor for value in values for tensor in value.tensors]
+    return [tensor for value in values for tensor in value.read]
 
 
 def _output(step: Draft) -> list[Tensor]:

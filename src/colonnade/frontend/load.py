@@ -167,7 +167,7 @@ def _needed(steps: list[Draft]) -> list[Draft]:
     for step in reversed(steps):
         if step.output is None or step.output in read_by_someone:
             result.append(step)
-            read_by_someone.update(tensor for value in step.inputs for tensor in value.tensors)
+            read_by_someone.update(tensor for value in step.inputs for tensor in value.read)
     return result[::-1]
 
 
@@ -181,7 +181,7 @@ def _place_all(name: str, importer: Importer, drafts: list[Draft], stored: Colle
             first.setdefault(draft.output, index)
             last[draft.output] = index
         for value in draft.inputs:
-            last.update(dict.fromkeys(value.tensors, index))
+            last.update(dict.fromkeys(value.read, index))
     held = _in_place_of_residuals(drafts, chosen, last)
     tensors = [tensor for tensor in first if held[tensor] is tensor]
     for tensor in first:
@@ -226,7 +226,7 @@ def _in_place_of_residuals(
         if not isinstance(conv, Conv2d) or not conv.epilogue.residual or is_depthwise(conv):
             continue
         addend = draft.inputs[1].tensor
-        if addend is None or addend.shape != output.shape or addend in draft.inputs[0].tensors or last[addend] != index:
+        if addend is None or addend.shape != output.shape or addend in draft.inputs[0].read or last[addend] != index:
             continue
         mine, other = chosen[output], chosen[addend]
         if isinstance(mine, Panels) and mine == other:
@@ -255,6 +255,8 @@ def _placed(value: Value, placed: dict[Tensor, Placed], chosen: dict[Tensor, Lay
     tensor = value.tensors[0]
     if value.is_rows:
         return Placed(tensor.name, value.placed_shape, Rows(*value.placed_shape), placed[tensor].offsets)
+    if value.centre is not None:
+        return _among(placed[tensor], _placed(value.centre, placed, chosen))
     if value.tensor is tensor:
         return placed[tensor]
     # leads may differ between the parts; a reader needs none of them
@@ -262,6 +264,17 @@ def _placed(value: Value, placed: dict[Tensor, Placed], chosen: dict[Tensor, Lay
     assert isinstance(layout, Planes) and layout.phases == (1, 1)
     offsets = np.array([placed[value.tensors[i]].offsets[c] for i, c in value.planes], np.int64)
     return Placed(tensor.name, value.placed_shape, layout, offsets)
+
+
+def _among(shifted: Placed, centre: Placed) -> Placed:
+    """The planes of ``shifted`` and, as those that are not, the ones that they were copied from."""
+    layout, channels = shifted.planes, shifted.shape[1]
+    planes = dict(zip(layout.stored_phases, shifted.offsets.reshape(channels, -1).T, strict=True)) | {
+        (0, 0): centre.offsets
+    }
+    kept = tuple(sorted(planes))
+    offsets = np.stack([planes[phase] for phase in kept], axis=1).reshape(-1)
+    return Placed(shifted.name, shifted.shape, replace(layout, kept_phases=kept), offsets)
 
 
 def _with_sparsity(draft: Draft) -> Workload:

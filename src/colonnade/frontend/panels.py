@@ -30,7 +30,7 @@ def edges(steps: list[Draft], windows: bool = False) -> list[Edges]:
     readers: dict[Tensor, list[tuple[Draft, int, Value]]] = {}
     for step in steps:
         for index, value in enumerate(step.inputs):
-            for tensor in value.tensors:
+            for tensor in value.read:
                 readers.setdefault(tensor, []).append((step, index, value))
     found = [
         step.output

@@ -29,7 +29,7 @@ def part(steps: list[Draft]) -> list[Draft]:
     """The steps with large maps in parts."""
     readers: dict[Tensor, list[Draft]] = {}
     for step in steps:
-        for tensor in {tensor for value in step.inputs for tensor in value.tensors}:
+        for tensor in {tensor for value in step.inputs for tensor in value.read}:
             readers.setdefault(tensor, []).append(step)
     chains: dict[int, list[Draft]] = {}  # by the last step, what replaces it and those before
     parted: set[int] = set()

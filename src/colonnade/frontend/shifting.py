@@ -2,14 +2,15 @@
 
 A convolution computes all lanes of its output up to the last pixel, those between its rows too: of a map of 7x7 that is
 55 for 49. They are there for taps beside the first and last column. If every convolution of a region that has such taps
-reads copies of its input that are shifted (``layout.Planes``), one for every column that a tap begins at, the region
-needs no zeros behind its rows, and its pointwise convolutions gain as well.
+reads copies of its input that are shifted (``layout.Planes``), one for every column that a tap begins at (but its own:
+that is the input as it stands), the region needs no zeros behind its rows, and its pointwise convolutions gain as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -105,7 +106,7 @@ def _ns(wide: list[Draft], costs: LayoutCosts) -> float:
             continue  # one copy for both
         seen.add((x.identity(), conv.kernel[1]))
         down, plain, right = Reach.of(conv, 0), Reach.of(conv, 1), Reach.of(conv, 1, shifted=True)
-        planes = len(right.phases) - len(plain.phases) if conv.stride != (1, 1) else 1 + len(right.phases)
+        planes = len(right.phases) - (len(plain.phases) if conv.stride != (1, 1) else 0)
         ns += 4.0 * prod(x.placed_shape) / prod(conv.stride) * len(down.phases) * planes * costs.copy
     return ns
 
@@ -122,13 +123,15 @@ def _shifted(steps: list[Draft], wide: list[Draft], importers: Mapping[Tensor | 
                 target = Tensor(f"{step.name}.shifted", x.placed_shape)
                 result.append(copy_step(x, target, importers))
             made[x.identity()] = target
-            step.inputs[0] = whole(target)
+            copied = target.phases == (1, 1) and x.tensor not in importers
+            step.inputs[0] = replace(whole(target), centre=x if copied else None)
         result.append(step)
     for target in made.values():
-        kept: set[tuple[int, int]] = set()
+        kept, known = set[tuple[int, int]](), set[tuple[int, int]]()
         for step in result:
             if isinstance(step.workload, Conv2d) and target in step.inputs[0].tensors:
                 down, right = Reach.of(step.workload, 0), Reach.of(step.workload, 1, shifted=True)
                 kept |= set(product(down.phases, right.phases))
-        target.kept_phases = tuple(sorted(kept))
+                known |= {(0, 0)} if step.inputs[0].centre is not None else set()
+        target.kept_phases = tuple(sorted(kept - known))
     return result

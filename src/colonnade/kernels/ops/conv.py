@@ -66,7 +66,7 @@ CONV = Struct(
         Member(
             "fetch", "u32", "lines to ask for before they are needed: 1 where sums are stored, 2 what is added, 3 both"
         ),
-        Member("split_tiles", "u32", "threads share out 0: strips, 1: tiles"),
+        Member("split_tiles", "u32", "threads share out 0: strips (those that parts meet in, by tiles), 1: tiles"),
         Member("packed", "u32", "is this the head of a cn_packed_conv?"),
         Member("low", "f32"),
         Member("high", "f32"),

@@ -137,7 +137,7 @@ def in_place(
             yield Candidate(
                 registers.symbol(mr, nv, isa, kind),
                 params,
-                work * habit * (costs.idle(tiles, threads) if split else cut.idle(threads)),
+                work * habit * costs.idle(tiles if split else tiles * cut.count, threads),
             )
 
 
@@ -154,7 +154,7 @@ def _packed(
         if isa.scalable:  # a load waits for its line, and a store follows it
             gather = rows * cut.count * (20.0 + 9 * nv)
         for block, split in product((1, 4) if cut.count > 4 else (1,), (0, 1) if threads > 1 else (0,)):
-            idle = costs.idle(len(tiled.tiles), threads) if split else cut.idle(threads)
+            idle = costs.idle(len(tiled.tiles) * (1 if split else cut.count), threads)
             params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 1}
             params |= {"tail": int(cut.tail > 0), "fetch": costs.far([tiled], lanes, isa)}
             rank = (work * idle + gather * (threads if split else idle)) * (1 + 0.01 * (block > 1))
@@ -177,7 +177,7 @@ def _windowed(
     for block, split in product(blocks_tried, (0, 1) if threads > 1 else (0,)):
         held = 8 * nv * (block or count) + window.around
         moved = -(-count // (block or count)) * window.count * held / (8 * nv) * (40.0 if conv.stride[1] == 1 else 90.0)
-        idle = costs.idle(len(tiled.tiles) if split else count, threads)
+        idle = costs.idle(len(tiled.tiles) * (1 if split else count), threads)
         params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 3, "tail": 0}
         rank = (work * idle + moved * (threads if split else idle)) * (1 + 0.1 * (block != blocks_tried[0]))
         rank *= 1 + 0.1 * (window.around == 0)  # those that are left as panels serve whoever comes next

@@ -9,7 +9,6 @@ number of rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
@@ -17,7 +16,6 @@ from colonnade.kernels.registry import Candidate
 TAILS = (1, 2, 4, 8, 12)  # lanes that a block may have beside its whole vectors
 NARROW = 0.5  # what a multiply-add of at most half a vector costs, where vectors are made of two halves
 VECTOR = 16  # lanes of the widest fixed vector
-LANES_A_VECTOR = 8  # of the tail take as long as one: a multiply-add for all rows instead of one for each
 GAIN = 0.8  # the tail's multiply-adds over those of the vector that it saves, at most
 
 
@@ -69,14 +67,6 @@ class Strips:
         """Vectors of every strip."""
         share, more = divmod(self.vectors, self.count)
         return [share + (i < more) for i in range(self.count)]
-
-    def idle(self, threads: int) -> float:
-        """By how much the busiest of ``threads`` that share out strips has more to do than an even part."""
-        widths = [float(width) for width in self.widths]
-        widths[-1] += self.done / LANES_A_VECTOR
-        ends = [self.count * thread // threads for thread in range(threads + 1)]
-        busiest = max(sum(widths[a:b]) for a, b in pairwise(ends))
-        return busiest * threads / sum(widths)
 
     def lanes(self, isa: Isa) -> int:
         """Of the widest strip, rounded up to whole vectors: a row of its panel."""
