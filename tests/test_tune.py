@@ -34,7 +34,7 @@ from colonnade.tune import search, walks
 from colonnade.tune.database import Database, Record
 from colonnade.tune.job import Run, problem
 from colonnade.tune.measure import Harness, Measurement
-from colonnade.tune.network import HEATS, NETWORK, Standing, decide, rivals, standing
+from colonnade.tune.network import HEATS, NETWORK, Standing, decide, rivals, siblings, standing
 from colonnade.tune.tuner import Chooser, Tuner
 from colonnade.tune.tuner import place as where
 from colonnade.workload import RELU, Binary
@@ -487,6 +487,31 @@ def test_heats_shorten_the_list_and_resume(tmp_path: Path) -> None:
     walk("near", 1040, third)
     state = standing(field, records)
     assert (state.running, state.best) == ((), field[1])
+
+
+def test_siblings_of_the_leader_meet_afterwards(tmp_path: Path) -> None:
+    """What the list of rivals had no room for, and by itself was behind, wins inside the network."""
+
+    def record(candidate: Candidate, stage: int, ns: int, count: int) -> Record:
+        return Record(candidate.key(), "", stage, Measurement("ok", "", (ns,) * count))
+
+    ways = [Candidate("a", {"fetch": fetch, "split_tiles": split}) for fetch, split in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    candidates = [*ways, Candidate("b"), Candidate("c")]
+    records = [record(c, 1, ns, 1) for c, ns in zip(candidates, (100, 104, 120, 150, 110, 130), strict=True)]
+    field = rivals(candidates, records, 4)
+    assert field == (ways[0], *candidates[4:], ways[1]) and siblings(candidates, records, ways[0]) == ()
+    enough = HEATS[-1][0]
+    records += [record(c, NETWORK, 190 if c is ways[1] else 200, enough) for c in field]
+    best = decide(candidates, records)
+    assert best == ways[1]
+    assert siblings(candidates, records, candidates[4]) == ()  # a kernel has these or not
+    late = siblings(candidates, records, best)
+    assert late == (best, ways[2])  # the fourth way is too far behind by itself
+    records.append(record(ways[2], NETWORK, 150, HEATS[0][0] - 1))  # interrupted: that is no answer
+    assert decide(candidates, records) == best and siblings(candidates, records, best) == late
+    assert standing(late, records).walks == 1
+    records.append(record(ways[2], NETWORK, 150, enough))
+    assert decide(candidates, records) == ways[2] and siblings(candidates, records, ways[2]) == ()
 
 
 def test_rivals_are_the_best_prefetch_of_every_way_near_the_best_and_every_kernel_first(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ records; ``walks`` does the measuring.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles
@@ -30,6 +31,37 @@ def rivals(candidates: Sequence[Candidate], records: Sequence[Record], most: int
     the machine for a second slows some kernels by a fifth and others not at all, and ten loop orders of one of the
     latter would leave no place to the former. Empty where fewer than two were measured.
     """
+    ways = _ways(candidates, records)
+    first: dict[str, Candidate] = {}
+    for c in ways:
+        first.setdefault(c.kernel, c)
+    leaders = set(map(Candidate.key, first.values()))
+    picked = (*first.values(), *(c for c in ways if c.key() not in leaders))[:most]
+    return picked if len(picked) > 1 else ()
+
+
+def siblings(
+    candidates: Sequence[Candidate], records: Sequence[Record], best: Candidate, most: int = RIVALS
+) -> tuple[Candidate, ...]:
+    """Who may meet after that: ``best`` of the network, and what is left of its kernel's ways, in the order of their
+    times by themselves. Of one kernel the first list holds few, and which lines are asked for, or who shares out what,
+    matters where lines come from another core. Empty where there are none, or ``best`` was not in the network."""
+    walked = _walked(records)
+    left = [c for c in _ways(candidates, records) if c.kernel == best.kernel and c.key() not in walked]
+    return (best, *left[: most - 1]) if left and best.key() in walked else ()
+
+
+def _walked(records: Sequence[Record]) -> set[str]:
+    """Keys of those with as many walks as the first heat has: an interrupted contest says nothing yet."""
+    count: Counter[str] = Counter()
+    for record in records:
+        if record.stage == NETWORK:
+            count[record.candidate] += len(record.measurement.reps)
+    return {key for key, walks in count.items() if walks >= HEATS[0][0]}
+
+
+def _ways(candidates: Sequence[Candidate], records: Sequence[Record]) -> list[Candidate]:
+    """Those near the best by itself, with the best prefetch distance of each kernel and loop order, the best first."""
     found = screened(records)
     found.update(times(records, (FINAL,)))
     ordered = sorted((c for c in candidates if c.key() in found), key=lambda c: found[c.key()])
@@ -37,12 +69,7 @@ def rivals(candidates: Sequence[Candidate], records: Sequence[Record], most: int
     for c in ordered:
         if found[c.key()] <= NEAR * found[ordered[0].key()]:
             ways.setdefault((c.kernel, *sorted((k, v) for k, v in c.params.items() if k != "prefetch")), c)
-    first: dict[str, Candidate] = {}
-    for c in ways.values():
-        first.setdefault(c.kernel, c)
-    leaders = set(map(Candidate.key, first.values()))
-    picked = (*first.values(), *(c for c in ways.values() if c.key() not in leaders))[:most]
-    return picked if len(picked) > 1 else ()
+    return list(ways.values())
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,6 @@ def standing(field: Sequence[Candidate], records: Sequence[Record]) -> Standing:
 
 def decide(candidates: Sequence[Candidate], records: Sequence[Record]) -> Candidate | None:
     """The best by all that is known: in the network where that was measured, by itself where it was not."""
-    walked = {r.candidate for r in records if r.stage == NETWORK}
+    walked = _walked(records)
     field = [c for c in rivals(candidates, records, len(candidates)) if c.key() in walked]
     return standing(field, records).best or search.decide(candidates, records)

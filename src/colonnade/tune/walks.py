@@ -27,7 +27,7 @@ from colonnade.plan import Plan
 from colonnade.targets.peak import fallen, highest
 from colonnade.tune.job import Problem, Segment, encode
 from colonnade.tune.measure import Harness, Measurement
-from colonnade.tune.network import NETWORK, RIVALS, Standing, decide, rivals, standing
+from colonnade.tune.network import NETWORK, RIVALS, Standing, decide, rivals, siblings, standing
 
 if TYPE_CHECKING:
     from colonnade.tune.tuner import Chooser
@@ -100,15 +100,26 @@ def hold(
     Returns the walks made, and how many keys are not settled. Raises ``TargetError`` when the target fails, or a kernel
     does that was right by itself.
     """
-    most = RIVALS
-    while True:
+    made, most = 0, RIVALS
+    while True:  # the rivals first, then the leader's siblings
         contest = _prepare(plan, chooser, bind, most)
         if contest is None or not contest.open or time.monotonic() >= deadline:
-            return 0, 0 if contest is None else len(contest.open)
-        if most <= 2 or _size(contest.bound) <= LARGEST.get(harness.target.name, LARGEST_ELSEWHERE):
-            break
-        most -= 1 if most <= 4 else 2
-    made, left = 0, len(contest.open)
+            return made, 0 if contest is None else len(contest.open)
+        if most > 2 and _size(contest.bound) > LARGEST.get(harness.target.name, LARGEST_ELSEWHERE):
+            most -= 1 if most <= 4 else 2
+            continue
+        made += _meet(contest, harness, chooser, deadline, progress)
+
+
+def _meet(
+    contest: Contest,
+    harness: Harness,
+    chooser: Chooser,
+    deadline: float,
+    progress: Callable[[float, str], None] | None,
+) -> int:
+    """One contest, until it or the time is over; returns the walks that count."""
+    plan, made, left = contest.plan, 0, len(contest.open)
     with tempfile.TemporaryDirectory(prefix="colonnade-") as folder:
         job = Path(folder) / "job"
         job.write_bytes(encode(_problem(plan), contest.bound, (), harness.threads, 0))
@@ -137,13 +148,13 @@ def hold(
             kept += 1
             made += len(times) - WARM
             _record(contest, chooser, turns, times)
-    return made, len(contest.open)
+    return made
 
 
 def _prepare(
     plan: Plan, chooser: Chooser, bind: Callable[[Operands, Candidate], tuple[Call, ...]], most: int
 ) -> Contest | None:
-    """Rivals of all keys, bound for every step; None where nobody has a rival."""
+    """Rivals of all keys, or the siblings of who won, bound for every step; None where nobody has any."""
     contest = Contest(plan, [step.key() for step in plan.steps], {})
     for step, key in zip(plan.steps, contest.keys, strict=True):
         if key in contest.entries:
@@ -154,7 +165,10 @@ def _prepare(
         now = standing(field_, records)
         if not now.running:
             best = decide(candidates, records) or candidates[0]
-            field_, now = (best,), Standing((), 0, best)
+            field_ = siblings(candidates, records, best, most)
+            now = standing(field_, records)
+            if not now.running:
+                field_, now = (best,), Standing((), 0, best)
         contest.entries[key] = Entry(candidates, sources, field_, now)
     if not contest.open:
         return None
