@@ -75,10 +75,11 @@ def test_threads_that_lost_their_common_cache_show_in_the_handover() -> None:
     (found,) = alternate([Contender("a", Fixed(10**6, []))], lambda: Peak(100.0, handover=next(rates)), 3, 0.01, False)
     assert [bool(b.disturbance) for b in found.blocks] == [False, True, False, False]
     assert "2.4 of 9.0 GB/s from thread to thread" in found.blocks[1].disturbance
-    # the halves of one core share all their caches, and their multiply-adds
-    halves = iter([Peak(50.0, handover=40.0)] * 3 + [Peak(100.0, handover=9.0)] * 20)
-    (found,) = alternate([Contender("a", Fixed(10**6, []))], lambda: next(halves), 2, 0.01, False)
-    assert [bool(b.disturbance) for b in found.blocks] == [True, False, False]
+    # the halves of one core share all their caches, and their multiply-adds, or only what these take from a cache
+    for half in (Peak(50.0, 0, 90.0, 40.0), Peak(100.0, 0, 50.0, 40.0)):
+        halves = iter([half] * 3 + [Peak(100.0, 0, 90.0, 9.0)] * 20)
+        (found,) = alternate([Contender("a", Fixed(10**6, []))], lambda looks=halves: next(looks), 2, 0.01, False)
+        assert [bool(b.disturbance) for b in found.blocks] == [True, False, False]
 
 
 def test_own_work_is_not_foreign() -> None:

@@ -35,12 +35,13 @@ def look(target: Target, isa: Isa, threads: int, toolchain: Toolchain | None = N
 
 
 def highest(peaks: Iterable[Peak]) -> Peak:
-    """The best of each, of those under full multiply-adds: threads on the two halves of one core hand on to each other
-    what both have in their first cache."""
+    """The best of each, of the handover among those with full multiply-adds and pace alone: threads on the two halves of
+    one core hand on to each other what both have in their first cache, and may multiply as fast as ever."""
     seen = list(peaks)
     gflops = max(p.gflops for p in seen)
     full = [p for p in seen if p.gflops >= (1 - DROP) * gflops]
-    return Peak(gflops, pace=max(p.pace for p in full), handover=max(p.handover for p in full))
+    pace = max(p.pace for p in full)
+    return Peak(gflops, pace=pace, handover=max(p.handover for p in full if p.pace >= (1 - DROP) * pace))
 
 
 def fallen(peaks: Iterable[Peak], best: Peak) -> list[str]:
