@@ -469,7 +469,7 @@ def test_heats_shorten_the_list_and_resume(tmp_path: Path) -> None:
     def walk(name: str, ns: int, count: int) -> None:
         records.append(Record(name, "", NETWORK, Measurement("ok", "", (ns,) * count)))
 
-    first, second, third = (walks for walks, _ in HEATS)
+    first, second, third, fourth = (walks for walks, _ in HEATS)
     assert standing(field, records) == Standing(tuple(field), first, None)
     walk("quick", 1000, first)
     walk("near", 1040, first)
@@ -483,8 +483,8 @@ def test_heats_shorten_the_list_and_resume(tmp_path: Path) -> None:
     assert second == 3 * first and third > second
     assert standing(field, records) == Standing(tuple(field[:2]), third - second, field[0])
     # a change of places with more walks; whoever fell behind early stays out
-    walk("quick", 1100, third)
-    walk("near", 1040, third)
+    walk("quick", 1100, fourth)
+    walk("near", 1040, fourth)
     state = standing(field, records)
     assert (state.running, state.best) == ((), field[1])
 

@@ -35,7 +35,7 @@ def look(target: Target, isa: Isa, threads: int, toolchain: Toolchain | None = N
 
 
 def highest(peaks: Iterable[Peak]) -> Peak:
-    """The best of each, of the handover among those with full multiply-adds and pace alone: threads on the two halves of
+    """The best of each, of the handover among those with full multiply-adds and pace alone: threads on the halves of
     one core hand on to each other what both have in their first cache, and may multiply as fast as ever."""
     seen = list(peaks)
     gflops = max(p.gflops for p in seen)

@@ -21,7 +21,7 @@ NETWORK = 4  # the stage of records taken in walks
 NEAR = 1.35  # of the best time by itself, to be a rival at all: loop orders change places by as much
 RIVALS = 12
 # (walks that a rival has to its name, factor of the best within which it stays): shorter and shorter lists
-HEATS = ((8, 1.12), (24, 1.05), (60, 1.02))
+HEATS = ((8, 1.12), (24, 1.05), (60, 1.02), (150, 1.01))
 
 
 def rivals(candidates: Sequence[Candidate], records: Sequence[Record], most: int = RIVALS) -> tuple[Candidate, ...]:
