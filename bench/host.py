@@ -1,14 +1,15 @@
 """What the method is worth on this x86-64 host: networks dense and pruned, beside what a user would pick instead.
 
-    python bench/host.py [--data ../shared/data] [--models resnet50,…] [--stage prepare|measure] [--out FOLDER]
-        [--quick]
+    python bench/host.py [--data ../shared/data] [--models resnet50,…] [--stage prepare|measure|scaling]
+        [--out FOLDER] [--quick]
 
 Real weights (DenseNet-121: random ones) are exported to ONNX, pruned column-wise with T = 8 and grouped rows (every
 convolution but stem and depthwise), tuned, built, and timed at 224x224 in alternating blocks of one run with the
 peers, each of these in a process of its own on the *dense* file. bench/README.md has the protocol and what counts as
 evidence. Exported and pruned files, tuning records and bundles are kept in a cache folder: ``--stage prepare`` makes
-them, ``--stage measure`` takes them as they are, so that minutes of a quiet machine are enough. Writes host.json and
-host.md, other networks' results in them stay; ``--quick`` is a rehearsal of the script, its figures mean nothing.
+them, ``--stage measure`` takes them as they are, so that minutes of a quiet machine are enough, and ``--stage scaling``
+those of ResNet-50 for batch 8 and two threads alone (seconds), with scaling.json. Writes host.json and host.md, other
+networks' results in them stay; ``--quick`` is a rehearsal of the script, its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -511,7 +512,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build-out/host"), help="folder of host.json and host.md")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds a tuning may take")
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--stage", choices=("prepare", "measure", "all"), default="all", help="do only a part of it")
+    parser.add_argument("--stage", choices=("prepare", "measure", "scaling", "all"), default="all", help="do only a part of it")
     parser.add_argument("--core", type=int, default=0, help="that everything on one thread runs on")
     parser.add_argument("--quick", action="store_true", help="rehearse: few sparsities, one short block, rough tuning")
     options = parser.parse_args()
@@ -529,7 +530,7 @@ def main() -> None:
     bundles = options.cache / ("bundles-quick" if options.quick else "bundles")
     bundles.mkdir(parents=True, exist_ok=True)
     builder = Builder(
-        networks, bundles, 15.0 if options.quick else options.budget, options.stage == "measure", options.core
+        networks, bundles, 15.0 if options.quick else options.budget, options.stage in ("measure", "scaling"), options.core
     )
     found |= {
         "machine": {k: getattr(builder.machine, k) for k in ("cpu", "arch", "kernel", "cores")},
@@ -537,6 +538,16 @@ def main() -> None:
         "notes": builder.notes,
     }  # fmt: skip
     blocks, block_s = (1, 0.15) if options.quick else (options.blocks, 0.6)
+    if options.stage == "scaling":
+        base = Setting(MAIN)
+        result = scaling(builder, SCALED, base, builder.bundle(SCALED, base), blocks, block_s)
+        (options.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for name, row in result["contenders"].items():
+            ms, of = row["ms"], row["blocks"] + row["thrown_away"]
+            clean = "no clean block" if row["disturbed"] else f"{row['blocks']} of {of} blocks"
+            say(f"{name}: {ms['median']:.2f} ms ({ms['q1']:.2f}-{ms['q3']:.2f}), {clean}")
+        say(", ".join(f"{name} {result[name]:.3f}" for name in ("batch8", "threads2") if name in result))
+        return
     for model in models:
         sparsities = [0.0, MAIN] if options.quick else [0.0, *(s for s in GOALS[model] if s)]
         if options.stage == "prepare":
