@@ -5,11 +5,11 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from colonnade.errors import UserError
-from colonnade.pattern import MAX_TILE_ROWS, ColumnPattern, TiledWeights, discover
+from colonnade.pattern import MAX_TILE_ROWS, ColumnPattern, TiledWeights, _cost, discover
 from colonnade.sparsify.select import select
 
 
@@ -104,6 +104,7 @@ def test_any_matrix_survives(seed, rows, groups, columns, density):
     tile=st.integers(4, 16),
     sparsity=st.sampled_from([0.5, 0.75, 0.9]),
 )
+@example(seed=5, rows=5, groups=1, columns=40, tile=4, sparsity=0.5)
 def test_the_tiling_is_recovered(seed, rows, groups, columns, tile, sparsity):
     rng = np.random.default_rng(seed)
     weights = rng.standard_normal((rows * groups, columns)).astype(np.float32) + 3
@@ -112,7 +113,10 @@ def test_the_tiling_is_recovered(seed, rows, groups, columns, tile, sparsity):
     pruned = np.where(chosen.mask, weights, 0).astype(np.float32)
     found = discover(pruned, groups)
     check(found, pruned)
-    assert found.kept <= TiledWeights.from_rows(pruned, chosen.rows, groups).kept
+    known = TiledWeights.from_rows(pruned, chosen.rows, groups)
+    assert _cost(found.tiles) <= _cost(known.tiles) * (1 + 1e-6)
+    # a tile and the few rows that were left over may come out as one, whose columns are fewer than those of both
+    assert rows % tile or found.kept <= known.kept
 
 
 def pruned_layer(rng, oc=256, k=576, sparsity=0.75):
