@@ -97,14 +97,27 @@ def test_sums_go_on_from_block_to_block(isa, kernel):
         run(case, candidate, isa, inputs, threads=2, tolerance=TOLERANCE)
 
 
+@pytest.mark.parametrize("isa", MACHINE)
+def test_strips_pass_over_as_many_tiles_as_weights_stay_near(isa):
+    """Of every kernel with an inner function for one strip: more weights than are taken at once."""
+    conv = Conv2d(1, 700, 96, 7, 7, (1, 1), epilogue=Epilogue(False, RELU))
+    case, inputs = operands(conv, None, 5)
+    found = [c for c in candidates(case, isa, 1) if c.params.get("feed") == 0 and c.params.get("blocks", 1) == 1]
+    kernels = {c.kernel: c for c in found if "x2v" in c.kernel}
+    assert len(kernels) >= 3
+    for kernel, c in kernels.items():
+        run(case, Candidate(kernel, {**c.params, "strip_block": 0}), isa, inputs, threads=1, tolerance=TOLERANCE)
+
+
 def test_blocks_where_the_input_outgrows_the_cache():
     """Of a large input with few strips; never so many that a tile keeps next to nothing of one."""
     tiled = tiling(operands(Conv2d(1, 512, 16, 7, 7, (3, 3), padding=(1,) * 4), None, 0)[0], 8)
     assert blocks.orders([tiled], 4, 0, 1 << 20, threads=4)[0] == (0, 8)
-    assert blocks.orders([tiled], 4, 0, 1 << 20)[0] == (1, 8)  # weights of a block stay near as well
+    assert blocks.orders([tiled], 4, 0, 1 << 20)[0] == (0, 8)
+    assert blocks.orders([tiled], 4, 2, 1 << 20)[0] == (1, 8)  # a strip in a panel comes while the one before is used
     assert blocks.orders([tiled], 4, 0, 1 << 16)[0] == (0, 1)
     thin = replace(tiled, tiles=tuple(replace(t, columns=t.columns[:80], values=t.values[:80]) for t in tiled.tiles))
-    assert blocks.orders([thin], 4, 0, 1 << 20)[0] == (1, 2)
+    assert blocks.orders([thin], 4, 0, 1 << 20)[0] == (0, 2)
 
 
 def test_cores_of_a_cluster_go_from_strip_to_strip_side_by_side():

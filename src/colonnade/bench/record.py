@@ -10,7 +10,7 @@ from typing import Any
 
 from colonnade.bench.protocol import BLOCK_S, FOREIGN, PAUSE_S, STEAL, Result
 from colonnade.targets.base import Machine
-from colonnade.targets.peak import DROP
+from colonnade.targets.peak import DROP, HANDOVER_DROP
 
 FORMAT = 1
 NEVER_SLOWER = 0.03  # a pruned layer may take this much longer than its dense self, beyond the spread
@@ -90,7 +90,8 @@ def record(
         "threads": threads,
         "peak": {"gflops": peak[0], "gbps": peak[1]},
         "protocol": {
-            "block_s": BLOCK_S, "pause_s": PAUSE_S, "peak_drop": DROP, "foreign": FOREIGN, "steal": STEAL,
+            "block_s": BLOCK_S, "pause_s": PAUSE_S, "foreign": FOREIGN, "steal": STEAL,
+            "peak_drop": DROP, "handover_drop": HANDOVER_DROP,
         },
         "contenders": [
             {

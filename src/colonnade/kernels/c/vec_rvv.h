@@ -42,6 +42,13 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         __asm__ volatile("vnsrl.wi %0, %1, 0" : "=&vr"(even) : "vr"(v)); \
         return even; \
     } \
+    /* the same from the second one on; `by` is 32 */ \
+    VEC_INLINE vec##H##_t vec##L##_odd_now(vec##L##_t v, uint64_t by) \
+    { \
+        vec##H##_t odd; \
+        __asm__ volatile("vnsrl.wx %0, %1, %2" : "=&vr"(odd) : "vr"(v), "r"(by)); \
+        return odd; \
+    } \
     /* every second lane, from the first and from the second on; vl of each */ \
     VEC_INLINE void vec##L##_apart(vec##L##_t v, vec##H##_t *even, vec##H##_t *odd, size_t vl) \
     { \
@@ -93,6 +100,19 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     { \
         __asm__ volatile("vmax.vx %0, %0, %1" : "+vr"(v) : "r"(x)); \
         return v; \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_larger_now(vec##L##_t a, vec##L##_t b) \
+    { \
+        vec##L##_t v; \
+        __asm__ volatile("vmax.vv %0, %1, %2" : "=vr"(v) : "vr"(a), "vr"(b)); \
+        return v; \
+    } \
+    /* one lane up, behind the bits of x */ \
+    VEC_INLINE vec##L##_t vec##L##_push_now(vec##L##_t v, int64_t x) \
+    { \
+        vec##L##_t pushed; \
+        __asm__ volatile("vslide1up.vx %0, %1, %2" : "=&vr"(pushed) : "vr"(v), "r"(x)); \
+        return pushed; \
     } \
     VEC_INLINE vbool##RATIO##_t vec##L##_mask_now(uint32_t bits) \
     { \
@@ -255,6 +275,7 @@ VEC_INLINE uint64_t vec_long_now(const uint64_t *p)
     __asm__ volatile("ld %0, %1" : "=r"(x) : "m"(*p));
     return x;
 }
+#define vec_member_now(p, at) ({ uint64_t member; __asm__ volatile("ld %0, %2(%1)" : "=r"(member) : "r"(p), "i"(at) : "memory"); member; })
 /* asks for a line of memory, never waits: a load into no register (Zicbop's hints are not in RVV 1.0) */
 VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "m"(*(const int *)p)); }
 VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop, which RVV 1.0 machines may lack */

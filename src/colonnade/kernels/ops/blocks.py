@@ -63,10 +63,11 @@ def split(tiled: list[TiledWeights], count: int, feed: int, threads: int) -> int
 def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads: int = 1) -> list[tuple[int, int]]:
     """(strips at a time, blocks of K) by what the caches of an in-order core show (modelled), the best first.
 
-    Few strips run through a tile together, so that its weights come from memory once; then what they read must stay
-    near, block by block. Of many in planes one at a time passes all tiles of a block: so many blocks that a strip's
-    part of one, all its taps, stays in the first cache, and its weights in the second. A strip in a panel fills the
-    first cache alone, and the next one comes while it is used. Of weights that would fill the second cache, half are in
+    Few strips run through some tiles together, so that their weights come from memory once; then what they read must
+    stay near, block by block. Of many in planes one at a time passes all tiles of a block: so many blocks that a
+    strip's part of one, all its taps, stays in the first cache, and its weights in the second; where K is not cut, four
+    of them, whose lines lie side by side in every plane. A strip in a panel fills the first cache alone, and the next
+    one comes while it is used; a wide one goes in two parts. Of weights that would fill the second cache, half are in
     use at a time; where they are more than that they are read once, for all strips if these fit. ``held``: bytes of the
     input, 0 where K cannot be cut.
 
@@ -82,15 +83,15 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads:
     found: list[tuple[int, int]]
     if count <= 4:
         found = [(0, parts), (0, 2 * parts if parts > 1 else 1), (0, 1), (2, 1), (1, 1)]
-        if threads == 1 and feed == 0 and parts > 1 and weights <= parts * READ:
+        if threads == 1 and feed != 0 and parts > 1 and weights <= parts * READ:
             found = [(1, parts), *found]
     elif feed == 0:
         cut, wanted = 1, max(held / (count * STRIP), weights / READ) if held else 0
-        while cut < 8 and cut <= wanted and least >= 8 * cut * FEWEST:
+        while cut < 8 and cut <= wanted and least >= (8 if cut > 1 else 4) * cut * FEWEST:
             cut *= 2
         if weights <= cut * READ:
             near = threads > 1 and least >= 2 * FEWEST and weights <= SMALL
-            together = 4 if near or (cut == 1 and held >= 2 * count * STRIP) else 1
+            together = 4 if near or (cut == 1 and threads == 1) else 1
             half = [(-(-count // 2), cut)] if cut > 1 else []  # where the second cache holds half of what is said here
             found = [(together, cut), *half, (1, 1), (4, 1), (0, 1)]
         else:
@@ -98,7 +99,7 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads:
     elif feed in (2, 4):  # panels, by whoever they were written
         two = min(parts, 2) if held >= count * WIDE else 1
         if weights <= READ:
-            found = [(1, 1), (2, 1), (4, 1), (0, 1)]
+            found = [(1, two if weights > SMALL * 2 else 1), (1, 1), (2, 1), (4, 1), (0, 1)]
         elif weights <= 2 * READ:
             found = [(1, two), (1, 1), (2, 1), (4, 1)]
         elif held <= 2 * NEAR:

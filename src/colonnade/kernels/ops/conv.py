@@ -51,10 +51,14 @@ CONV = Struct(
         Member("residual", "const uint32_t *", "likewise of what is added, or null"),
         Member("tiles", "const cn_tile *"),
         Member("mask", "const uint8_t *", "a bit a lane: is it a pixel?"),
-        Member("starts", "const uint32_t *", "the furthest offset into every input plane that is read at all"),
+        Member(
+            "starts",
+            "const uint32_t *",
+            "the furthest offset into every input plane that is read at all; of panels the first channel",
+        ),
         Member("lead", "char *", "zero lanes in front of the output's first plane"),
         Member("lead_bytes", "u32"),
-        Member("start_count", "u32"),
+        Member("start_count", "u32", "planes, or channels from the first to the last"),
         Member("tile_count", "u32"),
         Member("row_count", "u32"),
         Member("lanes", "u32", "lanes up to the last pixel"),
@@ -167,22 +171,26 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         in_place = panel is None and left is None and (window is None or isinstance(source.layout, Panels))
         places = (source if in_place else None, output, residual)
         through, scratch = panels.fields(*places, gathered, filled.offsets.size, window is not None, isa)
-        starts = None
+        starts, start_count = None, 0
         if isa.scalable and feed == 0 and len(source.offsets) <= PLANES_ASKED:
             starts = tables.furthest(source, filled.offsets)
+            start_count = len(starts) - 1
+        elif isa.scalable and feed in (2, feeds.LEFT):
+            starts = filled.offsets.min(keepdims=True)
+            start_count = int(np.ptp(filled.offsets)) + 1
         fields: dict[str, Field] = {
             "arena": Arena(),
             "offsets": Const(filled.offsets),
             "weights": Const(filled.weights),
-            "bias": Const((bias if first else np.zeros_like(bias))[order].astype(np.float32)),
-            "rows": u32(panels.offsets(output, strip)[order]),
+            "bias": Const(tables.beyond((bias if first else np.zeros_like(bias))[order].astype(np.float32), ring)),
+            "rows": u32(tables.beyond(panels.offsets(output, strip)[order], ring)),
             "residual": None if residual is None else u32(panels.offsets(residual, strip)[order]),
             "tiles": Const(filled.tiles),
             "mask": Const(layout.mask()),
             "lead": Arena(output.lead_offset),
             "lead_bytes": output.lead_bytes,
             "starts": None if starts is None else Const(starts),
-            "start_count": 0 if starts is None else len(starts) - 1,
+            "start_count": start_count,
             "tile_count": len(tiled.tiles),
             "row_count": len(order),
             "lanes": layout.lanes,

@@ -16,6 +16,8 @@ from colonnade.kernels.structs import Member
 from colonnade.layout import LINE, Panels, Placed, Planes, round_up
 from colonnade.workload import Conv2d
 
+ROWS_AHEAD = 32  # entries by which tables of rows reach beyond the last one, for kernels that look ahead
+
 MEMBERS = (
     Member("scratch", "char *", "thread_bytes for every thread: offsets that depend on a strip's length, then panels"),
     Member("thread_bytes", "u32"),
@@ -79,7 +81,7 @@ def fields(
         found[f"{name}_panels"] = tensor.shape[1] if stored and tensor is not None else 0
         found[f"{name}_base"] = int(tensor.offsets[0]) if stored and tensor is not None else 0
         if stored and name != "in" and output is not None:
-            tables += output.shape[1]
+            tables += output.shape[1] + ROWS_AHEAD
     size = (round_up(4 * tables, LINE) if isa.scalable else 0) + gathered
     found |= {"source": None, "scratch": Scratch() if size else None, "thread_bytes": size, "offset_count": entries}
     return found, size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,10 @@ from colonnade.layout import Panels, Placed
 from colonnade.pattern import TiledWeights, discover
 from colonnade.workload import Conv2d, matrix
 
+T = TypeVar("T", bound=np.generic)
 OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
 WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
+TILES_AHEAD = 5  # records, likewise
 
 
 def tiling(step: Operands, dense_tile: int) -> TiledWeights:
@@ -110,7 +113,14 @@ def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per
     # likewise weights: by eight columns of a tile, and by lines that are asked for early
     spare = np.zeros(max(WEIGHTS_AHEAD, 8 * max(len(tile.rows) for tile in tiled.tiles)))
     weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(np.float32)
+    if ring > 1:  # records are looked up, and lines of them asked for, some tiles ahead
+        records = np.concatenate([records, np.repeat(records[-1:], TILES_AHEAD)])
     return Tables(offsets.astype(np.uint32), weights, records)
+
+
+def beyond(rows: npt.NDArray[T], ring: int) -> npt.NDArray[T]:
+    """A table of rows for a kernel with a ring of ``ring`` columns, which looks at tiles ahead, there or not."""
+    return rows if ring == 1 else np.concatenate([rows, np.zeros(panels.ROWS_AHEAD, rows.dtype)])
 
 
 def _placed(offsets: npt.NDArray[np.int64], any_: int, ring: int) -> npt.NDArray[np.int64]:

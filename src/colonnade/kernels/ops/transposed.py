@@ -123,9 +123,9 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     planes = output.offsets.reshape(conv.out_channels, len(stored))
     bias = step.constants.get("bias", np.zeros(conv.out_channels, np.float32))
     calls: list[Call] = []
-    key, per_group = conv.key(), conv.out_channels // conv.groups
+    key, per_group, ring = conv.key(), conv.out_channels // conv.groups, registers.places(mr, nv, isa)
     for phase, taps, tiled in _phases(step, mr if candidate.params["dense"] else 0):
-        filled = tables.tables(key, _offsets(conv, source, taps), tiled, per_group, registers.places(mr, nv, isa))
+        filled = tables.tables(key, _offsets(conv, source, taps), tiled, per_group, ring)
         if not taps:
             filled.tiles["columns"] = 0
         order = np.concatenate([tile.rows for tile in tiled.tiles])
@@ -134,8 +134,8 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "arena": Arena(),
             "offsets": Const(filled.offsets),
             "weights": Const(filled.weights),
-            "bias": f32(bias[order]),
-            "rows": u32(planes[order, stored.index(phase)]),
+            "bias": f32(tables.beyond(bias[order], ring)),
+            "rows": u32(tables.beyond(planes[order, stored.index(phase)], ring)),
             "residual": None,
             "tiles": Const(filled.tiles),
             "mask": Const(layout.mask(phase)),

@@ -267,9 +267,10 @@ def _product(
         for rows in np.array_split(np.arange(oc, dtype=np.int32), range(mr, oc, mr))
     )
     tiled, bias = TiledWeights((n2 * oc, ic), tiles, n2), np.zeros(n2 * oc, np.float32)
+    ring = registers.places(mr, nv, isa)
     # A e_1 = (1, ..., 1): what is added at position (1, 1) comes out in every pixel
     bias[(m + 3) * oc : (m + 4) * oc] = step.constants.get("bias", 0)
-    begun: Mapping[str, Field] = {"bias": f32(bias), **pairs.NONE}
+    begun: Mapping[str, Field] = {"bias": f32(tables.beyond(bias, ring)), **pairs.NONE}
     if paired:
         assert step.rms is not None
         # a position's inputs as large as those of a transform of independent pixels
@@ -288,13 +289,13 @@ def _product(
         through = {**panels.NONE, "source": Shared(0), "in_panels": n2 * ic}
     else:
         offsets = planes(ic)
-    filled = tables.tables(conv.key(), list(offsets), tiled, oc, registers.places(mr, nv, isa))
+    filled = tables.tables(conv.key(), list(offsets), tiled, oc, ring)
     cut = _cut(conv, m, mr, nv, isa, paired)
     return {
         "arena": Shared(0),
         "offsets": Const(filled.offsets),
         "weights": Const(filled.weights),
-        "rows": u32(source_bytes + rows.reshape(-1)),
+        "rows": u32(tables.beyond(source_bytes + rows.reshape(-1), ring)),
         "residual": None,
         "tiles": Const(filled.tiles),
         "mask": Const(np.full(plane // 8 + 64, 255, np.uint8)),
