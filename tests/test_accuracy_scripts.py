@@ -140,7 +140,7 @@ def test_the_recipe_reaches_training_and_the_name_of_what_is_kept(
         return History()
 
     monkeypatch.setattr(script.cn, "finetune", finetune)
-    recipe = {"--epochs": 3, "--lr": 0.3, "--batch": 32, "--teacher-share": 0.9, "--temperature": 4.0, "--ema": 0.5,
+    recipe = {"--epochs": 3, "--lr": 0.3, "--batch": 32, "--teacher-share": 0.7, "--temperature": 3.0, "--ema": 0.5,
               "--block-weight": 0.25, "--weight-decay": 0.01, "--precision": "no"}  # fmt: skip
     for one in (None, *recipe):
         words = [part for name, value in recipe.items() if one in (None, name) for part in (name, str(value))]

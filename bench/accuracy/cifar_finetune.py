@@ -1,8 +1,8 @@
 """CIFAR-10 (JPEG q75): the dense network trained further, then pruned, then trained for a few epochs: docs/accuracy.md.
 
     python bench/accuracy/cifar_finetune.py --network cifar_resnet56 [--sparsity 0.75]… [--method obs+grouping]…
-        [--tile 8] [--dense-epochs 5] [--dense-lr 0.02] [--epochs 5] [--lr 0.02] [--batch 128] [--teacher-share 0.5]
-        [--temperature 2] [--block-weight 0] [--ema 0.99] [--weight-decay 1e-4] [--precision bf16] [--rechoose]
+        [--tile 8] [--dense-epochs 5] [--dense-lr 0.02] [--epochs 5] [--lr 0.05] [--batch 128] [--teacher-share 0.9]
+        [--temperature 4] [--block-weight 0] [--ema 0.99] [--weight-decay 1e-4] [--precision bf16] [--rechoose]
         [--seed 0] [--test] [--bundle] [--records FILE.json] [--keep DIR] [--threads 1] [--data ../shared/data]
     python bench/accuracy/cifar_finetune.py --table --records FILE.json
 
@@ -118,10 +118,10 @@ def arguments() -> argparse.Namespace:
     add("--dense-epochs", type=int, default=5, help="of the dense network, before all else")
     add("--dense-lr", type=float, default=0.02, help="the highest rate there")
     add("--epochs", type=int, default=5, help="of each pruned network")
-    add("--lr", type=float, default=0.02, help="the highest rate")
+    add("--lr", type=float, default=0.05, help="the highest rate")
     add("--batch", type=int, default=128, help="images of a step")
-    add("--teacher-share", type=float, default=0.5, help="of the loss: the dense network's answers; 0: labels only")
-    add("--temperature", type=float, default=2.0, help="of the teacher's answers")
+    add("--teacher-share", type=float, default=0.9, help="of the loss: the dense network's answers; 0: labels only")
+    add("--temperature", type=float, default=4.0, help="of the teacher's answers")
     add("--block-weight", type=float, default=0.0, help="of the distance from the teacher's block outputs")
     add("--ema", type=float, default=0.99, help="the moving average's decay; 0: none")
     add("--weight-decay", type=float, default=1e-4)
