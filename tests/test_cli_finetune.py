@@ -193,6 +193,7 @@ def test_a_preset_and_what_wins_over_it(
     arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from colonnade.sparsify import finetune as module
+    from colonnade.sparsify.presets import preset
     from colonnade.sparsify.rechoose import Rechoose
 
     seen: dict[str, Any] = {}
@@ -214,7 +215,12 @@ def test_a_preset_and_what_wins_over_it(
     assert seen["rechoose"] is None and not seen["movable"]
     assert finetune(*words, "--rechoose", "--ramp", "0.5", "--ema", "0.9", "--distill-blocks", "0.3") == 0
     assert seen["rechoose"] == Rechoose(ramp=0.5) and seen["ema"] == 0.9 and seen["block_weight"] == 0.3
-    assert seen["batch"] == 128 and seen["epochs"] == 10
+    assert seen["batch"] == 128 and seen["epochs"] == 10 and seen["temperature"] == 2
+    short = preset("short").finetune
+    assert finetune(*words, "--preset", "short") == 0
+    assert all(seen[name] == value for name, value in short.items()) and seen["teacher"] is not None
+    assert finetune(*words, "--preset", "short", "--temperature", "8") == 0
+    assert seen["temperature"] == 8 and seen["lr"] == short["lr"]
     capsys.readouterr()
     for wrong, message in (
         (("--preset", "best"), "expected one of short, long, paper"),

@@ -1,17 +1,20 @@
 """CIFAR-10 (JPEG q75): the dense network trained further, then pruned, then trained for a few epochs: docs/accuracy.md.
 
     python bench/accuracy/cifar_finetune.py --network cifar_resnet56 [--sparsity 0.75]… [--method obs+grouping]…
-        [--dense-epochs 5] [--epochs 5] [--lr 0.02] [--teacher-share 0.5] [--rechoose] [--precision bf16] [--tile 8]
+        [--tile 8] [--dense-epochs 5] [--dense-lr 0.02] [--epochs 5] [--lr 0.05] [--batch 128] [--teacher-share 0.9]
+        [--temperature 4] [--block-weight 0] [--ema 0.99] [--weight-decay 1e-4] [--precision bf16] [--rechoose]
         [--seed 0] [--test] [--bundle] [--records FILE.json] [--keep DIR] [--threads 1] [--data ../shared/data]
     python bench/accuracy/cifar_finetune.py --table --records FILE.json
 
 The dense network is trained first, on labels alone, so that what more training gives it is not credited to pruning; it
 is what pruned networks start from, are taught by and are compared with. --dense-epochs 0 takes it as it is, --epochs 0
-judges right after pruning, and --sparsity 0 trains the dense network once more as the pruned ones are trained.
+judges right after pruning, and --sparsity 0 trains the dense network once more as the pruned ones are trained. Options
+of training are those of the pruned networks, but for --dense-epochs and --dense-lr.
 
 Without --test, 5,000 training images are left out of all training and judged on: what settings are chosen on (the
 network as it is given has seen them, so only differences tell something). With --test all 50,000 are trained on, and
-the 10,000 test images judge each network. --bundle compiles each one and counts the answers that are not torch's.
+the 10,000 test images judge each network. --bundle compiles each one and counts the answers that are not torch's, all
+of which must be ties (see oneshot.py).
 
 Rows that stand in FILE are not computed again. With --keep, a run that was stopped goes on from the last whole epoch.
 Ends with an error when a zero did not stay, training made a pruned network worse, or a compiled answer is not torch's.
@@ -30,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from oneshot import METHODS as ONESHOT
-from oneshot import MOST, NETWORKS, Records, Task, compiled, judged, judged_once, pruned
+from oneshot import MOST, NETWORKS, Records, Task, compiled, judged, judged_once, pruned, ties
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -42,6 +45,13 @@ from colonnade.sparsify.masks import mask_zeros_, masks, set_movable_mask
 METHODS = tuple(method for method in ONESHOT if "magnitude" in method or method in ("obs", "obs+grouping"))
 HELD_OUT = 5000  # training images that judge without --test
 LEAST = 0.01  # share of zeros from which a layer counts as pruned
+# How the dense network is trained further, but for epochs and rate. All rows are compared with it: it stays the same.
+DENSE = {"batch": 128, "ema": 0.99, "weight_decay": 1e-4, "precision": "bf16"}
+# Options of the pruned networks' training.
+RECIPE = (
+    "epochs", "lr", "batch", "teacher_share", "temperature", "block_weight", "ema", "weight_decay", "precision",
+    "rechoose",
+)  # fmt: skip
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -106,9 +116,15 @@ def arguments() -> argparse.Namespace:
     add("--method", choices=METHODS, action="append", help="may be repeated; obs+grouping by default")
     add("--tile", type=int, default=8)
     add("--dense-epochs", type=int, default=5, help="of the dense network, before all else")
+    add("--dense-lr", type=float, default=0.02, help="the highest rate there")
     add("--epochs", type=int, default=5, help="of each pruned network")
-    add("--lr", type=float, default=0.02, help="the highest rate, of both")
-    add("--teacher-share", type=float, default=0.5, help="of the loss: the dense network's answers; 0: labels only")
+    add("--lr", type=float, default=0.05, help="the highest rate")
+    add("--batch", type=int, default=128, help="images of a step")
+    add("--teacher-share", type=float, default=0.9, help="of the loss: the dense network's answers; 0: labels only")
+    add("--temperature", type=float, default=4.0, help="of the teacher's answers")
+    add("--block-weight", type=float, default=0.0, help="of the distance from the teacher's block outputs")
+    add("--ema", type=float, default=0.99, help="the moving average's decay; 0: none")
+    add("--weight-decay", type=float, default=1e-4)
     add("--rechoose", action="store_true", help="masks are chosen anew during the first 80 %% of the steps")
     add("--precision", choices=("no", "bf16", "fp16"), default="bf16", help="that trains; all is judged in f32")
     add("--seed", type=int, default=0)
@@ -146,19 +162,22 @@ def load(options: argparse.Namespace) -> Setting:
 
 
 def name_of(options: argparse.Namespace, kind: str) -> str:
-    """Of what --keep holds: everything that changes it is in the name."""
+    """Of what --keep holds, up to the dense network's training: everything that changes it is in the name."""
     where = "" if options.test else "-held_out"
-    trained = f"{options.dense_epochs}-{options.lr:g}-{options.precision}"
+    trained = f"{options.dense_epochs}-{options.dense_lr:g}-{DENSE['precision']}"
     return f"{options.network}-{kind}-{trained}-{options.seed}{where}"
 
 
-def train(model: nn.Module, name: str, setting: Setting, options: argparse.Namespace, **more: Any) -> nn.Module:
+def train(
+    model: nn.Module, name: str, setting: Setting, options: argparse.Namespace, *, batch: int, ema: float,
+    precision: str, **more: Any,
+) -> nn.Module:  # fmt: skip
     """Train in place, on from a checkpoint where --keep has one."""
     # Convolutions of few channels run faster on CPUs this way; the numbers mean the same.
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     history = cn.finetune(
-        model, DataLoader(setting.train, 128, shuffle=True, drop_last=True), lr=options.lr, warmup=0.05,
-        weight_decay=1e-4, ema=0.99, mixed_precision=options.precision, seed=options.seed, title=name,
+        model, DataLoader(setting.train, batch, shuffle=True, drop_last=True), warmup=0.05, ema=ema or None,
+        mixed_precision=precision, seed=options.seed, title=name,
         checkpoint_dir=options.keep / name if options.keep else None, progress=sys.stderr.isatty(), **more,
     )  # fmt: skip
     print(f"{name}: losses {', '.join(f'{epoch.loss:.4f}' for epoch in history.epochs)}", flush=True)
@@ -170,7 +189,8 @@ def dense_further(setting: Setting, options: argparse.Namespace) -> nn.Module:
     """What everything else starts from, is taught by and is compared with."""
     model = copy.deepcopy(setting.task.dense)
     if options.dense_epochs:
-        model = train(model, name_of(options, "dense"), setting, options, epochs=options.dense_epochs)
+        name = name_of(options, "dense")
+        model = train(model, name, setting, options, epochs=options.dense_epochs, lr=options.dense_lr, **DENSE)
     return model
 
 
@@ -198,7 +218,7 @@ def trained_on(
     start: nn.Module, dense: nn.Module, key: dict[str, Any], setting: Setting, options: argparse.Namespace
 ) -> nn.Module:
     """The pruned network after its epochs, its masks taken off again."""
-    model, more, teacher = copy.deepcopy(start), dict[str, Any](), None
+    model, more = copy.deepcopy(start), dict[str, Any]()
     if key["sparsity"]:
         mask_zeros_(model, least=LEAST)
     if options.rechoose:
@@ -206,17 +226,28 @@ def trained_on(
         for layer, _ in list(masks(model)):
             set_movable_mask(model.get_submodule(layer.rpartition(".")[0]), None, pattern)
         more = {"rechoose": cn.Rechoose()}
-    if options.teacher_share:
-        answers = options.keep / f"{name_of(options, 'teacher')}.pt" if options.keep else None
-        copied = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        teacher = Remembered(copied, answers)
-        more |= {"teacher": teacher, "teacher_share": options.teacher_share}
-    kind = f"{key['sparsity']:g}-{options.tile}-{key['method']}-{'rechosen' if options.rechoose else 'frozen'}"
-    name = f"{name_of(options, kind)}-{options.epochs}-{options.teacher_share:g}"
-    model = cn.remove_masks(train(model, name, setting, options, epochs=options.epochs, **more))
+    teacher = taught_by(dense, options)
     if teacher is not None:
+        more |= {"teacher": teacher, "teacher_share": options.teacher_share, "temperature": options.temperature}
+    named = "-".join(f"{key[name]:g}" if isinstance(key[name], float) else str(key[name]) for name in RECIPE)
+    name = name_of(options, f"{key['sparsity']:g}-{options.tile}-{key['method']}") + f"-{named}"
+    recipe = {each: key[each] for each in ("epochs", "lr", "batch", "ema", "weight_decay", "precision")}
+    more["block_weight"] = options.block_weight
+    model = cn.remove_masks(train(model, name, setting, options, **recipe, **more))
+    if isinstance(teacher, Remembered):
         teacher.save()
     return model
+
+
+def taught_by(dense: nn.Module, options: argparse.Namespace) -> nn.Module | None:
+    """The teacher, if there is one; one whose blocks are compared has to see the views itself."""
+    if not options.teacher_share and not options.block_weight:
+        return None
+    copied: nn.Module = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if options.block_weight:
+        return copied
+    name = name_of(options, f"teacher-{options.precision}-{options.batch}")
+    return Remembered(copied, options.keep / f"{name}.pt" if options.keep else None)
 
 
 def returned(before: nn.Module, after: nn.Module, moved: bool) -> int:
@@ -244,10 +275,10 @@ def judge(
         "pruned_difference": [before.points, before.low, before.high], "top1": result.top1,
         "difference": [change.points, change.low, change.high], "agreement": change.agreement,
         "zeros": sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1),
-        "returned": returned(start, model, options.rechoose), "different": None,
+        "returned": returned(start, model, options.rechoose), "ties": None,
     }  # fmt: skip
     if options.bundle:
-        row["different"] = int((compiled(model, task.x, task.labels).answers != result.answers).sum())
+        row["ties"] = ties(model, task.x, result.answers, compiled(model, task.x, task.labels).answers)
     print(f"{key['sparsity']:g} {key['method']}: {100 * right_after.top1:.2f} %, then {change}", flush=True)
     return row
 
@@ -256,9 +287,7 @@ def broken(row: dict[str, Any]) -> str:
     """The promise that a row does not keep, or nothing."""
     if row["returned"]:
         return f"{row['returned']} zeros came back"
-    if row["sparsity"] and row["epochs"] and row["top1"] <= row["pruned"]:
-        return "training did not help"
-    return f"{row['different']} compiled answers are not torch's" if row["different"] else ""
+    return "training did not help" if row["sparsity"] and row["epochs"] and row["top1"] <= row["pruned"] else ""
 
 
 def interval(row: dict[str, Any], name: str) -> str:
@@ -269,19 +298,21 @@ def interval(row: dict[str, Any], name: str) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, one table for each network and way of training."""
     parts = []
-    shared = ("network", "test", "dense_epochs", "lr", "precision", "teacher_share", "seed")
+    shared = ("network", "test", "dense_epochs", "dense_lr", "seed", *RECIPE[1:-1])
     for group in sorted({tuple(row[name] for name in shared) for row in rows}):
         chosen = [row for row in rows if tuple(row[name] for name in shared) == group]
         first = chosen[0]
         where = "test images" if first["test"] else "training images that were left out of training"
         parts.append(
             f"{first['network']}, {first['images']:,} {where}: dense {100 * first['given']:.2f} % as given, "
-            f"{100 * first['dense']:.2f} % after {first['dense_epochs']} epochs; rate {first['lr']:g}, "
-            f"precision {first['precision']}, teacher's share {first['teacher_share']:g}, seed {first['seed']}\n"
+            f"{100 * first['dense']:.2f} % after {first['dense_epochs']} epochs from {first['dense_lr']:g}; rate "
+            f"{first['lr']:g}, batch {first['batch']}, teacher's share {first['teacher_share']:g} at temperature "
+            f"{first['temperature']:g}, blocks {first['block_weight']:g}, average {first['ema']:g}, weight decay "
+            f"{first['weight_decay']:g}, precision {first['precision']}, seed {first['seed']}\n"
         )
         parts.append(
             "| sparsity | T | method | right after pruning | epochs | top-1 | difference, 95 % interval | "
-            "same answer | zeros | bundle unlike torch |"
+            "same answer | zeros | bundle unlike torch, all ties |"
         )
         parts.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         chosen.sort(
@@ -289,7 +320,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         for row in chosen:
             how = row["method"] + (", re-choosing" if row["rechoose"] else "") if row["sparsity"] else "dense"
-            unlike = "" if row["different"] is None else f"{row['different']} of {row['images']:,}"
+            unlike = "" if row["ties"] is None else f"{row['ties']} of {row['images']:,}"
             parts.append(
                 f"| {100 * row['sparsity']:g} % | {row['tile'] if row['sparsity'] else ''} | {how} | "
                 f"{100 * row['pruned']:.2f} | {row['epochs']} | {100 * row['top1']:.2f} | "
@@ -309,8 +340,10 @@ def main() -> int:
         print(f"error: {options.data}: expected the folder with loaders/ and cifar10/; give it with --data")
         return 2
     torch.set_num_threads(options.threads)
-    same = ("network", "test", "tile", "dense_epochs", "epochs", "lr", "teacher_share", "rechoose", "precision", "seed")
-    common = {name: getattr(options, name) for name in same}
+    common = {
+        name: getattr(options, name)
+        for name in ("network", "test", "tile", "dense_epochs", "dense_lr", "seed", *RECIPE)
+    }
     wanted = [
         {**common, "sparsity": sparsity, "method": method}
         for sparsity in options.sparsity or [0.5, 0.75]

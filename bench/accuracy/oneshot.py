@@ -147,12 +147,15 @@ def elementwise_(model: nn.Module, sparsity: float, nm: bool) -> None:
 def reestimate_(model: nn.Module, inputs: Tensor) -> None:
     """BatchNorm's statistics anew, over all of these inputs."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    shares = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over batches
         norm.train()
     for part in inputs.split(64):
         model(part.contiguous(memory_format=torch.channels_last))
+    for norm, share in zip(norms, shares, strict=True):
+        norm.momentum = share  # training later must forget the statistics of its first steps
     model.eval()
 
 

@@ -67,6 +67,9 @@ def finetune(
         float,
         typer.Option(metavar="SHARE", min=0, max=1, help="Share of the loss that learns the dense model's answers."),
     ] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, help="Of the answers that --distill learns: more tells more of unlikely classes.")
+    ] = 2.0,
     distill_blocks: Annotated[
         float,
         typer.Option("--distill-blocks", metavar="WEIGHT", min=0, help="Learn the dense model's block outputs too."),
@@ -119,7 +122,7 @@ def finetune(
     options: dict[str, Any] = {
         "epochs": epochs, "lr": lr, "optimizer": optimizer, "weight_decay": weight_decay, "warmup": warmup,
         "decay_epochs": decay_epochs, "clip_norm": clip_norm, "label_smoothing": label_smoothing,
-        "teacher_share": distill, "block_weight": distill_blocks, "ema": ema,
+        "teacher_share": distill, "temperature": temperature, "block_weight": distill_blocks, "ema": ema,
         "rechoose": Rechoose(ramp=ramp) if rechoose else None,
     }  # fmt: skip
     pruning: dict[str, Any] = {"score": score, "group_rows": group_rows, "exclude": exclude or ()}

@@ -34,8 +34,8 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "short": Preset({
-        "epochs": 5, "lr": 0.02, "optimizer": "sgd", "weight_decay": 1e-4, "warmup": 0.05, "teacher_share": 0.5,
-        "block_weight": 0.5, "ema": 0.99,
+        "epochs": 5, "lr": 0.05, "optimizer": "sgd", "weight_decay": 1e-4, "warmup": 0.05, "teacher_share": 0.9,
+        "temperature": 4.0, "block_weight": 0.5, "ema": 0.99,
     }),
     "long": Preset({
         "epochs": 100, "lr": 0.1, "optimizer": "sgd", "weight_decay": 1e-4, "warmup": 0.05, "label_smoothing": 0.1,
