@@ -512,7 +512,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build-out/host"), help="folder of host.json and host.md")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds a tuning may take")
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--stage", choices=("prepare", "measure", "scaling", "all"), default="all", help="do only a part of it")
+    stages = ("prepare", "measure", "scaling", "all")
+    parser.add_argument("--stage", choices=stages, default="all", help="do only a part of it")
     parser.add_argument("--core", type=int, default=0, help="that everything on one thread runs on")
     parser.add_argument("--quick", action="store_true", help="rehearse: few sparsities, one short block, rough tuning")
     options = parser.parse_args()
@@ -529,9 +530,8 @@ def main() -> None:
         before = {}
     bundles = options.cache / ("bundles-quick" if options.quick else "bundles")
     bundles.mkdir(parents=True, exist_ok=True)
-    builder = Builder(
-        networks, bundles, 15.0 if options.quick else options.budget, options.stage in ("measure", "scaling"), options.core
-    )
+    ready, budget_s = options.stage in ("measure", "scaling"), 15.0 if options.quick else options.budget
+    builder = Builder(networks, bundles, budget_s, ready, options.core)
     found |= {
         "machine": {k: getattr(builder.machine, k) for k in ("cpu", "arch", "kernel", "cores")},
         "isa": builder.isa.name, "compiler": builder.toolchain.version, "networks": before.get("networks", {}),
