@@ -154,6 +154,8 @@ class Builder:
         """Tune what the records lack, and build."""
         folder = self.work / f"{network}-{setting.sparsity:g}-b{setting.batch}-t{setting.threads}"
         if self.ready:
+            if not folder.is_dir():
+                raise SystemExit(f"error: {folder}: no such bundle; make it by --stage prepare")
             return Bundle.load(folder)
         self.settle(setting.threads)
         database = self.networks.folder / "tuning.db"
@@ -543,9 +545,7 @@ def main() -> None:
         result = scaling(builder, SCALED, base, builder.bundle(SCALED, base), blocks, block_s)
         (options.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         for name, row in result["contenders"].items():
-            ms, of = row["ms"], row["blocks"] + row["thrown_away"]
-            clean = "no clean block" if row["disturbed"] else f"{row['blocks']} of {of} blocks"
-            say(f"{name}: {ms['median']:.2f} ms ({ms['q1']:.2f}-{ms['q3']:.2f}), {clean}")
+            say(f"{name}: {ms(row)} ms, {row['blocks']} of {row['blocks'] + row['thrown_away']} blocks")
         say(", ".join(f"{name} {result[name]:.3f}" for name in ("batch8", "threads2") if name in result))
         return
     for model in models:

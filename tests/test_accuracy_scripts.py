@@ -159,3 +159,13 @@ def test_the_recipe_reaches_training_and_the_name_of_what_is_kept(
     key = {name: getattr(options, name) for name in script.RECIPE} | {"sparsity": 0.0, "method": "obs"}
     script.trained_on(setting.task.dense, setting.task.dense, key, setting, options)
     assert seen[-1]["ema"] is None and "teacher" not in seen[-1]
+
+
+@pytest.mark.parametrize("name", ["oneshot", "cifar_finetune"])
+def test_a_wrong_folder_of_data_is_one_line(
+    script: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--data", str(tmp_path / "none")])
+    assert importlib.import_module(name).main() == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'none'}: expected")

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from oneshot import METHODS as ONESHOT
-from oneshot import MOST, NETWORKS, Records, Task, compiled, judged, judged_once, pruned, ties
+from oneshot import MOST, NETWORKS, Records, Task, compiled, judged, judged_once, pruned, ties, wrong_data
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -336,8 +336,7 @@ def main() -> int:
     if options.table:
         print(table(records.rows))
         return 0
-    if not (options.data / "loaders").is_dir():
-        print(f"error: {options.data}: expected the folder with loaders/ and cifar10/; give it with --data")
+    if wrong_data(options.data):
         return 2
     torch.set_num_threads(options.threads)
     common = {

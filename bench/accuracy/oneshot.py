@@ -276,6 +276,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(parts).replace("+-", "-")
 
 
+def wrong_data(folder: Path) -> bool:
+    """Is it not the folder of weights and images? Then one line says so."""
+    wrong = not (folder / "loaders").is_dir()
+    if wrong:
+        print(f"error: {folder}: expected the folder with loaders/ and the images; give it with --data")
+    return wrong
+
+
 def _equal(row: dict[str, Any]) -> str:
     """What the compiled network's answers are beside torch's."""
     if not row["bundle"]:
@@ -310,6 +318,8 @@ def main() -> int:
     wanted = [row for row in wanted if not records.has(key(*row))]
     if not wanted:
         return 0
+    if wrong_data(options.data):
+        return 2
     task = load(options)
     base = dense_answers(task, options)
     print(f"{options.network} dense: {base}", flush=True)
