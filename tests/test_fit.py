@@ -17,6 +17,7 @@ from colonnade.cli import run_verb
 from colonnade.cli_fit import NOT_MET, parse_latency
 from colonnade.demo.network import SmallResNet, digits
 from colonnade.errors import UserError
+from colonnade.fitting.clock import Clock
 from colonnade.fitting.goal import Goal, Point, next_budget
 from colonnade.fitting.plans import Settings
 from colonnade.fitting.road import split
@@ -169,6 +170,35 @@ def test_from_a_file_to_bundles_and_on(
     # Another method is another fit.
     assert fit(trained, out, "--method", "magnitude") == 2
     assert "--force" in capsys.readouterr().err
+
+
+class Paced:
+    """A network of so many ns an inference, on a machine that is slowed down for its first `busy` blocks of all."""
+
+    blocks = 0
+
+    def __init__(self, ns: int, busy: int) -> None:
+        self.ns, self.busy = ns, busy
+
+    def block(self, warmup: int, repeat: int) -> list[int]:
+        del warmup
+        Paced.blocks += 1
+        return [self.ns * (2 if Paced.blocks <= self.busy else 1)] * repeat
+
+
+@pytest.mark.parametrize("busy", [0, 2, 5, 6, 10, 1000])
+def test_a_pruned_network_is_timed_beside_the_dense_one(busy: int) -> None:
+    Paced.blocks = 0
+    clock = Clock(Paced(20_000_000, busy))
+    clock.look("pruned", Paced(12_000_000, busy))
+    clock.look("more", Paced(8_000_000, busy))
+    dense = clock.seconds("dense")
+    assert dense == (0.04 if busy == 1000 else 0.02)
+    assert clock.seconds("pruned") == pytest.approx(0.6 * dense) and clock.seconds("more") == pytest.approx(0.4 * dense)
+    points = [Point(name, 1.0, clock.seconds(name), 0.0, {}) for name in ("dense", "pruned", "more")]
+    goal = Goal().beside(points[0], 2.0)
+    assert [goal.met(point) for point in points] == [False, False, True]
+    assert Goal(latency=0.5).beside(points[0], None) == Goal(latency=0.5)
 
 
 @pytest.mark.slow

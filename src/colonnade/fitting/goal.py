@@ -37,6 +37,10 @@ class Goal:
             return f"at most {1e3 * self.latency:.3g} ms"
         return f"at most {100 * self.max_drop:g} points lost" if self.max_drop is not None else "the frontier"
 
+    def beside(self, dense: Point, speedup: float | None) -> Goal:
+        """The same goal, or the latency of so many times the dense network's speed."""
+        return self if speedup is None else Goal(latency=dense.latency / speedup)
+
     def met(self, point: Point) -> bool:
         """Whether a point is good enough, by its measured latency or its loss on the images."""
         if self.latency is not None:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from colonnade import accuracy
+from colonnade.fitting.clock import Clock
 from colonnade.fitting.goal import Point
 from colonnade.fitting.kept import digest, read_json, write_json
 from colonnade.fitting.plans import Progress, Settings, plan_head
@@ -56,6 +56,7 @@ class Maker:
         self.notes: list[str] = []
         self.reference: accuracy.Accuracy | None = None
         self.bundles: dict[str, Bundle] = {}
+        self.clock: Clock | None = None  # begins with the dense network; none where times are modelled
 
     def dense(self, budget: float) -> Point:
         """The network as it is."""
@@ -228,15 +229,24 @@ class Maker:
         return random_inputs(dict(self.bundles["dense"].manifest))
 
     def _latency(self, stage: str, bundle: Bundle) -> float:
-        """Seconds of an inference by a short look; of a modelled target, its own."""
+        """Seconds of an inference by a short look (see Clock); of a modelled target, its own."""
         from colonnade.bench.ours import Ours
 
         self.tell(stage, 0.99, "timing")
         runner = Ours(bundle, self.where.target, self._feeds(), self.where.threads)
         if getattr(self.where.target, "modelled", ""):
             return runner.block(0, 1)[0] / 1e9
-        one = median(runner.block(1, 3)) / 1e9
-        return median(runner.block(2, max(5, min(200, int(0.5 / max(one, 1e-6)))))) / 1e9
+        if self.clock is None:
+            self.clock = Clock(runner)
+        else:
+            self.clock.look(str(bundle.path), runner)
+        return self.clock.seconds(str(bundle.path))
+
+    def level(self, points: Sequence[Point]) -> list[Point]:
+        """The points with latencies of one pace, the quietest that the machine had while any of them was looked at."""
+        if self.clock is None:
+            return list(points)
+        return [replace(point, latency=self.clock.seconds(point.record["bundle"])) for point in points]
 
 
 def _cpus(target: Target) -> str | None:

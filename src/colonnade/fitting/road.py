@@ -130,13 +130,14 @@ def fit(
     dense = maker.dense(rest + sum(row[0].seconds for row in choices.values()))
     made.labelled = maker.labelled
     made.notes += maker.notes
-    if speedup is not None:
-        goal = made.goal = Goal(dense.latency / speedup)
     quickest = rest + allocate.seconds(allocate.fastest(choices))
     made.points += [dense, *maker.existing()]
-    search, plans = goal, {point.record["plan"] for point in made.points}
+    plans = {point.record["plan"] for point in made.points}
+    gaps = False  # whether only the frontier's gaps are left to fill
     for number in range(1, points + 1):
+        made.points = maker.level(made.points)
         while True:
+            search = Goal() if gaps else goal.beside(made.points[0], speedup)
             wanted = next_budget(search, made.points, quickest)
             if wanted is None:
                 break
@@ -147,12 +148,13 @@ def fit(
             wanted = None
             if search == Goal():
                 break
-            search = Goal()
+            gaps = True
         if wanted is None:
             break
         plans.add(plan.digest)
         made.points.append(maker.point(f"point {number}", plan))
     made.points = maker.timed_together(made.points)
+    made.goal = goal.beside(made.points[0], speedup)
     made.points.sort(key=lambda p: -p.budget)
     write_json(folder / RECORD, record(made))
     return made
