@@ -21,7 +21,7 @@ from colonnade.pattern import ColumnPattern, consecutive_rows, discover
 from colonnade.sparsify.arrays import HostArrays, NotPositive, NumpyArrays, TorchArrays
 from colonnade.sparsify.calibrate_onnx import OnnxChain
 from colonnade.sparsify.held import Store
-from colonnade.sparsify.joint import view
+from colonnade.sparsify.joint import distance, held_out, view
 from colonnade.sparsify.masks import masks, remove_masks, sparsify_
 from colonnade.sparsify.moments import Damping, Moments
 from colonnade.sparsify.onnx_file import prune_file, read_targets
@@ -585,6 +585,34 @@ def test_reconstruction_brings_blocks_nearer_and_keeps_zeros(digits):
         assert torch.equal(mask.mask, zeros[name]) and (weight[~mask.mask] == 0).all()
     assert right(model, x, y) > max(start, right(dense, x, y) - 0.08)
     assert not model.training
+
+
+def test_blocks_that_answer_worse_stay_as_they_were(digits):
+    """Thirty inputs, and rates that learn them by heart: blocks come nearer on them, answers do not on others."""
+    dense, _, x, _ = digits
+    model = copy.deepcopy(dense)
+    few = x[:34]
+    sparsify_(model, ColumnPattern(0.5, 8), few[:1], method="obs", calibration=x[64:256])
+    unseen, seen = held_out(few, torch.Generator().manual_seed(0))
+    assert len(unseen) == 4 and len(seen) == 30
+
+    def error(judged):
+        with torch.no_grad():
+            return distance([judged.eval()(unseen)], [dense(unseen)])
+
+    def reconstructed(keep):
+        tried = copy.deepcopy(model)
+        schedule = Schedule(epochs=8, lr=0.3, batch=10, joint_epochs=0, mirror=False)
+        with pytest.MonkeyPatch.context() as patch:
+            if not keep:
+                patch.setattr("colonnade.sparsify.reconstruct.train_judged", lambda groups, steps, epochs, *_: [
+                    list(epoch) for epoch in steps(groups)])  # fmt: skip
+            reconstruct_(tried, dense, few, schedule)
+        return error(tried)
+
+    start = error(model)
+    assert reconstructed(keep=False) > 1.2 * start  # without a judge they are worse
+    assert reconstructed(keep=True) <= start * (1 + 1e-3)
 
 
 def test_all_blocks_at_once_bring_answers_nearer(digits):

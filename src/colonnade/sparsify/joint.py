@@ -113,24 +113,49 @@ def train_jointly(
     its error (the answers' divergence; the relative squared error of outputs that are no vector of classes) at the
     start and of what stays.
     """
-    mixed = inputs[torch.randperm(len(inputs), generator=generator)]
-    cut = len(inputs) // HELD_OUT if len(inputs) >= 2 * HELD_OUT else 0
-    unseen, seen = mixed[:cut] if cut else mixed, mixed[cut:]
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    unseen, seen = held_out(inputs, generator)
 
     def error() -> float:
         with torch.no_grad():
             pairs = [_both(pruned, dense, part.to(device)) for part in torch.split(unseen, batch)]
-        return _distance([given[-1] for given, _ in pairs], [wanted[-1] for _, wanted in pairs])
+        return distance([given[-1] for given, _ in pairs], [wanted[-1] for _, wanted in pairs])
 
+    def steps(slower: list[dict[str, Any]]) -> Iterator[Iterator[float]]:
+        return _steps(pruned, dense, seen, slower, epochs, batch, views, answers, generator, device)
+
+    return train_judged(groups, steps, epochs, error, progress)
+
+
+def held_out(inputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs that judge, one of HELD_OUT, and those that are trained on, in random order; all for both where there are
+    too few."""
+    mixed = inputs[torch.randperm(len(inputs), generator=generator)]
+    cut = len(inputs) // HELD_OUT if len(inputs) >= 2 * HELD_OUT else 0
+    return (mixed[:cut], mixed[cut:]) if cut else (mixed, mixed)
+
+
+def train_judged(
+    groups: list[dict[str, Any]],
+    steps: Callable[[list[dict[str, Any]]], Iterator[Iterator[float]]],
+    epochs: int,
+    error: Callable[[], float],
+    progress: Callable[[float], None] | None = None,
+) -> tuple[float, float]:
+    """Train the parameters in `groups` (Adam's, with a rate each) and keep those of the start or of an epoch's end,
+    whichever has the least error; a start that is left far behind begins anew at a quarter of the rates.
+
+    steps: makes the epochs at the given rates, each of which yields the share of it that is done, a step at a time.
+    Returns the error at the start and of what stays.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
     start = best = error()
     kept = first = [parameter.detach().clone() for parameter in parameters]
     for attempt in range(ATTEMPTS):
         slower = [{**group, "lr": group["lr"] / SLOWER**attempt} for group in groups]
-        steps = _steps(pruned, dense, seen, slower, epochs, batch, views, answers, generator, device)
+        running = steps(slower)
         astray = False
         for done in range(epochs):
-            for share in next(steps):
+            for share in next(running):
                 if progress:
                     progress((done + share) / epochs)
             found = error()
@@ -207,7 +232,9 @@ def _both(
         return _outputs(*pruned, x), wanted
 
 
-def _distance(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def distance(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """How far the pruned model's outputs are from the dense one's, batch by batch: the divergence of the answers; the
+    squared error relative to the variance where there is no vector of classes."""
     ours, theirs = torch.cat(list(given)).float(), torch.cat(list(wanted)).float()
     if theirs.ndim == 2 and theirs.shape[1] > 1:
         return float(divergence(ours, theirs))

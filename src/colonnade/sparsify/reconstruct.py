@@ -4,13 +4,17 @@ stay as they are.
 A block lies between two places where a single value carries everything (after every residual block, say). First each
 one is trained by itself, on the inputs it gets from the blocks already reconstructed, towards what the dense model has
 there; then all of them at once, which also mends what errors of several blocks make together (joint.py).
+
+Some inputs are not trained on but judge, by the model's answers: a block that comes nearer to the dense one's outputs
+may still be worse for what comes behind it (it gives less than it should where it is unsure, and of that the next ReLU
+passes less), and a fit to these few inputs may be none to others.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from colonnade.errors import UserError
-from colonnade.sparsify.joint import Span, Views, run_block, spans, train_jointly
+from colonnade.sparsify.joint import Span, Views, distance, held_out, run_block, spans, train_jointly, train_judged
 from colonnade.sparsify.torch_obs import Runner, Weighted, batches, trace
 
 # A block with this relative error lost nothing (half precision of what is held makes up to so much).
@@ -28,11 +32,12 @@ EXACT = 1e-5
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast; chosen on training images (docs/accuracy.md).
+    """How long and how fast; chosen on training images (docs/accuracy.md). An eighth of the inputs is left out of each
+    step and judges: what it likes best of the start and all epochs' ends stays (`joint.train_judged`).
 
     epochs, lr: over the calibration inputs for every block by itself; Adam's highest rate, relative to the root mean
                 square of each weight's layer.
-    joint_epochs, joint_lr: the same for all blocks at once; an eighth of the inputs is left out and judges (joint.py).
+    joint_epochs, joint_lr: the same for all blocks at once.
     answers:    weight of the answers' divergence in the joint step, beside the blocks' relative errors.
     zoom, mirror: in the joint step a photo loses up to this share of its area, and half of them are mirrored (inputs of
                 four axes; 0 and False for those that are not photos).
@@ -117,8 +122,12 @@ def _block_by_block(
     progress: Callable[[float, str], None] | None,
 ) -> list[BlockResult]:
     device = next(runner.model.parameters()).device
-    x = [part.to(device) for part in torch.split(inputs, schedule.batch)]
+    unseen, seen = held_out(inputs, generator)
+    x = [part.to(device) for part in torch.split(seen, schedule.batch)]
+    judges = [part.to(device) for part in torch.split(unseen, schedule.batch)]
     target, results = x, []
+    with torch.no_grad():
+        answers = [_through(reference, blocks, value) for value in judges]
     for number, block in enumerate(blocks):
         name = _title(runner, *block[0])
         if progress:
@@ -126,12 +135,22 @@ def _block_by_block(
         part = functools.partial(run_block, runner, block)
         with torch.no_grad():
             target = [_held(run_block(reference, block, value)) for value in target]
+
+        def judged(rest: Sequence[Span] = blocks[number:], values: Sequence[Tensor] = tuple(judges)) -> float:
+            with torch.no_grad():
+                return distance([_through(runner, rest, value) for value in values], answers)
+
         if learned := _parameters(runner, *block[0]):
-            before, after = _train(part, learned, x, target, schedule, generator)
+            before, after = _train(part, learned, x, target, judged, schedule, generator)
             results.append(BlockResult(name, before, after))
         with torch.no_grad():
-            x = [_held(part(value)) for value in x]
+            x, judges = [_held(part(value)) for value in x], [_held(part(value)) for value in judges]
     return results
+
+
+def _through(runner: Runner, blocks: Sequence[Span], value: Tensor) -> Tensor:
+    """What these blocks make of a value, one after the other."""
+    return functools.reduce(lambda held, block: run_block(runner, block, held), blocks, value)
 
 
 def _cuts(runner: Runner) -> list[int]:
@@ -204,10 +223,11 @@ def _train(
     parameters: Sequence[nn.Parameter],
     x: Sequence[Tensor],
     target: Sequence[Tensor],
+    judged: Callable[[], float],
     schedule: Schedule,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """Fit run(x) to target; the best weights seen at an epoch's end stay. Relative errors before and after."""
+    """Fit run(x) to target as far as the judge likes it. Relative errors before and after."""
     mean = torch.stack([t.float().mean((0, *range(2, t.ndim))) for t in target]).mean(0)
     shape = (1, -1, *([1] * (target[0].ndim - 2)))
     variance = float(torch.stack([(t.float() - mean.view(shape)).square().mean() for t in target]).mean()) or 1.0
@@ -217,30 +237,39 @@ def _train(
             total = sum(float(functional.mse_loss(run(a), b.float())) for a, b in zip(x, target, strict=True))
         return total / len(x) / variance
 
+    def steps(groups: list[dict[str, Any]]) -> Iterator[Iterator[float]]:
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        rates = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=schedule.epochs * len(x) + 1,
+            pct_start=0.1, cycle_momentum=False, div_factor=10, final_div_factor=100,
+        )  # fmt: skip
+        for _ in range(schedule.epochs):
+            yield _epoch(run, x, target, variance, optimizer, rates, generator)
+
     before = error()
     if before < EXACT:
         return before, before
-    saved = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.Adam(_groups(parameters, schedule.lr), betas=(0.9, 0.99))
-    steps = schedule.epochs * len(x)
-    rates = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, pct_start=0.1,
-        cycle_momentum=False, div_factor=10, final_div_factor=100,
-    )  # fmt: skip
-    for _ in range(schedule.epochs):
-        for at in torch.randperm(len(x), generator=generator).tolist():
-            optimizer.zero_grad(set_to_none=True)
-            loss = functional.mse_loss(run(x[at]), target[at].float()) / variance
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            rates.step()
-    after = error()
-    if not after < before:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, saved, strict=True):
-                parameter.copy_(value)
-        after = before
-    return before, after
+    train_judged(_groups(parameters, schedule.lr), steps, schedule.epochs, judged)
+    return before, error()
+
+
+def _epoch(
+    run: Callable[[Tensor], Tensor],
+    x: Sequence[Tensor],
+    target: Sequence[Tensor],
+    variance: float,
+    optimizer: torch.optim.Optimizer,
+    rates: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+) -> Iterator[float]:
+    """All batches once; yields the share that is done."""
+    for done, at in enumerate(torch.randperm(len(x), generator=generator).tolist(), 1):
+        optimizer.zero_grad(set_to_none=True)
+        loss = functional.mse_loss(run(x[at]), target[at].float()) / variance
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        rates.step()
+        yield done / len(x)
 
 
 def twin(model: nn.Module) -> nn.Module:
