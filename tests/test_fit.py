@@ -19,9 +19,10 @@ from colonnade.demo.network import SmallResNet, digits
 from colonnade.errors import UserError
 from colonnade.fitting.clock import Clock
 from colonnade.fitting.goal import Goal, Point, next_budget
-from colonnade.fitting.plans import Settings
+from colonnade.fitting.plans import Settings, falling
 from colonnade.fitting.road import split
-from colonnade.sparsify.allocate import PrunePlan
+from colonnade.pattern import ColumnPattern
+from colonnade.sparsify.allocate import Choice, PrunePlan
 
 QUICK = (
     "--budget",
@@ -170,6 +171,15 @@ def test_from_a_file_to_bundles_and_on(
     # Another method is another fit.
     assert fit(trained, out, "--method", "magnitude") == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_a_layer_that_keeps_less_is_not_slower() -> None:
+    rows = [(0.75, 0.3), (0.25, 1.2), (0.5, 0.6), (0.875, 0.4)]
+    row = [Choice(None, 1.0, 0.0, "measured"), *(Choice(ColumnPattern(s, 8), t, s, "measured") for s, t in rows)]
+    found = falling(row)
+    assert [choice.pattern and choice.pattern.sparsity for choice in found] == [None, 0.25, 0.5, 0.75, 0.875]
+    assert [choice.seconds for choice in found] == [1.0, 1.0, 0.6, 0.3, 0.3]
+    assert [choice.loss for choice in found] == [0.0, 0.25, 0.5, 0.75, 0.875]
 
 
 class Paced:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +89,14 @@ def choices_of(
     ))  # fmt: skip
     tell("layer losses", 1.0, "")
     choices = {
-        name: [Choice(None, dense.seconds, 0.0, dense.source)]
-        + [
-            Choice(
-                pattern, times.pruned[name][pattern].seconds, losses[name][pattern], times.pruned[name][pattern].source
-            )
-            for pattern in wanted[name]
-        ]
+        name: falling([
+            Choice(None, dense.seconds, 0.0, dense.source),
+            *(Choice(p, times.pruned[name][p].seconds, losses[name][p], times.pruned[name][p].source)
+              for p in wanted[name]),
+        ])
         for name, dense in times.dense.items()
         if name in wanted
-    }
+    }  # fmt: skip
     notes = []
     guessed = sum(choice.source == "estimated" for row in choices.values() for choice in row)
     if guessed:
@@ -107,6 +105,16 @@ def choices_of(
     if times.untimed:
         notes.append(f"stay dense, as no step of the program is known to compute them: {', '.join(times.untimed)}")
     return choices, times.rest, notes
+
+
+def falling(row: Sequence[Choice]) -> list[Choice]:
+    """A layer's choices by sparsity, dense first, none slower than one that keeps more: it can always be computed as
+    that one, with zeros. What was measured to take longer was disturbed."""
+    found: list[Choice] = []
+    for choice in sorted(row, key=lambda c: c.pattern.sparsity if c.pattern else 0.0):
+        least = min(choice.seconds, found[-1].seconds) if found else choice.seconds
+        found.append(replace(choice, seconds=least))
+    return found
 
 
 def _losses(
