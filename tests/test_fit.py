@@ -180,6 +180,16 @@ def test_a_layer_that_keeps_less_is_not_slower() -> None:
     assert [choice.pattern and choice.pattern.sparsity for choice in found] == [None, 0.25, 0.5, 0.75, 0.875]
     assert [choice.seconds for choice in found] == [1.0, 1.0, 0.6, 0.3, 0.3]
     assert [choice.loss for choice in found] == [0.0, 0.25, 0.5, 0.75, 0.875]
+    # An estimate gives way to what was measured, and not the other way round.
+    row = [
+        Choice(None, 1.0, 0.0, "measured"),
+        Choice(ColumnPattern(0.25, 8), 1.2, 0.1, "estimated"),
+        Choice(ColumnPattern(0.5, 8), 0.2, 0.2, "estimated"),
+        Choice(ColumnPattern(0.75, 8), 0.4, 0.3, "measured"),
+    ]
+    assert [(c.seconds, c.source) for c in falling(row)] == [
+        (1.0, "measured"), (1.0, "measured"), (0.2, "estimated"), (0.4, "measured")
+    ]  # fmt: skip
 
 
 class Paced:

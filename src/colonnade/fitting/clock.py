@@ -10,9 +10,9 @@ from statistics import median
 
 from colonnade.bench.protocol import Runner
 
-LOOK_S = 0.5  # of one network, in each of its turns
-MOST = 200  # inferences of a turn
 TURNS = 3
+TURN_S = 0.17  # of one network
+LEAST, MOST = 3, 200  # inferences of a turn
 
 
 class Clock:
@@ -20,16 +20,17 @@ class Clock:
 
     def __init__(self, dense: Runner) -> None:
         self.dense = dense
+        self.repeats = _repeats(dense)
         self.shares: dict[str, float] = {}
-        self.quietest = self._turn(dense)
+        self.quietest = _turn(dense, self.repeats)
 
     def look(self, name: str, runner: Runner) -> None:
         """Measure a network."""
-        found = []
+        found, repeats = [], _repeats(runner)
         for _ in range(TURNS):
-            base = self._turn(self.dense)
+            base = _turn(self.dense, self.repeats)
             self.quietest = min(self.quietest, base)
-            found.append(self._turn(runner) / base)
+            found.append(_turn(runner, repeats) / base)
         self.shares[name] = median(found)
 
     def seconds(self, name: str) -> float:
@@ -37,6 +38,13 @@ class Clock:
         any other name."""
         return self.shares.get(name, 1.0) * self.quietest
 
-    def _turn(self, runner: Runner) -> float:
-        one = median(runner.block(1, 3)) / 1e9
-        return median(runner.block(1, max(5, min(MOST, int(LOOK_S / TURNS / max(one, 1e-6)))))) / 1e9
+
+def _repeats(runner: Runner) -> int:
+    """Inferences of each turn, by a first look."""
+    one = median(runner.block(1, 3)) / 1e9
+    return max(LEAST, min(MOST, int(TURN_S / max(one, 1e-6))))
+
+
+def _turn(runner: Runner, repeats: int) -> float:
+    """Seconds of an inference."""
+    return median(runner.block(1, repeats)) / 1e9

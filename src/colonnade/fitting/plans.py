@@ -12,7 +12,7 @@ import numpy.typing as npt
 from colonnade import accuracy
 from colonnade.errors import UserError
 from colonnade.fitting.kept import digest, read_json, write_json
-from colonnade.fitting.times import Place, best_tiles, layer_times
+from colonnade.fitting.times import ESTIMATED, Place, best_tiles, layer_times
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify import allocate
 from colonnade.sparsify.allocate import Choice, PrunePlan
@@ -98,7 +98,7 @@ def choices_of(
         if name in wanted
     }  # fmt: skip
     notes = []
-    guessed = sum(choice.source == "estimated" for row in choices.values() for choice in row)
+    guessed = sum(choice.source == ESTIMATED for row in choices.values() for choice in row)
     if guessed:
         count = sum(map(len, choices.values()))
         notes.append(f"{guessed} of {count} layer times are estimated, not measured: a larger --budget measures them")
@@ -108,12 +108,13 @@ def choices_of(
 
 
 def falling(row: Sequence[Choice]) -> list[Choice]:
-    """A layer's choices by sparsity, dense first, none slower than one that keeps more: it can always be computed as
-    that one, with zeros. What was measured to take longer was disturbed."""
+    """A layer's choices by sparsity, dense first, none slower than one that keeps more: that is more of the same work,
+    and what was measured otherwise was disturbed. An estimate says nothing against what was measured."""
     found: list[Choice] = []
     for choice in sorted(row, key=lambda c: c.pattern.sparsity if c.pattern else 0.0):
-        least = min(choice.seconds, found[-1].seconds) if found else choice.seconds
-        found.append(replace(choice, seconds=least))
+        rivals = [c for c in found if c.source != ESTIMATED or choice.source == ESTIMATED]
+        quickest = min([choice, *rivals], key=lambda c: c.seconds)
+        found.append(replace(choice, seconds=quickest.seconds, source=quickest.source))
     return found
 
 

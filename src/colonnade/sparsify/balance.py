@@ -16,12 +16,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.allocate import Choice, allocate
-from colonnade.sparsify.joint import divergence, half_precision
+from colonnade.sparsify.joint import distance, half_precision
 from colonnade.sparsify.masks import prunable, remove_masks
 from colonnade.sparsify.samples import Layer
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
@@ -120,7 +119,7 @@ def sensitivities(
             given = held[layer.input].float()
             work[layer.name] = float(module(given[:1]).numel() * layer.columns)
             losses[layer.name] = {
-                s: _distance(dense, _pruned(chain, at, held, given, ColumnPattern(s, pattern.tile, pattern.group)))
+                s: distance([_pruned(chain, at, held, given, ColumnPattern(s, pattern.tile, pattern.group))], [dense])
                 for s in MEASURED
             }
             held = runner.run(bounds[at + 1], bounds[at + 2], held)
@@ -172,9 +171,3 @@ def _answers(runner: Runner, first: int, held: Mapping[str, Any]) -> Tensor:
         raise UserError(f"{type(runner.model).__name__} returns more than one value: expected one tensor")
     runner.last_use[last] = len(runner.nodes)
     return cast(Tensor, runner.run(first, len(runner.nodes), held)[last.name]).float()
-
-
-def _distance(dense: Tensor, given: Tensor) -> float:
-    if dense.ndim == 2 and dense.shape[1] > 1:
-        return float(divergence(given, dense))
-    return float(functional.mse_loss(given, dense)) / max(float(dense.var(correction=0)), 1e-12)

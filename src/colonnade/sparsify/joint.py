@@ -93,7 +93,8 @@ class Views:
 def train_jointly(
     pruned: tuple[Runner, Sequence[Span]],
     dense: tuple[Runner, Sequence[Span]],
-    inputs: Tensor,
+    unseen: Tensor,
+    seen: Tensor,
     groups: list[dict[str, Any]],
     *,
     epochs: int,
@@ -108,12 +109,8 @@ def train_jointly(
 
     answers: weight of the answers' divergence, beside the mean of the blocks' relative squared errors.
 
-    One input of HELD_OUT is not trained on but judges: what it likes best of the start and the ends of all epochs
-    stays. If it likes an epoch's end much less than the start, training begins anew at a quarter of the rates. Returns
-    its error (the answers' divergence; the relative squared error of outputs that are no vector of classes) at the
-    start and of what stays.
+    unseen:  inputs that judge (see `train_judged`, which says what is returned) by `distance`.
     """
-    unseen, seen = held_out(inputs, generator)
 
     def error() -> float:
         with torch.no_grad():

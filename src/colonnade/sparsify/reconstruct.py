@@ -32,8 +32,8 @@ EXACT = 1e-5
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast; chosen on training images (docs/accuracy.md). An eighth of the inputs is left out of each
-    step and judges: what it likes best of the start and all epochs' ends stays (`joint.train_judged`).
+    """How long and how fast; chosen on training images (docs/accuracy.md). An eighth of the inputs is left out of both
+    steps and judges: what it likes best of the start and all epochs' ends stays (`joint.train_judged`).
 
     epochs, lr: over the calibration inputs for every block by itself; Adam's highest rate, relative to the root mean
                 square of each weight's layer.
@@ -95,14 +95,16 @@ def reconstruct_(
     generator = torch.Generator().manual_seed(schedule.seed)
     results: list[BlockResult] = []
     blocks = spans(runner, cuts)
+    unseen, seen = held_out(inputs, generator)
     try:
         if schedule.epochs:
-            results = _block_by_block(runner, reference, blocks, inputs, schedule, generator, progress)
+            results = _block_by_block(runner, reference, blocks, unseen, seen, schedule, generator, progress)
         if schedule.joint_epochs:
             learned = [p for part in blocks for p in _parameters(runner, *part[0])]
             train_jointly(
-                (runner, blocks), (reference, blocks), inputs, _groups(list(dict.fromkeys(learned)), schedule.joint_lr),
-                epochs=schedule.joint_epochs, batch=schedule.batch, answers=schedule.answers,
+                (runner, blocks), (reference, blocks), unseen, seen,
+                _groups(list(dict.fromkeys(learned)), schedule.joint_lr), epochs=schedule.joint_epochs,
+                batch=schedule.batch, answers=schedule.answers,
                 views=Views(schedule.zoom, schedule.mirror, schedule.side), generator=generator, device=device,
                 progress=(lambda done: progress(done, "all blocks")) if progress else None,
             )  # fmt: skip
@@ -116,13 +118,13 @@ def _block_by_block(
     runner: Runner,
     reference: Runner,
     blocks: Sequence[Span],
-    inputs: Tensor,
+    unseen: Tensor,
+    seen: Tensor,
     schedule: Schedule,
     generator: torch.Generator,
     progress: Callable[[float, str], None] | None,
 ) -> list[BlockResult]:
     device = next(runner.model.parameters()).device
-    unseen, seen = held_out(inputs, generator)
     x = [part.to(device) for part in torch.split(seen, schedule.batch)]
     judges = [part.to(device) for part in torch.split(unseen, schedule.batch)]
     target, results = x, []
@@ -135,17 +137,19 @@ def _block_by_block(
         part = functools.partial(run_block, runner, block)
         with torch.no_grad():
             target = [_held(run_block(reference, block, value)) for value in target]
-
-        def judged(rest: Sequence[Span] = blocks[number:], values: Sequence[Tensor] = tuple(judges)) -> float:
-            with torch.no_grad():
-                return distance([_through(runner, rest, value) for value in values], answers)
-
+        judged = functools.partial(_answer_error, runner, blocks[number:], judges, answers)
         if learned := _parameters(runner, *block[0]):
             before, after = _train(part, learned, x, target, judged, schedule, generator)
             results.append(BlockResult(name, before, after))
         with torch.no_grad():
             x, judges = [_held(part(value)) for value in x], [_held(part(value)) for value in judges]
     return results
+
+
+@torch.no_grad()
+def _answer_error(runner: Runner, rest: Sequence[Span], values: Sequence[Tensor], answers: Sequence[Tensor]) -> float:
+    """How far the answers that the rest of the blocks makes of these values are from the dense model's."""
+    return distance([_through(runner, rest, value) for value in values], answers)
 
 
 def _through(runner: Runner, blocks: Sequence[Span], value: Tensor) -> Tensor:
