@@ -12,6 +12,7 @@ from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.balance import MEASURED, balance, loss_between, sensitivities, spread
 from colonnade.sparsify.joint import divergence
+from colonnade.sparsify.layer_losses import FITTED, layer_losses
 from colonnade.sparsify.masks import sparsify_
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
 
@@ -55,6 +56,7 @@ def test_losses_between_measured_ones():
     assert loss_between(known, 0.5) == pytest.approx(0.01) and loss_between(known, 0.75) == pytest.approx(0.16)
     assert loss_between(known, 0.625) == pytest.approx(0.04)
     assert loss_between(known, 0.25) == pytest.approx(0.01 / 8)
+    assert loss_between({0.25: 0.01, 0.5: 0.04}, 0.125) == pytest.approx(0.01 / 4)
 
 
 @pytest.mark.parametrize("group", [None, 4])
@@ -104,3 +106,34 @@ def test_what_hardly_counts_gives_more_and_the_work_is_the_same(net):
     assert balance(dense, ColumnPattern(0.5, 8), x, exclude=["busy"])["busy"] is None
     with pytest.raises(UserError, match="no input"):
         balance(dense, ColumnPattern(0.5, 8), x[:0])
+
+
+def test_losses_by_obs_are_those_of_inputs_it_was_not_fitted_to(net):
+    """By hand: one 1x1 layer, least squares on the kept columns that `sparsify_` finds from the same inputs."""
+    dense, x = net
+    work = copy.deepcopy(dense)
+    found, macs = layer_losses(work, ["idle", "busy"], x, ColumnPattern(0.5, 8), 16)
+    assert all(torch.equal(a, b) for a, b in zip(work.state_dict().values(), dense.state_dict().values(), strict=True))
+    assert macs == {"idle": 64.0 * 32 * 288, "busy": 64.0 * 32 * 32}
+    for losses in found.values():
+        assert list(losses) == list(FITTED)
+        assert all(0 < less < more for less, more in zip(losses.values(), [*losses.values()][1:], strict=False))
+    by_magnitude, _ = sensitivities(work, ["idle", "busy"], x[48:], ColumnPattern(0.5, 8))
+    for sparsity in (0.5, 0.75):
+        pruned = copy.deepcopy(dense)
+        only = {"busy": ColumnPattern(sparsity, 8)}
+        sparsify_(pruned, only, x[:1], method="obs", calibration=[x[:24], x[24:48]], exclude=["stem", "idle", "head"])
+        with torch.no_grad():
+            direct = float(divergence(pruned(x[48:]), dense(x[48:])))
+        assert found["busy"][sparsity] == pytest.approx(direct, rel=0.6)
+        assert found["busy"][sparsity] < 0.7 * by_magnitude["busy"][sparsity]
+
+
+def test_balance_by_obs(net):
+    dense, x = net
+    patterns = balance(dense, ColumnPattern(0.5, 8), x, method="obs")
+    assert patterns["idle"].sparsity > 0.5 > (patterns["busy"].sparsity if patterns["busy"] else 0)
+    with pytest.raises(UserError, match="holds one input"):
+        balance(dense, ColumnPattern(0.5, 8), x[:1], method="obs")
+    with pytest.raises(UserError, match="'best': expected 'magnitude' or 'obs'"):
+        balance(dense, ColumnPattern(0.5, 8), x, method="best")

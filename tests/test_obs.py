@@ -27,7 +27,7 @@ from colonnade.sparsify.moments import Damping, Moments
 from colonnade.sparsify.onnx_file import prune_file, read_targets
 from colonnade.sparsify.reconstruct import Schedule, reconstruct_
 from colonnade.sparsify.samples import Layer, Rectifier, Samples, gather
-from colonnade.sparsify.second_order import DAMPINGS, MOST_GAIN, choose_damping, solve, unexplained
+from colonnade.sparsify.second_order import DAMPINGS, MOST_GAIN, choose_damping, solve, solve_each, unexplained
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
 from colonnade.sparsify.sequential import Options, prune_layer
 from colonnade.sparsify.torch_model import export
@@ -79,6 +79,31 @@ def test_pattern_holds_and_what_is_kept_is_the_least_squares_fit(rows, columns, 
         error = residual(x, y[:, members], found.weights[members], found.bias[members])
         assert error < 1.001 * least + 1e-4 * len(x)
     assert (found.weights[~found.mask] == 0).all()
+
+
+@given(
+    rows=st.integers(1, 19), columns=st.integers(4, 40), group=st.sampled_from([None, 4, 7]), rounds=st.integers(1, 5)
+)
+@settings(max_examples=30, deadline=None)
+def test_several_patterns_at_once_are_nested_and_each_is_the_least_squares_fit(rows, columns, group, rounds):
+    x, w = regression(rows, columns)
+    y = x @ w.T
+    sums = moments(x, y)
+    patterns = [ColumnPattern(sparsity, 8, group) for sparsity in (0.25, 0.5, 0.8)]
+    found = solve_each(w, sums, patterns, NUMPY, grouped_for=patterns[1], damping=1e-6, rounds=rounds)
+    for pattern, solution, next_ in zip(patterns, found, [*found[1:], found[-1]], strict=True):
+        assert not (next_.mask & ~solution.mask).any()
+        assert (solution.mask.sum(1) == pattern.kept(columns)).all()
+        assert [members.tolist() for members in solution.rows] == [members.tolist() for members in next_.rows]
+        for members in solution.rows:
+            kept = solution.mask[members[0]]
+            design = np.column_stack([x[:, kept], np.ones(len(x))]).astype(np.float64)
+            best = np.linalg.lstsq(design, y[:, members].astype(np.float64), rcond=None)[0]
+            least = ((y[:, members] - design @ best) ** 2).sum()
+            error = residual(x, y[:, members], solution.weights[members], solution.bias[members])
+            assert error < 1.001 * least + 1e-4 * len(x)
+    alone = solve(w, sums, patterns[0], NUMPY, tiles=found[0].rows, damping=1e-6, rounds=rounds)
+    assert (alone.mask == found[0].mask).all() and np.array_equal(alone.weights, found[0].weights)
 
 
 def test_selection_by_single_rounds_is_the_surgeon_s_greedy_one():

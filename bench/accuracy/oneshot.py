@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import colonnade as cn
 from colonnade.accuracy import Accuracy
+from colonnade.sparsify.balance import measured, spread
 from colonnade.sparsify.masks import mask_zeros_
 from colonnade.sparsify.reconstruct import Schedule, twin
 
@@ -49,7 +49,6 @@ NETWORKS = {
 TESTS = ("nips2017_dev_a500", "ilsvrc_val_10cls_500")
 MOST = 512  # calibration images; those after them are for choosing settings
 REESTIMATE = 256  # images that BatchNorm's statistics are taken from
-BALANCE = 20, 160  # photos that the layers' sensitivity is measured on, and their side; CIFAR: the images as they are
 BATCH = 50  # of the compiled network; divides the number of test images
 # Two logits are a tie up to this many times the error of single precision: each has its own, in torch and compiled.
 ROUNDINGS = 4
@@ -159,7 +158,8 @@ def reestimate_(model: nn.Module, inputs: Tensor) -> None:
     model.eval()
 
 
-def pruned(task: Task, method: str, sparsity: float, tile: int) -> nn.Module:
+def pruned(task: Task, method: str, sparsity: float, tile: int, losses: Path | None = None) -> nn.Module:
+    """losses: where those of single layers are kept, for balance."""
     model = copy.deepcopy(task.dense)
     if method in ("unstructured", "2:4"):
         elementwise_(model, sparsity, method == "2:4")
@@ -167,8 +167,8 @@ def pruned(task: Task, method: str, sparsity: float, tile: int) -> nn.Module:
         name, *parts = method.split("+")
         pattern = cn.ColumnPattern(sparsity, tile)
         cn.sparsify_(
-            model, balanced(task, pattern) if "balance" in parts else pattern, task.calibration[:1], method=name,
-            group_rows="grouping" in parts,
+            model, balanced(task, pattern, name, losses) if "balance" in parts else pattern, task.calibration[:1],
+            method=name, group_rows="grouping" in parts,
             calibration=task.calibration if name == "obs" else None,
         )  # fmt: skip
     if not method.startswith("obs"):
@@ -176,13 +176,18 @@ def pruned(task: Task, method: str, sparsity: float, tile: int) -> nn.Module:
     return model
 
 
-def balanced(task: Task, pattern: cn.ColumnPattern) -> dict[str, cn.ColumnPattern | None]:
-    """The pattern's work spread over the layers."""
-    count, side = BALANCE
-    seen = task.calibration[:count]
-    if seen.shape[-1] > side:
-        seen = functional.interpolate(seen, size=(side, side), mode="bilinear", antialias=True)
-    return cn.balance(task.dense, pattern, seen.contiguous(memory_format=torch.channels_last))
+def balanced(task: Task, pattern: cn.ColumnPattern, method: str, path: Path | None) -> dict[str, Any]:
+    """The pattern's work spread over the layers, by their losses from ``path`` where it is there."""
+    layers = {layer.name: layer.pattern for layer in cn.sparsify_(copy.deepcopy(task.dense), pattern)}
+    if path is not None and path.exists():
+        losses, work = torch.load(path)
+    else:
+        losses, work = measured(task.dense, pattern, task.calibration, method=method)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save((losses, work), path)
+    chosen = spread(losses, work, pattern)
+    return {name: chosen.get(name) for name in layers}
 
 
 def judged(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:
@@ -339,7 +344,8 @@ def main() -> int:
             cn.reconstruct_(model, twin(task.dense), task.calibration, scheduled(options.schedule))
         else:
             start = time.perf_counter()
-            model = pruned(task, method, sparsity, tile)
+            losses = f"{options.network}-losses-{tile}-{common['calibration']}-{options.seed}.pt"
+            model = pruned(task, method, sparsity, tile, options.keep / losses if options.keep else None)
         seconds = time.perf_counter() - start
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

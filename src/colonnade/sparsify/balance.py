@@ -2,9 +2,11 @@
 
 Every layer is pruned alone, at a few sparsities, and the rest of the network runs on: the loss is the divergence of the
 answers from the dense ones (the squared error relative to its variance where the output is no vector of classes).
-Between the measured sparsities the logarithm of the loss is taken as straight, below the first the loss as cubic. Then
-a knapsack picks one sparsity a layer: the smallest sum of losses among those that leave as many multiply-adds as the
-uniform sparsity would (allocate.py). Times, where they are known, belong to `colonnade fit`; this needs none.
+Layers are pruned by magnitude, which is quick, or by the second-order method (layer_losses.py), which tells what that
+one will lose. Between the measured sparsities the logarithm of the loss is taken as straight; below the first the loss
+is a power of the sparsity, as between the first two, the third at most. Then a knapsack picks one sparsity a layer: the
+smallest sum of losses among those that leave as many multiply-adds as the uniform sparsity would (allocate.py). Times,
+where they are known, belong to `colonnade fit`; this needs none.
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.allocate import Choice, allocate
 from colonnade.sparsify.joint import distance, half_precision
+from colonnade.sparsify.layer_losses import layer_losses
 from colonnade.sparsify.masks import prunable, remove_masks
 from colonnade.sparsify.samples import Layer
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
-from colonnade.sparsify.torch_obs import Norms, Runner, TorchChain, batches
+from colonnade.sparsify.torch_obs import TorchChain, batches
 
 MEASURED = (0.5, 0.75, 0.875)
 STEP = 1 / 16  # between the sparsities that a layer may get, with whole rows as groups
@@ -38,6 +41,7 @@ def balance(
     pattern: ColumnPattern,
     calibration: Any,
     *,
+    method: str = "magnitude",
     exclude: Iterable[str] = (),
     images: int = IMAGES,
     progress: Callable[[float, str], None] | None = None,
@@ -47,19 +51,48 @@ def balance(
     Stem, classifier, depthwise convolutions and what is excluded stay out of it (None: dense), as in `sparsify_`.
     Layers that run more than once stay dense too. `model` is not changed.
 
-    calibration: as `sparsify_` takes it; the first `images` inputs are looked at.
+    method:      what will prune: "magnitude" or "obs" (of ResNet-50 as long as the pruning itself).
+    calibration: as `sparsify_` takes it; for magnitudes the first `images` inputs are looked at, for obs all of them,
+                 and `images` of the last quarter are answered.
     progress:    hears (share done, layer).
 
-    Raises UserError for a model that cannot be traced or has nothing to prune.
+    Raises UserError for a model that cannot be traced or has nothing to prune, and for too few inputs.
     """
-    inputs = torch.cat([batch[0] for batch in batches(calibration)])[:images]
-    if not len(inputs):
-        raise UserError("calibration holds no input")
-    work_model = remove_masks(copy.deepcopy(model)).eval()
-    layers = prunable(work_model, inputs[:1], exclude)
-    losses, work = sensitivities(work_model, [name for name, free in layers.items() if free], inputs, pattern, progress)
+    layers = prunable(remove_masks(copy.deepcopy(model)).eval(), _inputs(calibration)[:1], exclude)
+    losses, work = measured(
+        model, pattern, calibration, method=method, exclude=exclude, images=images, progress=progress
+    )
     chosen = spread(losses, work, pattern)
     return {name: chosen.get(name) for name in layers}
+
+
+def measured(
+    model: nn.Module,
+    pattern: ColumnPattern,
+    calibration: Any,
+    *,
+    method: str = "magnitude",
+    exclude: Iterable[str] = (),
+    images: int = IMAGES,
+    progress: Callable[[float, str], None] | None = None,
+) -> tuple[dict[str, dict[float, float]], dict[str, float]]:
+    """What `balance` decides by, for tile and M of the pattern: the loss of each layer at some sparsities, and its
+    multiply-adds. Arguments and errors are those of `balance`."""
+    if method not in ("magnitude", "obs"):
+        raise UserError(f"method is {method!r}: expected 'magnitude' or 'obs'")
+    inputs = _inputs(calibration)
+    work_model = remove_masks(copy.deepcopy(model)).eval()
+    names = [name for name, free in prunable(work_model, inputs[:1], exclude).items() if free]
+    if method == "obs":
+        return layer_losses(work_model, names, inputs, pattern, images, progress)
+    return sensitivities(work_model, names, inputs[:images], pattern, progress)
+
+
+def _inputs(calibration: Any) -> Tensor:
+    given = [batch[0] for batch in batches(calibration)]
+    if not sum(map(len, given)):
+        raise UserError("calibration holds no input")
+    return torch.cat(given)
 
 
 def spread(
@@ -85,7 +118,8 @@ def loss_between(measured: Mapping[float, float], sparsity: float) -> float:
     known = sorted(measured)
     values = [max(measured[at], LEAST_LOSS) for at in known]
     if sparsity <= known[0]:
-        return float(values[0] * (sparsity / known[0]) ** 3)
+        power = np.log(values[1] / values[0]) / np.log(known[1] / known[0])
+        return float(values[0] * (sparsity / known[0]) ** np.clip(power, 1, 3))
     return float(np.exp(np.interp(sparsity, known, np.log(values))))
 
 
@@ -111,7 +145,7 @@ def sensitivities(
     # Without its cache: weights change here, and the cache would go on with the old ones.
     with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device), cache_enabled=False):
         held = runner.run(0, bounds[1], {runner.needed[0].name: x})
-        dense = _answers(runner, bounds[1], held)
+        dense = runner.answers(bounds[1], held)
         for at, layer in enumerate(chain.layers):
             if progress:
                 progress(at / len(chain.layers), layer.name)
@@ -128,28 +162,16 @@ def sensitivities(
 
 def _pruned(chain: TorchChain, at: int, held: Mapping[str, Any], given: Tensor, pattern: ColumnPattern) -> Tensor:
     """The answers with one layer pruned; the model is as it was afterwards."""
-    layer, node = chain.layers[at], chain.starts[at]
-    module = cast(nn.Conv2d | nn.Linear, chain.model.get_submodule(layer.name))
+    layer = chain.layers[at]
     power, mean = _of_columns(layer, given)
     matrix = as_matrix(layer.weight)
     scale = 1.0 if layer.scale is None else layer.scale[:, None]
     score = np.asarray((matrix * scale) ** 2 * power, np.float32)
     score /= max(float(score.max(initial=0)), 1e-30)
     kept = np.where(select_by_score(score, pattern, groups=layer.groups).mask, matrix, 0)
-    lost = torch.from_numpy(((matrix - kept) * mean).sum(1).astype(np.float32)).to(given.device)
-    stored = module.weight.detach().clone()
-    norm = chain.norm(node)
-    moved = module.bias if module.bias is not None else norm.running_mean if isinstance(norm, Norms) else None
-    before = None if moved is None else moved.detach().clone()
-    try:
-        module.weight.copy_(torch.from_numpy(from_matrix(kept, layer.weight.shape).copy()).to(stored))
-        if moved is not None:
-            moved.add_(lost if module.bias is not None else -lost)
-        return _answers(chain.runner, chain.bounds[at + 1], held)
-    finally:
-        module.weight.copy_(stored)
-        if moved is not None and before is not None:
-            moved.copy_(before)
+    lost = ((matrix - kept) * mean).sum(1).astype(np.float32)
+    with chain.changed(layer, from_matrix(kept, layer.weight.shape).copy(), lost):
+        return chain.runner.answers(chain.bounds[at + 1], held)
 
 
 def _of_columns(layer: Layer, given: Tensor) -> tuple[Floats, Floats]:
@@ -162,12 +184,3 @@ def _of_columns(layer: Layer, given: Tensor) -> tuple[Floats, Floats]:
         return np.concatenate([np.tile(part, (rows, taps)) for part in parts])
 
     return each(maps.var(1, correction=0)), each(maps.mean(1))
-
-
-def _answers(runner: Runner, first: int, held: Mapping[str, Any]) -> Tensor:
-    """What the network gives from nodes[first] on."""
-    last = runner.output.args[0]
-    if not isinstance(last, fx.Node):
-        raise UserError(f"{type(runner.model).__name__} returns more than one value: expected one tensor")
-    runner.last_use[last] = len(runner.nodes)
-    return cast(Tensor, runner.run(first, len(runner.nodes), held)[last.name]).float()

@@ -166,22 +166,51 @@ def solve(
     taps:      kernel positions, the columns of which follow one another.
     refits:    whether `Solution.towards` is to follow: it is quicker then, and takes memory (FACTOR_BYTES).
     """
+    return solve_each(
+        weights, moments, [pattern], arrays, grouped_for=pattern if similar_rows else None, tiles=tiles,
+        intercept=intercept, damping=damping, taps=taps, rounds=rounds, refits=refits,
+    )[0]  # fmt: skip
+
+
+def solve_each(
+    weights: Floats,
+    moments: Moments,
+    patterns: Sequence[ColumnPattern],
+    arrays: Arrays,
+    *,
+    grouped_for: ColumnPattern | None,
+    tiles: Sequence[Ints] | None = None,
+    intercept: bool = True,
+    damping: Damping | float | None = None,
+    taps: int = 1,
+    rounds: int = ROUNDS,
+    refits: bool = False,
+) -> list[Solution]:
+    """`solve` for several patterns of one tile and one M, each of which removes what the one before it does and more:
+    little more work than the last alone.
+
+    grouped_for: the pattern that rows are grouped for; None: neighbours share a tile. rounds: of every pattern. refits:
+    with one pattern only, as tiles' factors are kept.
+    """
     system = _System(weights, moments, arrays, intercept, taps)
     system.room = FACTOR_BYTES if refits else 0
     damping = Damping() if damping is None else damping
     system.invert(damping if isinstance(damping, Damping) else Damping(damping))
-    rows = list(tiles) if tiles is not None else _tiles(system, pattern, similar_rows)
-    solved = np.zeros(weights.shape, np.float32)
-    mask = np.zeros(weights.shape, bool)
-    columns = []
-    for number, members in enumerate(rows):
-        kept = _keep(system, members, pattern, rounds)
-        columns.append(kept)
-        mask[np.ix_(members, kept)] = True
-        solved[np.ix_(members, kept)] = system.fit(members, kept, number)
+    if tiles is None:
+        tiles = _tiles(system, grouped_for or patterns[0], grouped_for is not None)
+    kept = [_keep(system, members, patterns, rounds) for members in tiles]
     system.forget()
-    bias = system.bias(solved)
-    return Solution(solved, bias, tuple(rows), tuple(columns), mask, system.explained(solved), system)
+    return [_fitted(system, tiles, [steps[at] for steps in kept]) for at in range(len(patterns))]
+
+
+def _fitted(system: _System, rows: Sequence[Ints], kept: Sequence[npt.NDArray[np.int64]]) -> Solution:
+    """The weights for these columns of every tile."""
+    solved = np.zeros(tuple(system.weights.shape), np.float32)
+    mask = np.zeros(solved.shape, bool)
+    for number, (members, columns) in enumerate(zip(rows, kept, strict=True)):
+        mask[np.ix_(members, columns)] = True
+        solved[np.ix_(members, columns)] = system.fit(members, columns, number)
+    return Solution(solved, system.bias(solved), tuple(rows), tuple(kept), mask, system.explained(solved), system)
 
 
 class _System:
@@ -308,26 +337,30 @@ def _tiles(system: _System, pattern: ColumnPattern, similar_rows: bool) -> list[
     return similar_tiles(scores / max(float(scores.max(initial=0.0)), 1e-30), pattern)
 
 
-def _keep(system: _System, rows: Ints, pattern: ColumnPattern, rounds: int) -> npt.NDArray[np.int64]:
-    """The columns that a tile keeps, ascending."""
+def _keep(system: _System, rows: Ints, patterns: Sequence[ColumnPattern], rounds: int) -> list[npt.NDArray[np.int64]]:
+    """The columns that a tile keeps, ascending, by each of these patterns: of one M, each sparser than the last."""
     arrays, inverse = system.arrays, system.inverse
     size = inverse.shape[0]
-    spans = pattern.spans(size)
-    quota = np.array([stop - first - kept for first, stop, kept in spans])
-    span_of = np.repeat(np.arange(len(spans)), [stop - first for first, stop, _ in spans])
     members = arrays.index(rows.astype(np.int64))
     tile = _Tile(np.arange(size), system.best[members], inverse.diagonal() + 0, inverse[:0])
-    total = int(quota.sum())
-    rounds = max(1, min(rounds, total))
-    for done in range(rounds):
-        open_ = int(quota.sum())
-        if not open_:
-            break
-        score = arrays.host((tile.weights * tile.weights).sum(0) / tile.diagonal)
-        chosen = _cheapest(score, span_of[tile.left], quota, -(-open_ // (rounds - done)))
-        quota -= np.bincount(span_of[tile.left[chosen]], minlength=len(quota))
-        _remove(tile, chosen, inverse, arrays)
-    return tile.left
+    spans = patterns[0].spans(size)
+    span_of = np.repeat(np.arange(len(spans)), [stop - first for first, stop, _ in spans])
+    left = np.array([stop - first for first, stop, _ in spans])
+    found = []
+    for pattern in patterns:
+        wanted = np.array([kept for _, _, kept in pattern.spans(size)])
+        quota, left = left - wanted, wanted
+        steps = max(1, min(rounds, int(quota.sum())))
+        for done in range(steps):
+            open_ = int(quota.sum())
+            if not open_:
+                break
+            score = arrays.host((tile.weights * tile.weights).sum(0) / tile.diagonal)
+            chosen = _cheapest(score, span_of[tile.left], quota, -(-open_ // (steps - done)))
+            quota -= np.bincount(span_of[tile.left[chosen]], minlength=len(quota))
+            _remove(tile, chosen, inverse, arrays)
+        found.append(tile.left)
+    return found
 
 
 def _cheapest(

@@ -115,10 +115,6 @@ def _prune(
     store: Store,
     progress: Callable[[int, int, str], None] | None,
 ) -> list[LayerResult]:
-    def advance(stage: int, batch: Values) -> Values:
-        opened = {name: (held, store.get(held)) for name, held in batch.items()}
-        return store.put_all(chain.run(stage, {name: value for name, (_, value) in opened.items()}), opened)
-
     dense = [store.put_all(chain.run(0, batch), {}) for batch in given]
     # Before the first pruned layer both are the same.
     pruned = [dict(batch) for batch in dense]
@@ -132,11 +128,17 @@ def _prune(
         del samples
         results.append(result)
         for index, batch in enumerate(dense):
-            dense[index] = advance(at + 1, batch)
+            dense[index] = advance(chain, store, at + 1, batch)
         chain.assign(layer, weight, bias)
         for index, batch in enumerate(pruned):
-            pruned[index] = advance(at + 1, batch)
+            pruned[index] = advance(chain, store, at + 1, batch)
     return results
+
+
+def advance(chain: Chain, store: Store, stage: int, batch: Values) -> Values:
+    """Run a stage on values that are held in `store`; what comes of it is held there too."""
+    opened = {name: (held, store.get(held)) for name, held in batch.items()}
+    return store.put_all(chain.run(stage, {name: value for name, (_, value) in opened.items()}), opened)
 
 
 def prune_layer(samples: Samples, pattern: ColumnPattern, options: Options) -> tuple[Floats, Floats, LayerResult]:

@@ -6,10 +6,11 @@ layer's mean output loses goes into its bias or, where a BatchNorm follows, into
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -115,6 +116,14 @@ class Runner:
             if self.last_use[node] >= stop and node.name in known:
                 kept[node.name] = values.get(node.name, known[node.name])
         return kept
+
+    def answers(self, first: int, values: Mapping[str, Any]) -> Tensor:
+        """What the model gives, from nodes[first] on. Raises UserError where that is more than one tensor."""
+        last = self.output.args[0]
+        if not isinstance(last, fx.Node):
+            raise UserError(f"{type(self.model).__name__} returns more than one value: expected one tensor")
+        self.last_use[last] = len(self.nodes)
+        return cast(Tensor, self.run(first, len(self.nodes), values)[last.name]).float()
 
     def live(self, at: int) -> list[fx.Node]:
         """Values computed before nodes[at] and used at or after it."""
@@ -287,6 +296,21 @@ class TorchChain:
     def _run(self, stage: int, given: Values) -> Values:
         ordered = {name: _ordered(value, self.order) for name, value in given.items()}
         return self.runner.run(self.bounds[stage], self.bounds[stage + 1], ordered)
+
+    @contextlib.contextmanager
+    def changed(self, layer: Layer, weight: Floats, bias: Floats) -> Iterator[None]:
+        """`assign`, undone at the end."""
+        module = cast(nn.Conv2d | nn.Linear, self.model.get_submodule(layer.name))
+        norm = self.norm(self.starts[self.layers.index(layer)])
+        tensors = [module.weight, module.bias, None if norm is None else norm.running_mean]
+        stored = [(tensor, tensor.detach().clone()) for tensor in tensors if tensor is not None]
+        self.assign(layer, weight, bias)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in stored:
+                    tensor.copy_(before)
 
     @torch.no_grad()
     def assign(self, layer: Layer, weight: Floats, bias: Floats) -> None:

@@ -1,0 +1,95 @@
+"""One layer alone, pruned by the second-order method to several sparsities: what that method makes of it.
+
+It is done as `sequential.prune_layer` does it, on the dense model's inputs, but fitted to a first part of the
+calibration inputs only. The others show what the pruned layer does not give, the error; so a layer that a few hundred
+inputs do not determine counts as what it is. The divergence of the answers is nearly in proportion to the error, so it
+is measured at two sparsities, and the ratio makes nats of the errors at all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from colonnade.pattern import ColumnPattern, Floats
+from colonnade.sparsify.held import Store
+from colonnade.sparsify.samples import Layer, Samples, Values, gather, usable_scale
+from colonnade.sparsify.second_order import choose_damping, solve_each, unexplained
+from colonnade.sparsify.select import as_matrix, from_matrix
+
+GROUPED_FOR = 0.5  # the sparsity (or the next one there is) that rows are grouped and the damping is chosen for
+ANSWERED = (0.5, 0.75)  # where the answers are looked at, or next to it
+# Enough to tell sparsities apart; the pruning itself takes more of both.
+ROUNDS = 4
+SAMPLES_A_COLUMN = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A pruned layer. bias: [OC], what is added to its (unscaled) output; error: share of its outputs' variance that it
+    does not give on inputs it was not fitted to."""
+
+    pattern: ColumnPattern
+    weight: Floats
+    bias: Floats
+    error: float
+
+
+def first_part(batches: int) -> int:
+    """How many of so many batches, two or more, layers are fitted to."""
+    return min(-(-3 * batches // 4), batches - 1)
+
+
+def losses(
+    store: Store,
+    layer: Layer,
+    values: Sequence[Values],
+    patterns: Sequence[ColumnPattern],
+    answered: Callable[[Trial], float],
+) -> dict[ColumnPattern, float]:
+    """What each pattern costs the answers.
+
+    values:   the dense model's, held in `store`, batch by batch.
+    patterns: of one tile and one M.
+    answered: measures the divergence with the layer as it is in a trial.
+
+    Raises UserError for inputs that hold NaN or infinity.
+    """
+    found = trials(store, layer, values, sorted(patterns, key=lambda pattern: pattern.sparsity))
+    looked_at = {_nearest([trial.pattern for trial in found], sparsity) for sparsity in ANSWERED}
+    seen = [trial for trial in found if trial.pattern in looked_at]
+    ratio = sum(answered(trial) for trial in seen) / max(sum(trial.error for trial in seen), 1e-30)
+    return {trial.pattern: ratio * trial.error for trial in found}
+
+
+def trials(store: Store, layer: Layer, values: Sequence[Values], patterns: Sequence[ColumnPattern]) -> list[Trial]:
+    """The layer with each pattern, each sparser than the last."""
+    arrays, cut = store.arrays, first_part(len(values))
+    samples = Samples.of(store, layer, values, values, SAMPLES_A_COLUMN, 0)
+    known, fresh = gather(samples.part(0, cut)), gather(samples.part(cut, len(values)))
+    scale = usable_scale(layer)
+    matrices = np.split(as_matrix(layer.weight) * scale[:, None], layer.groups)
+    middle = _nearest(patterns, GROUPED_FOR)
+    groups = []
+    for matrix, old, new in zip(matrices, known, fresh, strict=True):
+        damping = choose_damping(matrix, old, new, middle, arrays, intercept=layer.intercept, taps=layer.taps)
+        groups.append(solve_each(
+            matrix, old, patterns, arrays, grouped_for=middle, intercept=layer.intercept, damping=damping,
+            taps=layer.taps, rounds=ROUNDS,
+        ))  # fmt: skip
+    found = []
+    for pattern, parts in zip(patterns, zip(*groups, strict=True), strict=True):
+        if layer.rectifier is not None and layer.intercept:
+            parts = tuple(part.spread(1.0) for part in parts)
+        errors = [unexplained(part.weights, part.bias, new, arrays) for part, new in zip(parts, fresh, strict=True)]
+        weight = np.concatenate([part.weights for part in parts]) / scale[:, None]
+        bias = np.concatenate([part.bias for part in parts]) / scale
+        shaped = from_matrix(weight, layer.weight.shape).astype(np.float32)
+        found.append(Trial(pattern, shaped, np.asarray(bias, np.float32), max(float(np.mean(errors)), 0.0)))
+    return found
+
+
+def _nearest(patterns: Sequence[ColumnPattern], sparsity: float) -> ColumnPattern:
+    return min(patterns, key=lambda pattern: abs(pattern.sparsity - sparsity))
