@@ -16,7 +16,7 @@ from colonnade.pattern import ColumnPattern
 from colonnade.sparsify import allocate
 from colonnade.sparsify.allocate import Choice, PrunePlan
 from colonnade.sparsify.onnx_file import prune_file, read_targets
-from colonnade.sparsify.sensitivity import divergence, inputs_for, sensitivities
+from colonnade.sparsify.sensitivity import divergence, inputs_for, second_order, sensitivities
 
 
 def random_choices(seed: int, layers: int, count: int) -> dict[str, list[Choice]]:
@@ -155,6 +155,47 @@ def test_losses_of_single_layers_are_those_of_files_pruned_so(tmp_path: Path, so
             assert found[name][patterns[1]] == pytest.approx(exact, rel=1e-3)
         else:  # where something is padded the mean of the inputs is not quite that of every tap
             assert 0.9 * exact < found[name][patterns[1]] < 0.7 * without_bias
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_losses_by_obs_are_about_those_of_files_pruned_so(tmp_path: Path, softmax: bool) -> None:
+    import onnxruntime
+
+    path = network(tmp_path / "net.onnx", softmax)
+    model = onnx.load(path)
+    targets = read_targets(path, model)
+    x = np.random.default_rng(0).standard_normal((96, 3, 12, 12)).astype(np.float32)
+    patterns = [ColumnPattern(sparsity, 4) for sparsity in (0.875, 0.25, 0.5, 0.75)]
+    wanted = {target.name: patterns for target in targets}
+    before = model.SerializeToString()
+    found = second_order(model, targets, {"x": x}, wanted, 24)
+    assert model.SerializeToString() == before
+    assert found.keys() == wanted.keys()
+    by_magnitude = sensitivities(model, targets, {"x": x[72:]}, wanted)
+
+    def answers(file: Path) -> np.ndarray:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return np.asarray(session.run(None, {"x": x[72:]})[0])
+
+    one = tmp_path / "one.onnx"
+    for name, row in found.items():
+        assert row.keys() == set(patterns)
+        losses = [row[pattern] for pattern in sorted(patterns, key=lambda pattern: pattern.sparsity)]
+        assert losses == sorted(losses) and losses[0] > 0
+        only = {other: patterns[2] if other == name else None for other in wanted}
+        prune_file(path, one, None, patterns=only, method="obs", calibration={"x": x[:72]}, force=True)
+        assert row[patterns[2]] == pytest.approx(divergence([[answers(path)]], [[answers(one)]], name), rel=0.5)
+        assert row[patterns[2]] < 0.5 * by_magnitude[name][patterns[2]]
+
+
+def test_losses_by_obs_of_one_batch_are_those_by_magnitude(tmp_path: Path) -> None:
+    model = onnx.load(network(tmp_path / "net.onnx", False))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 16
+    targets = read_targets("net.onnx", model)
+    x = np.random.default_rng(0).standard_normal((31, 3, 12, 12)).astype(np.float32)
+    wanted = {target.name: [ColumnPattern(0.5, 8)] for target in targets}
+    assert second_order(model, targets, {"x": x}, wanted, 8) == sensitivities(model, targets, {"x": x}, wanted)
+    assert second_order(model, targets, {"x": np.tile(x, (2, 1, 1, 1))}, wanted, 8).keys() == wanted.keys()
 
 
 def test_divergence() -> None:

@@ -76,7 +76,9 @@ class Maker:
         """What was chosen, as a plan with its name."""
         total = rest + allocate.seconds(chosen)
         dense = rest + sum(row[0].seconds for row in choices.values())
-        plan = PrunePlan.of(choices, chosen, plan_head(self.source, choices, chosen, rest, self.where))
+        plan = PrunePlan.of(
+            choices, chosen, plan_head(self.source, choices, chosen, rest, self.where, self.settings.method)
+        )
         name = digest({}, layers={name: str(pattern) for name, pattern in plan.layers.items()})
         return Planned(plan, name, f"{dense / total:.2f}x-{name[:4]}", total, allocate.loss(chosen))
 

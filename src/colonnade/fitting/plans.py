@@ -60,14 +60,14 @@ def choices_of(
 ) -> tuple[dict[str, list[Choice]], float, list[str]]:
     """Every prunable layer's choices, the seconds of everything else, and remarks.
 
-    inputs: calibration samples by input name; as many as the work allows are used for the losses.
+    inputs: calibration samples by input name; for obs all of them, as many as the work allows are answered.
     keep:   a file that losses are read from and written to.
 
     Raises UserError for a model without prunable layers.
     """
     from colonnade.frontend.load import load
     from colonnade.sparsify.onnx_file import read_targets
-    from colonnade.sparsify.sensitivity import inputs_for, sensitivities
+    from colonnade.sparsify.sensitivity import inputs_for, second_order, sensitivities
 
     tell = progress or (lambda *_: None)
     targets = read_targets(source, model, settings.exclude)
@@ -84,9 +84,14 @@ def choices_of(
     macs = sum(float(step.workload.macs) for step in load(model, batch=where.batch).steps)
     some = inputs_for(macs, len(targets), len(settings.sparsities))
     few = {name: array[:some] for name, array in inputs.items()}
-    losses = _losses(keep, few, wanted, lambda: sensitivities(
-        model, targets, few, wanted, lambda done, text: tell("layer losses", done, text)
-    ))  # fmt: skip
+
+    def lost(done: float, text: str) -> None:
+        tell("layer losses", done, text)
+
+    if settings.method == "obs":
+        losses = _losses(keep, inputs, "obs", wanted, lambda: second_order(model, targets, inputs, wanted, some, lost))
+    else:
+        losses = _losses(keep, few, "magnitude", wanted, lambda: sensitivities(model, targets, few, wanted, lost))
     tell("layer losses", 1.0, "")
     choices = {
         name: falling([
@@ -121,20 +126,21 @@ def falling(row: Sequence[Choice]) -> list[Choice]:
 def _losses(
     keep: Path | None,
     inputs: Mapping[str, npt.NDArray[Any]],
+    method: str,
     wanted: Mapping[str, Sequence[ColumnPattern]],
     make: Callable[[], dict[str, dict[ColumnPattern, float]]],
 ) -> dict[str, dict[ColumnPattern, float]]:
-    """Losses as kept, where the kept ones are of these inputs and patterns; else made, and kept."""
+    """Losses as kept, where the kept ones are of these inputs, method and patterns; else made, and kept."""
     key = digest(inputs)
     content = read_json(keep) if keep is not None else {}
-    if content.get("inputs") == key:
+    if (content.get("inputs"), content.get("method")) == (key, method):
         known = content["losses"]
         if all(str(p) in known.get(n, {}) for n, row in wanted.items() for p in row):
             return {name: {p: known[name][str(p)] for p in row} for name, row in wanted.items()}
     made = make()
     if keep is not None:
         rows = {name: {str(p): loss for p, loss in row.items()} for name, row in made.items()}
-        write_json(keep, {"inputs": key, "losses": rows})
+        write_json(keep, {"inputs": key, "method": method, "losses": rows})
     return made
 
 
@@ -198,14 +204,14 @@ def make_plan(
             f"{1e3 * least:.3g} ms at the least, of which {1e3 * rest:.3g} ms are layers that stay dense"
         )
     chosen = allocate.allocate(choices, wanted - rest)
-    plan = PrunePlan.of(choices, chosen, plan_head(source, choices, chosen, rest, where))
+    plan = PrunePlan.of(choices, chosen, plan_head(source, choices, chosen, rest, where, settings.method))
     plan.write(out, force=force)
     pruned = sum(pattern is not None for pattern in plan.layers.values())
     return MadePlan(plan, pruned, len(plan.layers), rest + allocate.seconds(chosen), dense, notes)
 
 
 def plan_head(
-    source: Path, choices: allocate.Choices, chosen: Mapping[str, Choice], rest: float, where: Place
+    source: Path, choices: allocate.Choices, chosen: Mapping[str, Choice], rest: float, where: Place, method: str
 ) -> list[str]:
     """What a plan says about itself."""
     total, dense = rest + allocate.seconds(chosen), rest + sum(row[0].seconds for row in choices.values())
@@ -214,7 +220,7 @@ def plan_head(
         f"    colonnade prune {source.name} --plan THIS -o OUT.onnx",
         f"Layer times add up to {1e3 * total:.2f} ms of {1e3 * dense:.2f} ms dense on {where.target.name} "
         f"({where.isa.name}, {where.threads} thread(s)).",
-        "loss: divergence of the answers when only this layer is pruned, by magnitude (nats an image).",
+        f"loss: divergence of the answers when only this layer is pruned, by {method} (nats an image).",
     ]
 
 

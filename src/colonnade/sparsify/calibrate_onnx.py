@@ -91,9 +91,10 @@ class OnnxChain:
         self.kinds: dict[str, Any] = {}
         self.sessions: dict[int, Any] = {}
 
-    def inputs(self) -> Sequence[Values]:
+    def inputs(self, parts: int = 1) -> Sequence[Values]:
+        """The calibration inputs; where the graph leaves the batch free, in so many batches at least."""
         first = next(iter(self.given.values()))
-        batch = _batch(self.graph, self.constants) or min(LARGEST_BATCH, len(first))
+        batch = _batch(self.graph, self.constants) or max(1, min(LARGEST_BATCH, len(first) // parts))
         if len(first) < batch:
             raise UserError(f"calibration holds {len(first)} inputs, fewer than the model's batch of {batch}")
         starts = range(0, len(first) - batch + 1, batch)
@@ -107,7 +108,7 @@ class OnnxChain:
         written = sorted(name for name in inside if self._last_use(name) >= stop)
         results: dict[str, Any] = {}
         if written:
-            feed = {name: self._whole(name, values[name]) for name in sorted(read)}
+            feed = {name: self.whole(name, values[name]) for name in sorted(read)}
             session = self._session(stage, part, feed, written)
             try:
                 found = session.run(written, feed)
@@ -170,7 +171,8 @@ class OnnxChain:
             return len(self.nodes) - 1 if name not in self.users else max(self.users[name])
         return max(self.users.get(name, [-1]))
 
-    def _whole(self, name: str, value: Any) -> Any:
+    def whole(self, name: str, value: Any) -> Any:
+        """A value, held in half precision perhaps, in the precision that the graph gives it."""
         kind = self.kinds.get(name)
         return np.ascontiguousarray(value if kind is None or value.dtype == kind else value.astype(kind))
 

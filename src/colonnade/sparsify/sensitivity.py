@@ -1,9 +1,10 @@
 """What pruning one layer alone does to a network's answers, measured on calibration inputs by onnxruntime.
 
-The dense network runs once, stage by stage. From each layer on, the rest of it then runs once for every pattern, with
-that layer's weights fed as an input: kept columns by magnitude, and the bias moved so that the mean output stays. The
-loss is the Kullback-Leibler divergence of the answers from the dense ones in nats an input, or, where the output is no
-vector of classes, the squared error relative to the dense output's variance.
+The dense network runs once, stage by stage. From each layer on, the rest of it then runs with that layer's weights fed
+as an input: once for every pattern, kept columns by magnitude and the bias moved so that the mean output stays, or as
+the second-order method prunes (trials.py). The loss is the Kullback-Leibler divergence of the answers from the dense
+ones in nats an input, or, where the output is no vector of classes, the squared error relative to the dense output's
+variance.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ import numpy.typing as npt
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target
+from colonnade.sparsify.held import Store
 from colonnade.sparsify.samples import Layer, Values
 from colonnade.sparsify.select import as_matrix, from_matrix, select
+from colonnade.sparsify.sequential import MEMORY, advance
+from colonnade.sparsify.trials import Trial, first_part
+from colonnade.sparsify.trials import losses as trials_losses
 
 if TYPE_CHECKING:
     import onnx
@@ -27,6 +32,7 @@ WEIGHT, BIAS = "colonnade:weight", "colonnade:bias"
 # Runs of the whole network that all measurements may add up to, in multiply-adds; decides how many inputs are used.
 WORK = 6e12
 LEAST_INPUTS, MOST_INPUTS = 16, 128
+PARTS = 8  # batches, at least, where layers are fitted to some and judged by the others
 
 
 def inputs_for(macs: float, layers: int, patterns: int) -> int:
@@ -66,6 +72,55 @@ def sensitivities(
         if at + 1 < len(chain.layers):
             held = [chain.run(at + 1, batch) for batch in held]
     return losses
+
+
+def second_order(
+    model: onnx.ModelProto,
+    targets: Sequence[Target],
+    inputs: Mapping[str, npt.NDArray[Any]],
+    patterns: Mapping[str, Sequence[ColumnPattern]],
+    answered: int,
+    progress: Callable[[float, str], None] | None = None,
+) -> dict[str, dict[ColumnPattern, float]]:
+    """`sensitivities` with layers pruned by the second-order method, fitted to three quarters of the inputs; about
+    `answered` of the others are answered. Patterns of one layer share tile and M. Inputs that make only one batch are
+    too few for that: losses are by magnitude then."""
+    chain = OnnxChain(model, targets, inputs)
+    given = chain.inputs(parts=PARTS)
+    if len(given) < 2:
+        return sensitivities(model, targets, inputs, patterns, progress)
+    store = Store(chain.arrays, MEMORY, len(given))
+    losses: dict[str, dict[ColumnPattern, float]] = {}
+    try:
+        held = [store.put_all(chain.run(0, batch), {}) for batch in given]
+        size = len(next(iter(given[0].values())))
+        first = first_part(len(held))
+        judges = slice(first, first + max(1, -(-answered // size)))
+        for at, layer in enumerate(chain.layers):
+            if progress:
+                progress(at / len(chain.layers), layer.name)
+            if patterns.get(layer.name):
+                losses[layer.name] = _second_order(chain, at, store, held, judges, patterns[layer.name])
+            if at + 1 < len(chain.layers):
+                held = [advance(chain, store, at + 1, batch) for batch in held]
+    finally:
+        store.close()
+    return losses
+
+
+def _second_order(
+    chain: OnnxChain, at: int, store: Store, held: Sequence[Values], judges: slice, patterns: Sequence[ColumnPattern]
+) -> dict[ColumnPattern, float]:
+    layer, target = chain.layers[at], chain.targets[at]
+    rest = _Rest(chain, at)
+    seen = [{name: chain.whole(name, store.get(batch[name])) for name in rest.read} for batch in held[judges]]
+    dense = [rest.run(batch, layer.weight, rest.bias) for batch in seen]
+
+    def loss(trial: Trial) -> float:
+        answers = [rest.run(batch, trial.weight, rest.bias + trial.bias) for batch in seen]
+        return divergence(dense, answers, target.name)
+
+    return trials_losses(store, layer, held, patterns, loss)
 
 
 def _layer(
