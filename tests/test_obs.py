@@ -1,6 +1,7 @@
 """Second-order pruning: the solver against plain linear algebra; ONNX files and torch modules on real digits."""
 
 import copy
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, consecutive_rows, discover
-from colonnade.sparsify.arrays import HostArrays, NotPositive, NumpyArrays, TorchArrays
+from colonnade.sparsify.arrays import HostArrays, NotPositive, NumpyArrays, TorchArrays, host_arrays
 from colonnade.sparsify.calibrate_onnx import OnnxChain
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.joint import distance, held_out, view
@@ -511,9 +512,17 @@ def test_shortcut_runs_before_the_branch_that_makes_up_for_it(digits):
     assert names.index("short") < names.index("conv2")
 
 
-def test_onnx_alone_gives_what_torch_gives(digits, tmp_path):
+@pytest.mark.parametrize("installed", [True, False])
+def test_onnx_alone_gives_what_torch_gives(digits, tmp_path, monkeypatch, installed):
+    """Whether the products are torch's or, where it is not installed, numpy's."""
     dense, calibration, x, y = digits
     export(dense, x[:1], tmp_path / "dense.onnx")
+    if not installed:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "torch", None)
+            assert type(host_arrays()) is NumpyArrays
+    assert type(host_arrays()) is HostArrays
+    monkeypatch.setattr("colonnade.sparsify.calibrate_onnx.host_arrays", HostArrays if installed else NumpyArrays)
     report = prune_file(
         tmp_path / "dense.onnx", tmp_path / "pruned.onnx", ColumnPattern(0.75, 8), method="obs",
         calibration={"input": calibration.numpy()},

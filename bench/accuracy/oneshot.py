@@ -176,9 +176,10 @@ def pruned(task: Task, method: str, sparsity: float, tile: int, losses: Path | N
     return model
 
 
-def balanced(task: Task, pattern: cn.ColumnPattern, method: str, path: Path | None) -> dict[str, Any]:
+def balanced(
+    task: Task, pattern: cn.ColumnPattern, method: str, path: Path | None
+) -> dict[str, cn.ColumnPattern | None]:
     """The pattern's work spread over the layers, by their losses from ``path`` where it is there."""
-    layers = {layer.name: layer.pattern for layer in cn.sparsify_(copy.deepcopy(task.dense), pattern)}
     if path is not None and path.exists():
         losses, work = torch.load(path)
     else:
@@ -186,8 +187,7 @@ def balanced(task: Task, pattern: cn.ColumnPattern, method: str, path: Path | No
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save((losses, work), path)
-    chosen = spread(losses, work, pattern)
-    return {name: chosen.get(name) for name in layers}
+    return spread(losses, work, pattern)
 
 
 def judged(model: nn.Module, x: Tensor, labels: np.ndarray) -> Accuracy:

@@ -1,7 +1,8 @@
 """Second-order pruning of an ONNX graph: statistics are gathered by onnxruntime, one stage of the graph at a time.
 
-No torch is needed. The graph is cut before every layer that is to be pruned; a stage runs in a session of its own, on
-values that are held in memory, so nothing is computed twice and only what is still needed is held.
+No torch is needed; where it is installed, its products and factors are used. The graph is cut before every layer that
+is to be pruned; a stage runs in a session of its own, on values that are held in memory, so nothing is computed twice
+and only what is still needed is held.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from colonnade.errors import UserError
 from colonnade.pattern import Floats
-from colonnade.sparsify.arrays import NumpyArrays
+from colonnade.sparsify.arrays import host_arrays
 from colonnade.sparsify.samples import Layer, Rectifier, Values
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class OnnxChain:
     def __init__(self, model: onnx.ModelProto, targets: Sequence[Target], inputs: Arrays) -> None:
         self.model = model
         self.graph = model.graph
-        self.arrays = NumpyArrays()
+        self.arrays = host_arrays()
         if any(attribute.HasField("g") for node in self.graph.node for attribute in node.attribute):
             raise UserError("method 'obs' does not run graphs with If, Loop or Scan: use --method magnitude")
         self.constants = _constants(self.graph)
