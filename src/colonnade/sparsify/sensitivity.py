@@ -32,6 +32,7 @@ WEIGHT, BIAS = "colonnade:weight", "colonnade:bias"
 # Runs of the whole network that all measurements may add up to, in multiply-adds; decides how many inputs are used.
 WORK = 6e12
 LEAST_INPUTS, MOST_INPUTS = 16, 128
+MOST_JUDGED = 32  # inputs that are answered where errors tell most already
 PARTS = 8  # batches, at least, where layers are fitted to some and judged by the others
 
 
@@ -82,9 +83,9 @@ def second_order(
     answered: int,
     progress: Callable[[float, str], None] | None = None,
 ) -> dict[str, dict[ColumnPattern, float]]:
-    """`sensitivities` with layers pruned by the second-order method, fitted to three quarters of the inputs; about
-    `answered` of the others are answered. Patterns of one layer share tile and M. Inputs that make only one batch are
-    too few for that: losses are by magnitude then."""
+    """`sensitivities` with layers pruned by the second-order method, fitted to three quarters of the inputs; `answered`
+    of the others are answered, MOST_JUDGED at most. Patterns of one layer share tile and M. Inputs that make only one
+    batch are too few for that: losses are by magnitude then."""
     chain = OnnxChain(model, targets, inputs)
     given = chain.inputs(parts=PARTS)
     if len(given) < 2:
@@ -95,7 +96,7 @@ def second_order(
         held = [store.put_all(chain.run(0, batch), {}) for batch in given]
         size = len(next(iter(given[0].values())))
         first = first_part(len(held))
-        judges = slice(first, first + max(1, -(-answered // size)))
+        judges = slice(first, first + max(1, min(answered, MOST_JUDGED) // size))
         for at, layer in enumerate(chain.layers):
             if progress:
                 progress(at / len(chain.layers), layer.name)
