@@ -83,7 +83,6 @@ def choices_of(
 
     macs = sum(float(step.workload.macs) for step in load(model, batch=where.batch).steps)
     some = inputs_for(macs, len(targets), len(settings.sparsities))
-    few = {name: array[:some] for name, array in inputs.items()}
 
     def lost(done: float, text: str) -> None:
         tell("layer losses", done, text)
@@ -91,6 +90,7 @@ def choices_of(
     if settings.method == "obs":
         losses = _losses(keep, inputs, "obs", wanted, lambda: second_order(model, targets, inputs, wanted, some, lost))
     else:
+        few = {name: array[:some] for name, array in inputs.items()}
         losses = _losses(keep, few, "magnitude", wanted, lambda: sensitivities(model, targets, few, wanted, lost))
     tell("layer losses", 1.0, "")
     choices = {

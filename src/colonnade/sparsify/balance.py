@@ -58,12 +58,10 @@ def balance(
 
     Raises UserError for a model that cannot be traced or has nothing to prune, and for too few inputs.
     """
-    layers = prunable(remove_masks(copy.deepcopy(model)).eval(), _inputs(calibration)[:1], exclude)
     losses, work = measured(
         model, pattern, calibration, method=method, exclude=exclude, images=images, progress=progress
     )
-    chosen = spread(losses, work, pattern)
-    return {name: chosen.get(name) for name in layers}
+    return spread(losses, work, pattern)
 
 
 def measured(
@@ -76,41 +74,41 @@ def measured(
     images: int = IMAGES,
     progress: Callable[[float, str], None] | None = None,
 ) -> tuple[dict[str, dict[float, float]], dict[str, float]]:
-    """What `balance` decides by, for tile and M of the pattern: the loss of each layer at some sparsities, and its
-    multiply-adds. Arguments and errors are those of `balance`."""
+    """What `balance` decides by, for tile and M of the pattern: the loss of each layer at some sparsities (none for one
+    that stays dense), and its multiply-adds. Arguments and errors are those of `balance`."""
     if method not in ("magnitude", "obs"):
         raise UserError(f"method is {method!r}: expected 'magnitude' or 'obs'")
-    inputs = _inputs(calibration)
-    work_model = remove_masks(copy.deepcopy(model)).eval()
-    names = [name for name, free in prunable(work_model, inputs[:1], exclude).items() if free]
-    if method == "obs":
-        return layer_losses(work_model, names, inputs, pattern, images, progress)
-    return sensitivities(work_model, names, inputs[:images], pattern, progress)
-
-
-def _inputs(calibration: Any) -> Tensor:
     given = [batch[0] for batch in batches(calibration)]
     if not sum(map(len, given)):
         raise UserError("calibration holds no input")
-    return torch.cat(given)
+    inputs = torch.cat(given)
+    work_model = remove_masks(copy.deepcopy(model)).eval()
+    layers = prunable(work_model, inputs[:1], exclude)
+    names = [name for name, free in layers.items() if free]
+    if method == "obs":
+        losses, work = layer_losses(work_model, names, inputs, pattern, images, progress)
+    else:
+        losses, work = sensitivities(work_model, names, inputs[:images], pattern, progress)
+    return {name: losses.get(name, {}) for name in layers}, work
 
 
 def spread(
     losses: Mapping[str, Mapping[float, float]], work: Mapping[str, float], pattern: ColumnPattern
 ) -> dict[str, ColumnPattern | None]:
-    """One pattern a layer, from the loss of each at some sparsities and its multiply-adds when it is dense."""
+    """One pattern a layer, from the loss of each at some sparsities and its multiply-adds when it is dense; layers
+    whose work is not there stay dense."""
     steps = 1 / STEP if pattern.group is None else pattern.group
     sparsities = [at / steps for at in range(1, int(steps)) if at / steps <= MOST] + [pattern.sparsity]
     choices = {
-        name: [Choice(None, work[name], 0.0)]
+        name: [Choice(None, macs, 0.0)]
         + [
-            Choice(ColumnPattern(s, pattern.tile, pattern.group), work[name] * (1 - s), loss_between(row, s))
+            Choice(ColumnPattern(s, pattern.tile, pattern.group), macs * (1 - s), loss_between(losses[name], s))
             for s in sorted(set(sparsities))
         ]
-        for name, row in losses.items()
+        for name, macs in work.items()
     }
-    chosen = allocate(choices, sum(work[name] for name in losses) * (1 - pattern.sparsity))
-    return {name: choice.pattern for name, choice in chosen.items()}
+    chosen = allocate(choices, sum(work.values()) * (1 - pattern.sparsity))
+    return {name: chosen[name].pattern if name in chosen else None for name in losses}
 
 
 def loss_between(measured: Mapping[float, float], sparsity: float) -> float:

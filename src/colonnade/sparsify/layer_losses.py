@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern
-from colonnade.sparsify.held import Store
 from colonnade.sparsify.joint import distance, half_precision
-from colonnade.sparsify.sequential import MEMORY, advance
 from colonnade.sparsify.torch_obs import TorchChain
-from colonnade.sparsify.trials import Trial, first_part, losses
+from colonnade.sparsify.trials import Trial, dense_walk, first_part, losses
 
 FITTED = (0.25, 0.5, 0.75, 0.875)
 BATCH = 32
@@ -42,24 +40,16 @@ def layer_losses(
     if len(parts) < 2:
         raise UserError("calibration holds one input: balance(method='obs') needs two or more, better some hundred")
     chain = TorchChain(model, names, parts)
-    store = Store(chain.arrays, MEMORY, len(parts))
     judge = _Judge(chain, inputs[first_part(len(parts)) * size :][:images].to(chain.device))
     patterns = [ColumnPattern(sparsity, pattern.tile, pattern.group) for sparsity in FITTED]
     found: dict[str, dict[float, float]] = {}
     work: dict[str, float] = {}
-    try:
-        values = [store.put_all(chain.run(0, batch), {}) for batch in chain.inputs()]
-        for at, layer in enumerate(chain.layers):
-            if progress:
-                progress(at / len(chain.layers), layer.name)
+    with dense_walk(chain, chain.inputs(), progress) as steps:
+        for at, layer, store, values in steps:
             row = losses(store, layer, values, patterns, partial(judge.loss, at))
             found[layer.name] = {known.sparsity: loss for known, loss in row.items()}
             work[layer.name] = judge.outputs(at) * layer.columns
             judge.advance(at)
-            for number, batch in enumerate(values):
-                values[number] = advance(chain, store, at + 1, batch)
-    finally:
-        store.close()
     return found, work
 
 

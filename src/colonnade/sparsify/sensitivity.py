@@ -21,8 +21,7 @@ from colonnade.sparsify.calibrate_onnx import OnnxChain, Target
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.samples import Layer, Values
 from colonnade.sparsify.select import as_matrix, from_matrix, select
-from colonnade.sparsify.sequential import MEMORY, advance
-from colonnade.sparsify.trials import Trial, first_part
+from colonnade.sparsify.trials import Trial, dense_walk, first_part
 from colonnade.sparsify.trials import losses as trials_losses
 
 if TYPE_CHECKING:
@@ -90,22 +89,13 @@ def second_order(
     given = chain.inputs(parts=PARTS)
     if len(given) < 2:
         return sensitivities(model, targets, inputs, patterns, progress)
-    store = Store(chain.arrays, MEMORY, len(given))
+    first, size = first_part(len(given)), len(next(iter(given[0].values())))
+    judges = slice(first, first + max(1, min(answered, MOST_JUDGED) // size))
     losses: dict[str, dict[ColumnPattern, float]] = {}
-    try:
-        held = [store.put_all(chain.run(0, batch), {}) for batch in given]
-        size = len(next(iter(given[0].values())))
-        first = first_part(len(held))
-        judges = slice(first, first + max(1, min(answered, MOST_JUDGED) // size))
-        for at, layer in enumerate(chain.layers):
-            if progress:
-                progress(at / len(chain.layers), layer.name)
+    with dense_walk(chain, given, progress) as steps:
+        for at, layer, store, held in steps:
             if patterns.get(layer.name):
                 losses[layer.name] = _second_order(chain, at, store, held, judges, patterns[layer.name])
-            if at + 1 < len(chain.layers):
-                held = [advance(chain, store, at + 1, batch) for batch in held]
-    finally:
-        store.close()
     return losses
 
 

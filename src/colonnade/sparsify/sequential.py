@@ -21,7 +21,7 @@ from colonnade.sparsify.arrays import Arrays
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.moments import Damping
 from colonnade.sparsify.samples import SAMPLES_A_COLUMN, Layer, Samples, Values, gather, rectified, usable_scale
-from colonnade.sparsify.second_order import ROUNDS, choose_damping, solve
+from colonnade.sparsify.second_order import ROUNDS, Solution, choose_damping, solve
 from colonnade.sparsify.select import as_matrix, from_matrix
 
 # Bytes of calibration values that are held in memory; the rest waits in files. With the matrices of the largest layers
@@ -177,14 +177,19 @@ def prune_layer(samples: Samples, pattern: ColumnPattern, options: Options) -> t
             wanted = rectified(samples, layer.rectifier, [f.weights for f in found], [f.bias for f in found])
             found = [solution.towards(*sums) for solution, sums in zip(found, wanted, strict=True)]
         found = [solution.spread(options.spread) for solution in found]
-    # Back to the unscaled output.
-    solved, bias, mask = (
-        np.concatenate(parts) for parts in zip(*((f.weights, f.bias, f.mask) for f in found), strict=True)
-    )
-    weight = from_matrix(solved / scale[:, None], layer.weight.shape).astype(np.float32)
+    weight, bias = unscaled(layer, found)
+    mask = np.concatenate([solution.mask for solution in found])
     result = LayerResult(
         layer, from_matrix(mask, layer.weight.shape), sum(len(f.rows) for f in found),
         float(np.mean([f.explained for f in found])), float(np.mean([d.plain for d in dampings])),
         float(np.mean([d.alike for d in dampings])),
     )  # fmt: skip
-    return weight, np.asarray(bias / scale, np.float32), result
+    return weight, bias, result
+
+
+def unscaled(layer: Layer, found: Sequence[Solution]) -> tuple[Floats, Floats]:
+    """The layer's weight and the bias to be added to its output, from a solution for the scaled one of each group."""
+    scale = usable_scale(layer)
+    weights, bias = (np.concatenate(parts) for parts in zip(*((f.weights, f.bias) for f in found), strict=True))
+    weight = from_matrix(weights / scale[:, None], layer.weight.shape).astype(np.float32)
+    return weight, np.asarray(bias / scale, np.float32)

@@ -8,7 +8,8 @@ is measured at two sparsities, and the ratio makes nats of the errors at all of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,8 @@ from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.samples import Layer, Samples, Values, gather, usable_scale
 from colonnade.sparsify.second_order import choose_damping, solve_each, unexplained
-from colonnade.sparsify.select import as_matrix, from_matrix
+from colonnade.sparsify.select import as_matrix
+from colonnade.sparsify.sequential import MEMORY, SPREAD, Chain, advance, unscaled
 
 GROUPED_FOR = 0.5  # the sparsity (or the next one there is) that rows are grouped and the damping is chosen for
 ANSWERED = (0.5, 0.75)  # where the answers are looked at, or next to it
@@ -35,6 +37,32 @@ class Trial:
     weight: Floats
     bias: Floats
     error: float
+
+
+@contextmanager
+def dense_walk(
+    chain: Chain, given: Sequence[Values], progress: Callable[[float, str], None] | None
+) -> Iterator[Iterator[tuple[int, Layer, Store, Sequence[Values]]]]:
+    """Every layer of a model with its number and the model's values before it, held in a store, batch by batch.
+
+    progress: hears (share done, layer).
+    """
+    store = Store(chain.arrays, MEMORY, len(given))
+
+    def steps() -> Iterator[tuple[int, Layer, Store, Sequence[Values]]]:
+        values = [store.put_all(chain.run(0, batch), {}) for batch in given]
+        for at, layer in enumerate(chain.layers):
+            if progress:
+                progress(at / len(chain.layers), layer.name)
+            yield at, layer, store, values
+            if at + 1 < len(chain.layers):
+                for number, batch in enumerate(values):
+                    values[number] = advance(chain, store, at + 1, batch)
+
+    try:
+        yield steps()
+    finally:
+        store.close()
 
 
 def first_part(batches: int) -> int:
@@ -82,12 +110,10 @@ def trials(store: Store, layer: Layer, values: Sequence[Values], patterns: Seque
     found = []
     for pattern, parts in zip(patterns, zip(*groups, strict=True), strict=True):
         if layer.rectifier is not None and layer.intercept:
-            parts = tuple(part.spread(1.0) for part in parts)
+            parts = tuple(part.spread(SPREAD) for part in parts)
         errors = [unexplained(part.weights, part.bias, new, arrays) for part, new in zip(parts, fresh, strict=True)]
-        weight = np.concatenate([part.weights for part in parts]) / scale[:, None]
-        bias = np.concatenate([part.bias for part in parts]) / scale
-        shaped = from_matrix(weight, layer.weight.shape).astype(np.float32)
-        found.append(Trial(pattern, shaped, np.asarray(bias, np.float32), max(float(np.mean(errors)), 0.0)))
+        weight, bias = unscaled(layer, parts)
+        found.append(Trial(pattern, weight, bias, max(float(np.mean(errors)), 0.0)))
     return found
 
 
