@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -284,3 +285,18 @@ def test_a_folder_of_something_else_is_left_alone(
     assert fit(trained, out, "--force") == 2
     assert "no folder of `colonnade fit`" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("verb", ["fit", "plan"])
+def test_images_of_another_size_are_refused_before_anything_is_timed(
+    trained: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    images, out = tmp_path / "wide.npz", tmp_path / "out"
+    model = onnx.load(trained[0])
+    size = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim][1:]
+    np.savez(images, inputs=np.zeros((40, *size[:-1], size[-1] + 4), np.float32))
+    words = ["--speedup", "2", "--db", str(tmp_path / "none.db"), "--budget", "4s"]
+    assert run_verb([verb, str(trained[0]), "--images", str(images), "-o", str(out), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"expected samples × {'×'.join(map(str, size))}" in error and f"×{size[-1] + 4}" in error
+    assert not out.exists() and not (tmp_path / "none.db").exists()

@@ -193,7 +193,7 @@ def make_plan(
     proto = load_onnx(source)
     where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice)
     pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration, seed=settings.seed)
-    inputs = {only_input(source, proto): pictures.inputs}
+    inputs = {only_input(source, proto, pictures.inputs): pictures.inputs}
     choices, rest, notes = choices_of(source, proto, inputs, where, settings, progress)
     dense = rest + sum(row[0].seconds for row in choices.values())
     wanted = latency if latency is not None else dense / (speedup or 1)
@@ -240,10 +240,14 @@ def place_of(
     return Place(place, place.probe().pick_isa(isa), count, toolchain, Path(db) if db else None, budget, batch)
 
 
-def only_input(source: Path, model: onnx.ModelProto) -> str:
-    """The name of the only input of a model. Raises UserError where it has none or several."""
+def only_input(source: Path, model: onnx.ModelProto, images: npt.NDArray[Any]) -> str:
+    """The name of the only input of a model. Raises UserError where it has none or several, or where prepared images
+    [N, …] do not fit it."""
+    from colonnade.sparsify.calibrate_onnx import checked_inputs
+
     stored = {tensor.name for tensor in model.graph.initializer}
     names = [value.name for value in model.graph.input if value.name not in stored]
     if len(names) != 1:
         raise UserError(f"{source}: takes {len(names)} inputs ({', '.join(names)}): fit supports one")
+    checked_inputs(model.graph, {names[0]: images})
     return str(names[0])

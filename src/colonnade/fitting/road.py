@@ -115,7 +115,7 @@ def fit(
     pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration + test, seed=settings.seed)
     calibrating, testing, notes = split(pictures, calibration, test, settings.seed)
     folder = Path(out) if out is not None else Path(source.stem + ".fit")
-    input_name = only_input(source, proto)
+    input_name = only_input(source, proto, pictures.inputs)
     key = digest(
         {"model": np.frombuffer(source.read_bytes(), np.uint8), "a": calibrating.inputs, "b": testing.inputs},
         method=settings.method, seed=settings.seed, exclude=list(settings.exclude),

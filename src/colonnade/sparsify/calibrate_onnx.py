@@ -77,7 +77,7 @@ class OnnxChain:
             raise UserError("method 'obs' does not run graphs with If, Loop or Scan: use --method magnitude")
         self.constants = _constants(self.graph)
         self.nodes = _ordered(self.graph, self.constants)
-        self.given = _checked(self.graph, self.constants, inputs)
+        self.given = checked_inputs(self.graph, inputs)
         self.users: dict[str, list[int]] = {}
         for at, node in enumerate(self.nodes):
             for name in node.input:
@@ -320,10 +320,11 @@ def _batch(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> int:
     return 0
 
 
-def _checked(graph: onnx.GraphProto, constants: Mapping[str, Any], inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+def checked_inputs(graph: onnx.GraphProto, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
     """Calibration samples for every input of the graph, in its type. Raises UserError for those that do not fit."""
     import onnx
 
+    constants = {tensor.name for tensor in graph.initializer}
     wanted = [value for value in graph.input if value.name not in constants]
     if len(wanted) == 1 and len(inputs) == 1:
         inputs = {wanted[0].name: next(iter(inputs.values()))}
@@ -345,7 +346,8 @@ def _checked(graph: onnx.GraphProto, constants: Mapping[str, Any], inputs: Array
             expected = "×".join(str(dim.dim_value) if dim.dim_value else "any" for dim in list(dims)[1:])
             got = "×".join(map(str, array.shape))
             raise UserError(f"calibration input {value.name} is {got}: expected samples × {expected}")
-        found[value.name] = array.astype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        found[value.name] = array.astype(kind, copy=False)
     if len({len(array) for array in found.values()}) != 1:
         raise UserError("calibration inputs differ in their number of samples")
     return found
