@@ -22,6 +22,7 @@ from colonnade.fitting.clock import Clock
 from colonnade.fitting.goal import Goal, Point, next_budget
 from colonnade.fitting.plans import Settings, falling
 from colonnade.fitting.road import split
+from colonnade.fitting.times import LayerTimes, Time, best_tiles
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.allocate import Choice, PrunePlan
 
@@ -172,6 +173,21 @@ def test_from_a_file_to_bundles_and_on(
     # Another method is another fit.
     assert fit(trained, out, "--method", "magnitude") == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_a_larger_tile_must_be_worth_its_loss() -> None:
+    def row(**ms: float) -> dict[ColumnPattern, Time]:
+        return {ColumnPattern(0.75, int(tile[1:])): Time(value, "measured") for tile, value in ms.items()}
+
+    pruned = {
+        "even": row(t4=1.0, t8=0.95, t16=0.92),
+        "eight": row(t4=1.0, t8=0.8, t16=0.75),
+        "sixteen": row(t4=1.0, t8=0.8, t16=0.7),
+        "in two steps": row(t4=1.0, t8=0.93, t16=0.86),
+    }
+    times = LayerTimes({}, pruned, 0.0)
+    assert best_tiles(times, (4, 8, 16), 0.75) == {"even": 4, "eight": 8, "sixteen": 16, "in two steps": 16}
+    assert best_tiles(times, (8, 16), 0.75)["in two steps"] == 8
 
 
 def test_a_layer_that_keeps_less_is_not_slower() -> None:
