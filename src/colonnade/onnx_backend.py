@@ -19,6 +19,7 @@ from colonnade.errors import UserError
 from colonnade.frontend import load
 from colonnade.frontend.context import TYPES
 from colonnade.kernels.isa import PORTABLE, isa
+from colonnade.onnx_io import graph_inputs
 
 
 class Prepared(BackendRep):
@@ -30,8 +31,7 @@ class Prepared(BackendRep):
 
     def __init__(self, model: onnx.ModelProto, name: str, options: dict[str, Any]) -> None:
         self._model, self._isa, self._options = model, isa(name), options
-        known = {tensor.name for tensor in model.graph.initializer}
-        self._names = [value.name for value in model.graph.input if value.name not in known]
+        self._names = [value.name for value in graph_inputs(model.graph)]
         self._programs: dict[object, Program] = {}
         self._through = _through(model)
         if len(self._through) == len(model.graph.output):

@@ -73,6 +73,12 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
     return model
 
 
+def graph_inputs(graph: "onnx.GraphProto") -> "list[onnx.ValueInfoProto]":
+    """What a graph is given at run time: old files list stored tensors among their inputs too."""
+    stored = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in stored]
+
+
 def module_of(node: "onnx.NodeProto") -> str:
     """The torch module that a node came from, as torch's exporter notes it; empty where it does not."""
     noted = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")

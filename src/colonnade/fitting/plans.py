@@ -13,6 +13,7 @@ from colonnade import accuracy
 from colonnade.errors import UserError
 from colonnade.fitting.kept import digest, read_json, write_json
 from colonnade.fitting.times import ESTIMATED, Place, best_tiles, layer_times
+from colonnade.onnx_io import check_writable, graph_inputs, load_onnx
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify import allocate
 from colonnade.sparsify.allocate import Choice, PrunePlan
@@ -179,8 +180,6 @@ def make_plan(
 ) -> MadePlan:
     """Only the plan of `fit`, written to `out`: layer times that add up to `latency` seconds, or to the dense network's
     divided by `speedup`, with the smallest sum of losses. Arguments and errors as there."""
-    from colonnade.onnx_io import check_writable, load_onnx
-
     if (latency is None) == (speedup is None):
         raise UserError("give either --latency or --speedup")
     if latency is not None and not latency > 0:
@@ -193,7 +192,7 @@ def make_plan(
     proto = load_onnx(source)
     where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice)
     pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration, seed=settings.seed)
-    inputs = {only_input(source, proto, pictures.inputs): pictures.inputs}
+    inputs = {input_for(source, proto, pictures.inputs): pictures.inputs}
     choices, rest, notes = choices_of(source, proto, inputs, where, settings, progress)
     dense = rest + sum(row[0].seconds for row in choices.values())
     wanted = latency if latency is not None else dense / (speedup or 1)
@@ -240,14 +239,14 @@ def place_of(
     return Place(place, place.probe().pick_isa(isa), count, toolchain, Path(db) if db else None, budget, batch)
 
 
-def only_input(source: Path, model: onnx.ModelProto, images: npt.NDArray[Any]) -> str:
-    """The name of the only input of a model. Raises UserError where it has none or several, or where prepared images
-    [N, …] do not fit it."""
-    from colonnade.sparsify.calibrate_onnx import checked_inputs
+def input_for(source: Path, model: onnx.ModelProto, images: npt.NDArray[Any]) -> str:
+    """The name of the model's only input, which prepared images [N, …] are for. Raises UserError where it has none or
+    several, and where they do not fit it."""
+    from colonnade.sparsify.calibrate_onnx import check_samples
 
-    stored = {tensor.name for tensor in model.graph.initializer}
-    names = [value.name for value in model.graph.input if value.name not in stored]
-    if len(names) != 1:
-        raise UserError(f"{source}: takes {len(names)} inputs ({', '.join(names)}): fit supports one")
-    checked_inputs(model.graph, {names[0]: images})
-    return str(names[0])
+    inputs = graph_inputs(model.graph)
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs)
+        raise UserError(f"{source}: takes {len(inputs)} inputs ({names}): fit supports one")
+    check_samples(inputs[0], images)
+    return str(inputs[0].name)

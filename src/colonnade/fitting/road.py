@@ -19,7 +19,7 @@ from colonnade.errors import UserError
 from colonnade.fitting.goal import Goal, Point, next_budget
 from colonnade.fitting.kept import digest, read_json, write_json
 from colonnade.fitting.maker import STATE, Maker
-from colonnade.fitting.plans import Progress, Settings, choices_of, only_input, place_of
+from colonnade.fitting.plans import Progress, Settings, choices_of, input_for, place_of
 from colonnade.sparsify import allocate
 
 FORMAT = 1
@@ -113,9 +113,9 @@ def fit(
     tell = progress or (lambda *_: None)
     tell("images", 0.0, "")
     pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration + test, seed=settings.seed)
+    input_name = input_for(source, proto, pictures.inputs)
     calibrating, testing, notes = split(pictures, calibration, test, settings.seed)
     folder = Path(out) if out is not None else Path(source.stem + ".fit")
-    input_name = only_input(source, proto, pictures.inputs)
     key = digest(
         {"model": np.frombuffer(source.read_bytes(), np.uint8), "a": calibrating.inputs, "b": testing.inputs},
         method=settings.method, seed=settings.seed, exclude=list(settings.exclude),

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import onnx
 
 ESTIMATED = "estimated"
-# A larger tile must save this share of a layer's time to be preferred to a smaller one: at the same sparsity twice the
-# tile costs a fifth more loss, which is worth about as much time (docs/accuracy.md).
+# A larger tile must save this share of a layer's time to be preferred to a smaller one: at the same sparsity it loses
+# more. Chosen by the losses of whole plans (docs/accuracy.md).
 TILE_GAIN = 0.1
 
 

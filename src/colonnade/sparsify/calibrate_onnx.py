@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.errors import UserError
+from colonnade.onnx_io import graph_inputs
 from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import host_arrays
 from colonnade.sparsify.samples import Layer, Rectifier, Values
@@ -77,7 +78,7 @@ class OnnxChain:
             raise UserError("method 'obs' does not run graphs with If, Loop or Scan: use --method magnitude")
         self.constants = _constants(self.graph)
         self.nodes = _ordered(self.graph, self.constants)
-        self.given = checked_inputs(self.graph, inputs)
+        self.given = _checked(self.graph, inputs)
         self.users: dict[str, list[int]] = {}
         for at, node in enumerate(self.nodes):
             for name in node.input:
@@ -95,7 +96,7 @@ class OnnxChain:
     def inputs(self, parts: int = 1) -> Sequence[Values]:
         """The calibration inputs; where the graph leaves the batch free, in so many batches at least."""
         first = next(iter(self.given.values()))
-        batch = _batch(self.graph, self.constants) or max(1, min(LARGEST_BATCH, len(first) // parts))
+        batch = _batch(self.graph) or max(1, min(LARGEST_BATCH, len(first) // parts))
         if len(first) < batch:
             raise UserError(f"calibration holds {len(first)} inputs, fewer than the model's batch of {batch}")
         starts = range(0, len(first) - batch + 1, batch)
@@ -312,20 +313,34 @@ def _ordered(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> list[onnx.
     return list(done.values())
 
 
-def _batch(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> int:
+def _batch(graph: onnx.GraphProto) -> int:
     """The batch that the graph's inputs fix; 0 where it is free."""
-    for value in graph.input:
-        if value.name not in constants and value.type.tensor_type.shape.dim:
+    for value in graph_inputs(graph):
+        if value.type.tensor_type.shape.dim:
             return int(value.type.tensor_type.shape.dim[0].dim_value)
     return 0
 
 
-def checked_inputs(graph: onnx.GraphProto, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+def check_samples(value: onnx.ValueInfoProto, samples: npt.NDArray[Any]) -> None:
+    """Raises UserError where samples, along axis 0, do not have the shape of an input of the graph."""
+    dims = list(value.type.tensor_type.shape.dim)
+    fits = samples.ndim == len(dims) and all(
+        not dim.dim_value or dim.dim_value == size for dim, size in zip(dims[1:], samples.shape[1:], strict=True)
+    )
+    if not fits or not len(samples):
+        expected = "×".join(str(dim.dim_value) if dim.dim_value else "any" for dim in dims[1:])
+        got = "×".join(map(str, samples.shape))
+        raise UserError(
+            f"calibration input {value.name} is {got}: expected samples × {expected} (of photos, the preprocessing "
+            "decides that)"
+        )
+
+
+def _checked(graph: onnx.GraphProto, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
     """Calibration samples for every input of the graph, in its type. Raises UserError for those that do not fit."""
     import onnx
 
-    constants = {tensor.name for tensor in graph.initializer}
-    wanted = [value for value in graph.input if value.name not in constants]
+    wanted = graph_inputs(graph)
     if len(wanted) == 1 and len(inputs) == 1:
         inputs = {wanted[0].name: next(iter(inputs.values()))}
     names = ", ".join(value.name for value in wanted)
@@ -337,15 +352,7 @@ def checked_inputs(graph: onnx.GraphProto, inputs: Arrays) -> dict[str, npt.NDAr
     found: dict[str, npt.NDArray[Any]] = {}
     for value in wanted:
         array = np.asarray(inputs[value.name])
-        dims = value.type.tensor_type.shape.dim
-        fits = array.ndim == len(dims) and all(
-            not dim.dim_value or dim.dim_value == size
-            for dim, size in zip(list(dims)[1:], array.shape[1:], strict=False)
-        )
-        if not fits or not len(array):
-            expected = "×".join(str(dim.dim_value) if dim.dim_value else "any" for dim in list(dims)[1:])
-            got = "×".join(map(str, array.shape))
-            raise UserError(f"calibration input {value.name} is {got}: expected samples × {expected}")
+        check_samples(value, array)
         kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         found[value.name] = array.astype(kind, copy=False)
     if len({len(array) for array in found.values()}) != 1:
