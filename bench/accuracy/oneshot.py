@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import colonnade as cn
 from colonnade.accuracy import Accuracy
 from colonnade.sparsify.balance import measured, spread
+from colonnade.sparsify.joint import distance
 from colonnade.sparsify.masks import mask_zeros_
 from colonnade.sparsify.reconstruct import Schedule, twin
 
@@ -171,9 +172,19 @@ def pruned(task: Task, method: str, sparsity: float, tile: int, losses: Path | N
             method=name, group_rows="grouping" in parts,
             calibration=task.calibration if name == "obs" else None,
         )  # fmt: skip
-    if not method.startswith("obs"):
-        reestimate_(model, task.calibration[:REESTIMATE])
-    return model
+    return model if method.startswith("obs") else reestimated(model, task)
+
+
+@torch.no_grad()
+def reestimated(model: nn.Module, task: Task) -> nn.Module:
+    """The model with BatchNorm's statistics anew, or as it was where its answers were nearer to the dense ones: on
+    CIFAR-10 the dense network itself loses 6 points by new statistics."""
+    inputs = task.calibration[:REESTIMATE]
+    anew = copy.deepcopy(model)
+    reestimate_(anew, inputs)
+    parts = inputs.split(64)
+    wanted = [task.dense(part) for part in parts]
+    return min(anew, model, key=lambda one: distance([one(part) for part in parts], wanted))
 
 
 def balanced(
