@@ -1,8 +1,7 @@
 """Prune an ONNX file: zeros go into the weights, the graph stays as it is, and any runtime gives the same result."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.errors import UserError
-from colonnade.onnx_io import check_writable, load_onnx, module_of, save_onnx
+from colonnade.onnx_io import check_writable, load_onnx, save_onnx
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target, unfit
+from colonnade.sparsify.onnx_layers import Constant, WeightedLayer, names_of, weighted_layers
 from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
 from colonnade.sparsify.sequential import Options, prune_chain
 
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     import onnx
 
 METHODS = ("magnitude", "obs")
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-POOLS = ("GlobalAveragePool", "GlobalMaxPool", "AveragePool", "ReduceMean")
-# A convolution on so few channels is a stem wherever it stands; the first one on an input is one up to the second
-# number (space-to-depth inputs have 12 channels).
-STEM_CHANNELS = 4
-FIRST_STEM_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -65,28 +59,6 @@ class PruneReport:
     @property
     def pruned(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.reason is None)
-
-
-@dataclass
-class _Weight:
-    """A constant that layers take their weights from."""
-
-    name: str
-    tensor: "onnx.TensorProto"
-    layers: list["_Layer"] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Layer:
-    name: str
-    op: str
-    groups: int
-    transposed: bool  # rows are the last axis of the stored weight, as in x @ W
-    position: int  # in graph.node
-    weight: _Weight | None
-    reason: str | None = None
-    module: str = ""  # of torch, where the file says it
 
 
 def prune_file(
@@ -129,13 +101,7 @@ def prune_file(
         raise UserError("method 'obs' needs calibration inputs, and no other method takes them")
     check_writable(destination, force=force)
     model = load_onnx(source)
-    layers, weights = _read(model.graph)
-    if not layers:
-        raise UserError(f"{source}: no Conv, Gemm or MatMul with weights in it: nothing to prune")
-    _keep_dense(model.graph, layers)
-    _exclude(layers, exclude)
-    for weight in weights:
-        _settle(weight)
+    layers = _layers(source, model, exclude)
     chosen = _patterns(layers, pattern, patterns or {})
 
     reports: dict[int, tuple[int, int, int, float]] = {}
@@ -165,14 +131,8 @@ def read_layers(
     """
     import onnx
 
-    layers, weights = _read(model.graph)
-    if layers:
-        _keep_dense(model.graph, layers)
-        _exclude(layers, exclude)
-    for weight in weights:
-        _settle(weight)
     found: list[tuple[LayerReport, npt.NDArray[Any] | None]] = []
-    for layer in layers:
+    for layer in weighted_layers(model.graph, exclude):
         matrix = None
         if layer.weight is not None:
             try:
@@ -189,17 +149,18 @@ def read_targets(source: Path | str, model: "onnx.ModelProto", exclude: Sequence
 
     Raises UserError for a model without weights, and for weights that are not finite or not float32.
     """
-    layers, weights = _read(model.graph)
-    if not layers:
-        raise UserError(f"{source}: no Conv, Gemm or MatMul with weights in it: nothing to prune")
-    _keep_dense(model.graph, layers)
-    _exclude(layers, exclude)
-    for weight in weights:
-        _settle(weight)
+    layers = _layers(source, model, exclude)
     return _targets(model, _fitted(Path(source), model.graph, [layer for layer in layers if layer.reason is None]))
 
 
-def _targets(model: "onnx.ModelProto", layers: Sequence[_Layer]) -> list[Target]:
+def _layers(source: Path | str, model: "onnx.ModelProto", exclude: Sequence[str]) -> list[WeightedLayer]:
+    layers = weighted_layers(model.graph, exclude)
+    if not layers:
+        raise UserError(f"{source}: no Conv, Gemm or MatMul with weights in it: nothing to prune")
+    return layers
+
+
+def _targets(model: "onnx.ModelProto", layers: Sequence[WeightedLayer]) -> list[Target]:
     return [
         Target(layer.name, model.graph.node[layer.position], layer.weight.tensor, layer.transposed, layer.groups)
         for layer in layers
@@ -207,7 +168,7 @@ def _targets(model: "onnx.ModelProto", layers: Sequence[_Layer]) -> list[Target]
     ]
 
 
-def _report(layer: _Layer, pruned: tuple[int, int, int, float] | None) -> LayerReport:
+def _report(layer: WeightedLayer, pruned: tuple[int, int, int, float] | None) -> LayerReport:
     shape = tuple(layer.weight.tensor.dims) if layer.weight else ()
     name = layer.weight.name if layer.weight else ""
     if pruned:
@@ -218,13 +179,13 @@ def _report(layer: _Layer, pruned: tuple[int, int, int, float] | None) -> LayerR
 
 
 def _patterns(
-    layers: Sequence[_Layer], pattern: ColumnPattern | None, own: Mapping[str, ColumnPattern | None]
+    layers: Sequence[WeightedLayer], pattern: ColumnPattern | None, own: Mapping[str, ColumnPattern | None]
 ) -> dict[str, ColumnPattern]:
     """The pattern of every layer that is pruned; layers with the pattern None are marked dense."""
     known = {layer.name: layer for layer in layers}
     for name, wanted in own.items():
         if name not in known:
-            raise UserError(f"there is no layer {name!r}; {_names(list(layers))}")
+            raise UserError(f"there is no layer {name!r}; {names_of(list(layers))}")
         if wanted is not None and (reason := known[name].reason):
             raise UserError(f"layer {name} stays dense ({reason}): take it out of the plan, or call it dense there")
     chosen = {}
@@ -238,7 +199,7 @@ def _patterns(
     return chosen
 
 
-def _fitted(source: Path, graph: "onnx.GraphProto", todo: Sequence[_Layer]) -> list[_Layer]:
+def _fitted(source: Path, graph: "onnx.GraphProto", todo: Sequence[WeightedLayer]) -> list[WeightedLayer]:
     """The layers whose statistics can be gathered."""
     import onnx
 
@@ -259,7 +220,7 @@ def _fitted(source: Path, graph: "onnx.GraphProto", todo: Sequence[_Layer]) -> l
 
 def _fit(
     model: "onnx.ModelProto",
-    layers: Sequence[_Layer],
+    layers: Sequence[WeightedLayer],
     calibration: Mapping[str, npt.NDArray[Any]],
     patterns: Mapping[str, ColumnPattern],
     options: Options,
@@ -276,7 +237,7 @@ def _fit(
 
 
 def _prune(
-    source: Path, layer: _Layer, weight: _Weight, pattern: ColumnPattern, score: str, similar_rows: bool
+    source: Path, layer: WeightedLayer, weight: Constant, pattern: ColumnPattern, score: str, similar_rows: bool
 ) -> tuple[int, int, int, float]:
     """Put the zeros into a weight; K, kept columns, tiles and retained share."""
     import onnx
@@ -295,160 +256,3 @@ def _prune(
     name = weight.tensor.name
     weight.tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(pruned), name))
     return matrix.shape[1], pattern.kept(matrix.shape[1]), len(selection.rows), selection.retained
-
-
-def _attribute(node: "onnx.NodeProto", name: str, default: Any) -> Any:
-    import onnx
-
-    found = next((attribute for attribute in node.attribute if attribute.name == name), None)
-    return default if found is None else onnx.helper.get_attribute_value(found)
-
-
-def _read(graph: "onnx.GraphProto") -> tuple[list[_Layer], list[_Weight]]:
-    """The weighted layers of a graph in its order, and the constants they use."""
-    constants = {tensor.name: _Weight(tensor.name, tensor) for tensor in graph.initializer}
-    for node in graph.node:
-        tensor = next((attribute for attribute in node.attribute if attribute.name == "value"), None)
-        if node.op_type == "Constant" and tensor is not None and tensor.HasField("t"):
-            constants[node.output[0]] = _Weight(node.output[0], tensor.t)
-    # A weight may pass through an Identity or a 2-D Transpose on its way to the layer.
-    flipped: dict[str, bool] = dict.fromkeys(constants, False)
-    passed: set[str] = set()
-    for node in graph.node:
-        if node.op_type not in ("Identity", "Transpose") or node.input[0] not in constants:
-            continue
-        weight = constants[node.input[0]]
-        turn = node.op_type == "Transpose"
-        if turn and (len(weight.tensor.dims) != 2 or list(_attribute(node, "perm", [1, 0])) != [1, 0]):
-            continue
-        constants[node.output[0]] = weight
-        flipped[node.output[0]] = flipped[node.input[0]] != turn
-        passed.add(node.output[0])
-
-    layers = []
-    for at, node in enumerate(graph.node):
-        name = node.name or node.output[0]
-        position = _weight_position(node, constants)
-        for index, value in enumerate(node.input):
-            if value in constants and index != position and node.output[0] not in passed:
-                constants[value].others.append(f"{node.op_type} {name}")
-        if position is None:
-            continue
-        source = constants.get(node.input[position])
-        layer = _Layer(name, node.op_type, int(_attribute(node, "group", 1)), False, at, source, None, module_of(node))
-        if node.op_type == "ConvTranspose":
-            layer.reason = "transposed convolution: every phase of its output has columns of its own"
-        elif source is None:
-            layer.reason = "weights are not constant"
-        else:
-            if node.op_type == "Gemm":
-                layer.transposed = not _attribute(node, "transB", 0)
-            elif node.op_type == "MatMul":
-                layer.transposed = position == 1
-            layer.transposed ^= flipped[node.input[position]]
-            layer.reason = _unfit(layer, source.tensor)
-            source.layers.append(layer)
-        layers.append(layer)
-    for output in graph.output:
-        if output.name in constants:
-            constants[output.name].others.append("graph output")
-    distinct = {id(weight): weight for weight in constants.values() if weight.layers}
-    return layers, list(distinct.values())
-
-
-def _weight_position(node: "onnx.NodeProto", constants: dict[str, _Weight]) -> int | None:
-    """Which input holds the weights; None for other operators and products of two activations."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in WEIGHTED:
-        return None
-    if node.op_type != "MatMul":
-        return 1
-    return next((index for index in (1, 0) if node.input[index] in constants), None)
-
-
-def _unfit(layer: _Layer, tensor: "onnx.TensorProto") -> str | None:
-    """Why a constant cannot be pruned, whatever the layer's place in the graph."""
-    import onnx
-
-    kinds = onnx.TensorProto
-    if tensor.data_type not in (kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE):
-        return f"weights are {kinds.DataType.Name(tensor.data_type).lower()}"
-    if len(tensor.dims) < (3 if layer.op == "Conv" else 2) or (layer.op != "Conv" and len(tensor.dims) != 2):
-        return f"weights have {len(tensor.dims)} axes"
-    if 0 in tensor.dims or (layer.op == "Conv" and tensor.dims[0] % layer.groups):
-        return "weights have an odd shape"
-    return None
-
-
-def _keep_dense(graph: "onnx.GraphProto", layers: list[_Layer]) -> None:
-    """Stem, depthwise convolutions and classifier stay dense."""
-    weighted = {layer.position for layer in layers}
-    first, last = _met_first(graph, weighted, forward=True), _met_first(graph, weighted, forward=False)
-    for layer in layers:
-        if layer.reason or layer.op != "Conv" or layer.weight is None:
-            continue
-        per_group = layer.weight.tensor.dims[1]
-        if layer.groups > 1 and per_group == 1:
-            layer.reason = "depthwise"
-        elif per_group * layer.groups <= (FIRST_STEM_CHANNELS if layer.position in first else STEM_CHANNELS):
-            layer.reason = "stem"
-    products = [layer for layer in layers if layer.op in ("Gemm", "MatMul")]
-    head = products[-1] if products else None
-    if head is None and layers[-1].weight and any(node.op_type in POOLS for node in graph.node):
-        # A classifier may be written as a 1×1 convolution.
-        head = layers[-1] if set(layers[-1].weight.tensor.dims[2:]) == {1} else None
-    if head and head.position in last and not head.reason:
-        head.reason = "classifier"
-
-
-def _met_first(graph: "onnx.GraphProto", weighted: set[int], *, forward: bool) -> set[int]:
-    """The weighted nodes that one meets first, walking from the inputs (or back from the outputs)."""
-    constant = {tensor.name for tensor in graph.initializer}
-    values = {value.name for value in (graph.input if forward else graph.output)} - constant
-    met = set()
-    nodes = list(enumerate(graph.node))
-    for position, node in nodes if forward else reversed(nodes):
-        near, far = (node.input, node.output) if forward else (node.output, node.input)
-        if values.isdisjoint(near):
-            continue
-        if position in weighted:
-            met.add(position)
-        else:
-            values.update(far)
-    return met
-
-
-def _exclude(layers: list[_Layer], patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"--exclude {pattern!r} is no regular expression ({error}); {_names(layers)}") from None
-        hits = [
-            layer
-            for layer in layers
-            if any(regex.search(n) for n in (layer.name, layer.weight.name if layer.weight else "", layer.module))
-        ]
-        if not hits:
-            raise UserError(f"--exclude {pattern!r} matches no layer; {_names(layers)}")
-        for layer in hits:
-            layer.reason = layer.reason or f"excluded by {pattern!r}"
-
-
-def _names(layers: list[_Layer]) -> str:
-    return "the layers are: " + ", ".join(layer.name for layer in layers)
-
-
-def _settle(weight: _Weight) -> None:
-    """A constant used more than once is pruned once, and only if all its uses agree."""
-    first = weight.layers[0]
-    if weight.others:
-        for layer in weight.layers:
-            layer.reason = layer.reason or f"weights also used by {weight.others[0]}"
-        return
-    dense = next((layer for layer in weight.layers if layer.reason), None)
-    for layer in weight.layers:
-        if dense is not None:
-            layer.reason = layer.reason or f"shares weights with {dense.name}"
-        elif layer is not first:
-            same = (layer.transposed, layer.groups) == (first.transposed, first.groups)
-            layer.reason = f"pruned with {first.name}" if same else f"pruned with {first.name}, in its rows"
