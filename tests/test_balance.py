@@ -3,18 +3,25 @@
 import copy
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from models import Builder
 from sklearn.datasets import load_digits
 from torch import nn
 
+import colonnade as cn
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern
-from colonnade.sparsify.balance import MEASURED, balance, loss_between, sensitivities, spread
+from colonnade.sparsify.balance import balance, sensitivities
+from colonnade.sparsify.balance_onnx import multiply_adds
 from colonnade.sparsify.joint import divergence
-from colonnade.sparsify.layer_losses import FITTED, layer_losses
+from colonnade.sparsify.layer_losses import layer_losses
 from colonnade.sparsify.masks import sparsify_
+from colonnade.sparsify.onnx_file import prune_file, read_targets
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
+from colonnade.sparsify.spread import FITTED, MEASURED, loss_between, spread
 
 
 class Net(nn.Module):
@@ -137,3 +144,45 @@ def test_balance_by_obs(net):
         balance(dense, ColumnPattern(0.5, 8), x[:1], method="obs")
     with pytest.raises(UserError, match="'best': expected 'magnitude' or 'obs'"):
         balance(dense, ColumnPattern(0.5, 8), x, method="best")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "obs"])
+def test_balance_of_a_file(net, tmp_path, method):
+    """The same kind of plan without torch, the same work in all, and answers nearer to the dense ones."""
+    dense, x = net
+    cn.export(dense, x[:2], tmp_path / "dense.onnx", dynamic_batch=True)
+    samples = {"input": x.numpy()}
+    reports = {
+        balance: prune_file(
+            tmp_path / "dense.onnx", tmp_path / f"{balance}.onnx", ColumnPattern(0.5, 8), method=method,
+            balance=balance, calibration=samples if balance or method == "obs" else None,
+        )
+        for balance in (False, True)
+    }  # fmt: skip
+    kept = {balance: {layer.columns: layer.kept for layer in report.pruned} for balance, report in reports.items()}
+    assert kept[False] == {288: 144, 32: 16}
+    assert kept[True].get(32, 32) > 16 and kept[True][288] < 144
+    # both layers are computed at as many pixels, by as many rows
+    assert kept[True][288] + kept[True].get(32, 32) <= 1.02 * (144 + 16)
+    wanted, *found = (
+        onnxruntime.InferenceSession(tmp_path / f"{name}.onnx").run(None, samples)[0] for name in ("dense", False, True)
+    )
+    uniform, balanced = (float(divergence(torch.from_numpy(one), torch.from_numpy(wanted))) for one in found)
+    assert balanced < uniform
+
+
+def test_multiply_adds_of_a_file(tmp_path):
+    """Convolutions of two axes and of one with stride and groups, and a product over tokens, by the definition."""
+    b = Builder(0)
+    x = b.input("x", ["n", 8, 9, 11])
+    stem = b.op("Conv", x, b.random(8, 8, 1, 1), name="stem")
+    two = b.op("Conv", stem, b.random(16, 8, 3, 3), name="two", strides=[2, 1], pads=[1, 0, 1, 0])
+    flat = b.op("Reshape", b.op("Relu", two), b.constant(np.array([0, 16, -1])))
+    one = b.op("Conv", flat, b.random(12, 8, 3), name="one", group=2, strides=[2])
+    tokens = b.op("MatMul", b.op("Transpose", one, perm=[0, 2, 1]), b.random(12, 7), name="product")
+    onnx.save(b.build(b.op("MatMul", tokens, b.random(7, 5), name="head")), tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    inputs = {"x": np.ones((3, 8, 9, 11), np.float32)}
+    found = multiply_adds(model, read_targets(tmp_path / "m.onnx", model), inputs)
+    # 5x9 pixels of 16 rows by 72 columns; then 45 pixels, 22 of them by a kernel of 3; a token for each
+    assert found == {"two": 5 * 9 * 16 * 72, "one": 22 * 12 * 24, "product": 22 * 7 * 12}

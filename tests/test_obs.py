@@ -588,7 +588,8 @@ def test_odd_graphs(tmp_path):
     ("change", "message"),
     [
         ({"calibration": None}, "needs calibration"),
-        ({"method": "magnitude"}, "no other method"),
+        ({"method": "magnitude"}, "with balance only"),
+        ({"balance": True, "patterns": {"head": None}}, "one pattern"),
         ({"method": "best"}, "expected one of"),
         ({"calibration": {"input": np.zeros((3, 2, 8, 8), np.float32)}}, "3×2×8×8: expected samples × 1×8×8"),
         ({"calibration": {"input": np.zeros((0, 1, 8, 8), np.float32)}}, "expected samples"),
@@ -709,6 +710,14 @@ def test_command_line(digits, tmp_path):
     )
     assert fitted.exit_code == 0 and "retained output" in fitted.output
     assert (tmp_path / "out.onnx").exists()
-    for more, message in ((["--method", "obs"], "needs --calibration"), (["--calibration", "x"], "belongs to")):
+    balanced = CliRunner().invoke(
+        application("prune"), [*words, "--force", "--balance", "--calibration", str(tmp_path / "inputs.npz")]
+    )
+    assert balanced.exit_code == 0 and "balanced" in balanced.output
+    for more, message in (
+        (["--method", "obs"], "--method obs needs --calibration"),
+        (["--balance"], "--balance needs --calibration"),
+        (["--calibration", "x"], "belongs to"),
+    ):
         refused = CliRunner().invoke(application("prune"), [*words, "--force", *more])
         assert isinstance(refused.exception, UserError) and message in str(refused.exception)

@@ -33,10 +33,11 @@ from torch import Tensor, nn
 
 import colonnade as cn
 from colonnade.accuracy import Accuracy
-from colonnade.sparsify.balance import measured, spread
+from colonnade.sparsify.balance import measured
 from colonnade.sparsify.joint import distance
 from colonnade.sparsify.masks import mask_zeros_
 from colonnade.sparsify.reconstruct import Schedule, twin
+from colonnade.sparsify.spread import spread
 
 RECONSTRUCTED = "+reconstruction"
 METHODS = (

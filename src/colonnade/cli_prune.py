@@ -30,8 +30,12 @@ def prune(
     method: Annotated[
         str, typer.Option(metavar="magnitude|obs", help="obs fits what is kept to calibration inputs; no labels.")
     ] = "magnitude",
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Spread the same work over the layers by what each of them loses.")
+    ] = False,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="DIR|FILE.npz", help="Photos or arrays of inputs for --method obs.")
+        Path | None,
+        typer.Option(metavar="DIR|FILE.npz", help="Photos or arrays of inputs for --method obs and --balance."),
     ] = None,
     images: Annotated[int, typer.Option(help="Calibration inputs to use at most.", min=1)] = 512,
     preprocess: Annotated[
@@ -52,15 +56,18 @@ def prune(
     from colonnade.sparsify.allocate import PrunePlan
     from colonnade.sparsify.onnx_file import prune_file
 
+    if balance and plan is not None:
+        raise UserError("--plan says what every layer loses: leave --balance out")
     inputs = None
-    if method == "obs":
+    if method == "obs" or balance:
         if calibration is None:
-            raise UserError("--method obs needs --calibration: a folder of photos or an .npz of inputs, a few hundred")
+            needs = "--balance" if balance else "--method obs"
+            raise UserError(f"{needs} needs --calibration: a folder of photos or an .npz of inputs, a few hundred")
         from colonnade.accuracy import calibration_inputs
 
         inputs = calibration_inputs(calibration, preprocess=preprocess, limit=images)
     elif calibration is not None:
-        raise UserError("--calibration belongs to --method obs: magnitudes need no inputs")
+        raise UserError("--calibration belongs to --method obs and --balance: magnitudes alone need no inputs")
     patterns = PrunePlan.read(plan).layers if plan is not None else None
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("pruning", total=None)
@@ -75,6 +82,7 @@ def prune(
             method=method,
             calibration=inputs,
             patterns=patterns,
+            balance=balance,
             progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
         )
     _print(report, method)
@@ -84,7 +92,8 @@ def _print(report: PruneReport, method: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.source.name} → {report.destination.name}, {report.pattern or 'by plan'}")
+    wanted = f"{report.pattern or 'by plan'}{', balanced' if report.balanced else ''}"
+    table = Table(title=f"{report.source.name} → {report.destination.name}, {wanted}")
     table.add_column("layer", overflow="fold")
     table.add_column("weights", no_wrap=True)
     for heading in ("kept columns", "retained score" if method == "magnitude" else "retained output"):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ESTIMATED = "estimated"
 # A larger tile must save this share of a layer's time to be preferred to a smaller one: at the same sparsity it loses
-# more. Chosen by sums of losses over plans (docs/accuracy.md).
+# more. Chosen by sums of losses over plans (docs/accuracy-probes.md).
 TILE_GAIN = 0.1
 
 

@@ -3,10 +3,8 @@
 Every layer is pruned alone, at a few sparsities, and the rest of the network runs on: the loss is the divergence of the
 answers from the dense ones (the squared error relative to its variance where the output is no vector of classes).
 Layers are pruned by magnitude, which is quick, or by the second-order method (layer_losses.py), which tells what that
-one will lose. Between the measured sparsities the logarithm of the loss is taken as straight; below the first the loss
-is a power of the sparsity, as between the first two, the third at most. Then a knapsack picks one sparsity a layer: the
-smallest sum of losses among those that leave as many multiply-adds as the uniform sparsity would (allocate.py). Times,
-where they are known, belong to `colonnade fit`; this needs none.
+one will lose. Then a knapsack picks one sparsity a layer (spread.py). Times, where they are known, belong to
+`colonnade fit`; this needs none. For ONNX files it is `prune_file(balance=True)`.
 """
 
 from __future__ import annotations
@@ -21,19 +19,13 @@ from torch import Tensor, nn
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
-from colonnade.sparsify.allocate import Choice, allocate
 from colonnade.sparsify.joint import distance, half_precision
 from colonnade.sparsify.layer_losses import layer_losses
 from colonnade.sparsify.masks import prunable, remove_masks
 from colonnade.sparsify.samples import Layer
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
+from colonnade.sparsify.spread import IMAGES, MEASURED, spread
 from colonnade.sparsify.torch_obs import TorchChain, batches
-
-MEASURED = (0.5, 0.75, 0.875)
-STEP = 1 / 16  # between the sparsities that a layer may get, with whole rows as groups
-MOST = MEASURED[-1]
-IMAGES = 32
-LEAST_LOSS = 1e-4  # nats: what half precision makes of nothing
 
 
 def balance(
@@ -90,35 +82,6 @@ def measured(
     else:
         losses, work = sensitivities(work_model, names, inputs[:images], pattern, progress)
     return {name: losses.get(name, {}) for name in layers}, work
-
-
-def spread(
-    losses: Mapping[str, Mapping[float, float]], work: Mapping[str, float], pattern: ColumnPattern
-) -> dict[str, ColumnPattern | None]:
-    """One pattern a layer, from the loss of each at some sparsities and its multiply-adds when it is dense; layers
-    whose work is not there stay dense."""
-    steps = 1 / STEP if pattern.group is None else pattern.group
-    sparsities = [at / steps for at in range(1, int(steps)) if at / steps <= MOST] + [pattern.sparsity]
-    choices = {
-        name: [Choice(None, macs, 0.0)]
-        + [
-            Choice(ColumnPattern(s, pattern.tile, pattern.group), macs * (1 - s), loss_between(losses[name], s))
-            for s in sorted(set(sparsities))
-        ]
-        for name, macs in work.items()
-    }
-    chosen = allocate(choices, sum(work.values()) * (1 - pattern.sparsity))
-    return {name: chosen[name].pattern if name in chosen else None for name in losses}
-
-
-def loss_between(measured: Mapping[float, float], sparsity: float) -> float:
-    """The loss at a sparsity from those at others."""
-    known = sorted(measured)
-    values = [max(measured[at], LEAST_LOSS) for at in known]
-    if sparsity <= known[0]:
-        power = np.log(values[1] / values[0]) / np.log(known[1] / known[0])
-        return float(values[0] * (sparsity / known[0]) ** np.clip(power, 1, 3))
-    return float(np.exp(np.interp(sparsity, known, np.log(values))))
 
 
 @torch.no_grad()

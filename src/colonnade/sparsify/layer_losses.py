@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.joint import distance, half_precision
+from colonnade.sparsify.spread import FITTED
 from colonnade.sparsify.torch_obs import TorchChain
 from colonnade.sparsify.trials import Trial, dense_walk, first_part, losses
 
-FITTED = (0.25, 0.5, 0.75, 0.875)
 BATCH = 32
 
 

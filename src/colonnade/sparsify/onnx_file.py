@@ -11,6 +11,7 @@ import numpy.typing as npt
 from colonnade.errors import UserError
 from colonnade.onnx_io import check_writable, load_onnx, save_onnx
 from colonnade.pattern import ColumnPattern
+from colonnade.sparsify.balance_onnx import balanced
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target, unfit
 from colonnade.sparsify.onnx_layers import Constant, WeightedLayer, names_of, weighted_layers
 from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
@@ -49,12 +50,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What became of every layer, in the order of the graph. pattern: of layers without one of their own."""
+    """What became of every layer, in the order of the graph. pattern: of layers without one of their own; balanced: was
+    its work spread over the layers?"""
 
     source: Path
     destination: Path
     pattern: ColumnPattern | None
     layers: tuple[LayerReport, ...]
+    balanced: bool = False
 
     @property
     def pruned(self) -> tuple[LayerReport, ...]:
@@ -75,6 +78,7 @@ def prune_file(
     calibration: Mapping[str, npt.NDArray[Any]] | None = None,
     options: Options | None = None,
     patterns: Mapping[str, ColumnPattern | None] | None = None,
+    balance: bool = False,
 ) -> PruneReport:
     """Prune the convolutions and matrix products of an ONNX file and write the result to `destination`.
 
@@ -88,6 +92,8 @@ def prune_file(
     options:     settings of "obs".
     patterns:    the pattern of single layers by name, in the place of `pattern`; None leaves one dense. Without a
                  `pattern` (None) all others stay dense.
+    balance:     spread the multiply-adds that `pattern` leaves over the layers, by what pruning each of them alone does
+                 to the answers on `calibration` (balance_onnx.py). Where statistics cannot be gathered `pattern` stays.
 
     Raises UserError for a bad file, a pattern in `exclude` that is invalid or matches nothing, a weight that is not
     finite, and an output that exists without `force` or cannot be written; nothing is written then.
@@ -97,16 +103,26 @@ def prune_file(
         raise UserError(f"score is {score!r}: expected one of {', '.join(SCORES)}")
     if method not in METHODS:
         raise UserError(f"method is {method!r}: expected one of {', '.join(METHODS)}")
-    if (method == "obs") != (calibration is not None):
-        raise UserError("method 'obs' needs calibration inputs, and no other method takes them")
+    if calibration is None and (method == "obs" or balance):
+        raise UserError(f"{'balance' if balance else 'method obs'} needs calibration inputs")
+    if calibration is not None and method != "obs" and not balance:
+        raise UserError(f"method {method} takes calibration inputs with balance only")
+    if balance and (pattern is None or patterns):
+        raise UserError("balance spreads one pattern over the layers: give that alone")
     check_writable(destination, force=force)
     model = load_onnx(source)
     layers = _layers(source, model, exclude)
+    if balance:
+        assert calibration is not None and pattern is not None
+        free = _fitted(source, model.graph, [layer for layer in layers if layer.reason is None])
+        count = len(free)
+        told = (lambda share, name: progress(round(share * count), count, f"{name} alone")) if progress else None
+        patterns = balanced(model, _targets(model, free), calibration, pattern, method, told) if free else None
     chosen = _patterns(layers, pattern, patterns or {})
 
     reports: dict[int, tuple[int, int, int, float]] = {}
     todo = [layer for layer in layers if layer.reason is None]
-    fitted = _fitted(source, model.graph, todo) if calibration is not None else []
+    fitted = _fitted(source, model.graph, todo) if method == "obs" else []
     rest = [layer for layer in todo if layer not in fitted]
     # First, so that what the others lose is not taken for the dense model's outputs.
     if calibration is not None and fitted:
@@ -119,7 +135,8 @@ def prune_file(
         assert layer.weight is not None
         reports[id(layer)] = _prune(source, layer, layer.weight, chosen[layer.name], score, group_rows)
     save_onnx(model, destination, force=force)
-    return PruneReport(source, destination, pattern, tuple(_report(layer, reports.get(id(layer))) for layer in layers))
+    made = tuple(_report(layer, reports.get(id(layer))) for layer in layers)
+    return PruneReport(source, destination, pattern, made, balance)
 
 
 def read_layers(
@@ -193,7 +210,7 @@ def _patterns(
         if layer.reason is None:
             wanted = own.get(layer.name, pattern)
             if wanted is None:
-                layer.reason = "dense by plan"
+                layer.reason = "by plan"
             else:
                 chosen[layer.name] = wanted
     return chosen
@@ -209,7 +226,7 @@ def _fitted(source: Path, graph: "onnx.GraphProto", todo: Sequence[WeightedLayer
         if unfit(graph.node[layer.position], graph) or len(layer.weight.layers) > 1:
             continue
         if layer.weight.tensor.data_type != onnx.TensorProto.FLOAT:
-            raise UserError(f"{source}: weights of {layer.name} are not float32: method 'obs' works on float32 models")
+            raise UserError(f"{source}: weights of {layer.name} are not float32: calibration needs a float32 model")
         if not np.isfinite(onnx.numpy_helper.to_array(layer.weight.tensor)).all():
             raise UserError(
                 f"{source}: tensor {layer.weight.name!r} holds NaN or infinite weights: train or export it again"

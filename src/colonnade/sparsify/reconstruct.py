@@ -32,8 +32,8 @@ EXACT = 1e-5
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast; chosen on training images (docs/accuracy.md). An eighth of the inputs is left out of both
-    steps and judges: what it likes best of the start and all epochs' ends stays (`joint.train_judged`).
+    """How long and how fast; chosen on training images (docs/accuracy-probes.md). An eighth of the inputs is left
+    out of both steps and judges: what it likes best of the start and all epochs' ends stays (`joint.train_judged`).
 
     epochs, lr: over the calibration inputs for every block by itself; Adam's highest rate, relative to the root mean
                 square of each weight's layer.

@@ -243,6 +243,12 @@ def _same_shape(layer: Layer, inputs: Sequence[int], added: Sequence[int]) -> bo
     return tuple(added) == (inputs[0], rows, *(size if len(inputs) == 4 else size[1:]))
 
 
+def outputs(layer: Layer, shape: Sequence[int]) -> int:
+    """Numbers that a layer gives for each of its inputs, which together have this shape."""
+    pixels = _output(layer, shape) if _is_map(layer) else shape[1:-1]
+    return len(layer.weight) * math.prod(pixels)
+
+
 def _is_map(layer: Layer) -> bool:
     return layer.weight.ndim > 2
 

@@ -29,7 +29,7 @@ from colonnade.sparsify.arrays import Array, Arrays, NotPositive
 from colonnade.sparsify.moments import Damping, Moments
 from colonnade.sparsify.select import select_columns, similar_tiles
 
-# Chosen on training images (see docs/accuracy.md).
+# Chosen on training images (see docs/accuracy-probes.md).
 ROUNDS = 16
 # What a layer's damping is chosen from, first the plain part and then the other, and on how many of its tiles.
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
