@@ -279,10 +279,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         parts.append(f"{network}, dense {100 * first['dense']:.1f} % on {first['images']:,} {where}\n")
         parts.append("| sparsity | T | method | top-1 | difference, 95 % interval | same answer | minutes | bundle |")
         parts.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        chosen.sort(key=lambda row: (row["sparsity"], row["tile"], METHODS.index(row["method"])))
+        chosen.sort(key=lambda row: (row["sparsity"], row["tile"], METHODS.index(row["method"]), row["seed"]))
         for row in chosen:
             tile = "" if row["method"] in ("unstructured", "2:4") else row["tile"]
-            how = f"{row['method']} {row['schedule']}".strip()
+            how = f"{row['method']} {row['schedule']}".strip() + (f", seed {row['seed']}" if row["seed"] else "")
             points, low, high = (f"{100 * row[name]:+.1f}" for name in ("difference", "low", "high"))
             parts.append(
                 f"| {100 * row['sparsity']:g} % | {tile} | {how} | {100 * row['top1']:.1f} | "
