@@ -15,7 +15,7 @@ import colonnade as cn
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.balance import balance, sensitivities
-from colonnade.sparsify.balance_onnx import multiply_adds
+from colonnade.sparsify.balance_onnx import dense_work
 from colonnade.sparsify.joint import divergence
 from colonnade.sparsify.layer_losses import layer_losses
 from colonnade.sparsify.masks import sparsify_
@@ -183,6 +183,6 @@ def test_multiply_adds_of_a_file(tmp_path):
     onnx.save(b.build(b.op("MatMul", tokens, b.random(7, 5), name="head")), tmp_path / "m.onnx")
     model = onnx.load(tmp_path / "m.onnx")
     inputs = {"x": np.ones((3, 8, 9, 11), np.float32)}
-    found = multiply_adds(model, read_targets(tmp_path / "m.onnx", model), inputs)
+    found = dense_work(model, read_targets(tmp_path / "m.onnx", model), inputs)
     # 5x9 pixels of 16 rows by 72 columns; then 45 pixels, 22 of them by a kernel of 3; a token for each
     assert found == {"two": 5 * 9 * 16 * 72, "one": 22 * 12 * 24, "product": 22 * 7 * 12}

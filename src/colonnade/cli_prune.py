@@ -117,7 +117,7 @@ def _print(report: PruneReport, method: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if method == "magnitude" and report.pruned:
-        typer.echo("kept by magnitude: train it further, or keep more with --method obs --balance --calibration PHOTOS")
     if not report.pruned:
         console.print("Nothing was pruned: every layer stays dense for the reason beside it.", style="yellow")
+    elif method == "magnitude":
+        typer.echo("kept by magnitude: train it further, or keep more with --method obs --balance --calibration PHOTOS")

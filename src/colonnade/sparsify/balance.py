@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.joint import distance, half_precision
 from colonnade.sparsify.layer_losses import layer_losses
 from colonnade.sparsify.masks import prunable, remove_masks
-from colonnade.sparsify.samples import Layer
+from colonnade.sparsify.samples import Layer, multiply_adds
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
 from colonnade.sparsify.spread import IMAGES, MEASURED, spread
 from colonnade.sparsify.torch_obs import TorchChain, batches
@@ -110,9 +110,8 @@ def sensitivities(
         for at, layer in enumerate(chain.layers):
             if progress:
                 progress(at / len(chain.layers), layer.name)
-            module = cast(nn.Conv2d | nn.Linear, model.get_submodule(layer.name))
             given = held[layer.input].float()
-            work[layer.name] = float(module(given[:1]).numel() * layer.columns)
+            work[layer.name] = multiply_adds(layer, given.shape)
             losses[layer.name] = {
                 s: distance([_pruned(chain, at, held, given, ColumnPattern(s, pattern.tile, pattern.group))], [dense])
                 for s in MEASURED

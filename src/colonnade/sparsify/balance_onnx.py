@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target
-from colonnade.sparsify.samples import outputs
+from colonnade.sparsify.samples import multiply_adds
 from colonnade.sparsify.sensitivity import second_order, sensitivities
 from colonnade.sparsify.spread import FITTED, IMAGES, MEASURED, spread
 
@@ -44,19 +44,18 @@ def balanced(
         few = {name: array[:IMAGES] for name, array in calibration.items()}
         found = sensitivities(model, targets, few, every(MEASURED), progress)
     losses = {name: {known.sparsity: loss for known, loss in row.items()} for name, row in found.items()}
-    return spread(losses, multiply_adds(model, targets, calibration), pattern)
+    return spread(losses, dense_work(model, targets, calibration), pattern)
 
 
-def multiply_adds(
+def dense_work(
     model: onnx.ModelProto, targets: Sequence[Target], inputs: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, float]:
-    """Of every target for one input, when it is dense."""
+    """Multiply-adds of every target for one input, when it is dense."""
     chain = OnnxChain(model, targets, inputs)
     values = chain.run(0, chain.inputs()[0])
     found = {}
     for at, layer in enumerate(chain.layers):
-        shape = chain.whole(layer.input, values[layer.input]).shape
-        found[layer.name] = float(outputs(layer, shape) * layer.columns)
+        found[layer.name] = multiply_adds(layer, chain.whole(layer.input, values[layer.input]).shape)
         if at + 1 < len(chain.layers):
             values = chain.run(at + 1, values)
     return found

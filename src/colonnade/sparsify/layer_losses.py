@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.joint import distance, half_precision
+from colonnade.sparsify.samples import multiply_adds
 from colonnade.sparsify.spread import FITTED
 from colonnade.sparsify.torch_obs import TorchChain
 from colonnade.sparsify.trials import Trial, dense_walk, first_part, losses
@@ -48,7 +49,7 @@ def layer_losses(
         for at, layer, store, values in steps:
             row = losses(store, layer, values, patterns, partial(judge.loss, at))
             found[layer.name] = {known.sparsity: loss for known, loss in row.items()}
-            work[layer.name] = judge.outputs(at) * layer.columns
+            work[layer.name] = multiply_adds(layer, judge.held[layer.input].shape)
             judge.advance(at)
     return found, work
 
@@ -66,12 +67,6 @@ class _Judge:
         """Of the answers, with layers[at] as it is in the trial."""
         with self._quick(), self.chain.changed(self.chain.layers[at], trial.weight, trial.bias):
             return distance([self.runner.answers(self.bounds[at + 1], self.held)], [self.wanted])
-
-    def outputs(self, at: int) -> float:
-        """Numbers that layers[at] gives for one input."""
-        layer = self.chain.layers[at]
-        module = self.chain.model.get_submodule(layer.name)
-        return float(module(self.held[layer.input][:1].float()).numel())
 
     def advance(self, at: int) -> None:
         """Go on behind layers[at]."""

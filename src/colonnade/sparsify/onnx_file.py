@@ -202,7 +202,7 @@ def _patterns(
     known = {layer.name: layer for layer in layers}
     for name, wanted in own.items():
         if name not in known:
-            raise UserError(f"there is no layer {name!r}; {names_of(list(layers))}")
+            raise UserError(f"there is no layer {name!r}; {names_of(layers)}")
         if wanted is not None and (reason := known[name].reason):
             raise UserError(f"layer {name} stays dense ({reason}): take it out of the plan, or call it dense there")
     chosen = {}

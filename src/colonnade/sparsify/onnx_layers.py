@@ -200,7 +200,8 @@ def _exclude(layers: list[WeightedLayer], patterns: Sequence[str]) -> None:
             layer.reason = layer.reason or f"excluded by {pattern!r}"
 
 
-def names_of(layers: list[WeightedLayer]) -> str:
+def names_of(layers: Sequence[WeightedLayer]) -> str:
+    """All layers in words, for errors."""
     return "the layers are: " + ", ".join(layer.name for layer in layers)
 
 

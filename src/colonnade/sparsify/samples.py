@@ -243,10 +243,10 @@ def _same_shape(layer: Layer, inputs: Sequence[int], added: Sequence[int]) -> bo
     return tuple(added) == (inputs[0], rows, *(size if len(inputs) == 4 else size[1:]))
 
 
-def outputs(layer: Layer, shape: Sequence[int]) -> int:
-    """Numbers that a layer gives for each of its inputs, which together have this shape."""
+def multiply_adds(layer: Layer, shape: Sequence[int]) -> float:
+    """Of a dense layer for each of its inputs, which together have this shape."""
     pixels = _output(layer, shape) if _is_map(layer) else shape[1:-1]
-    return len(layer.weight) * math.prod(pixels)
+    return float(len(layer.weight) * math.prod(pixels) * layer.columns)
 
 
 def _is_map(layer: Layer) -> bool:
