@@ -75,7 +75,7 @@ class OnnxChain:
         self.graph = model.graph
         self.arrays = host_arrays()
         if any(attribute.HasField("g") for node in self.graph.node for attribute in node.attribute):
-            raise UserError("method 'obs' does not run graphs with If, Loop or Scan: use --method magnitude")
+            raise UserError("calibration runs no graph with If, Loop or Scan: use --method magnitude without --balance")
         self.constants = _constants(self.graph)
         self.nodes = _ordered(self.graph, self.constants)
         self.given = _checked(self.graph, inputs)
