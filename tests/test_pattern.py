@@ -101,7 +101,7 @@ def test_any_matrix_survives(seed, rows, groups, columns, density):
     rows=st.integers(4, 40),
     groups=st.sampled_from([1, 1, 2, 3]),
     columns=st.integers(40, 160),
-    tile=st.integers(4, 16),
+    tile=st.integers(2, 16),
     sparsity=st.sampled_from([0.5, 0.75, 0.9]),
 )
 @example(seed=5, rows=5, groups=1, columns=40, tile=4, sparsity=0.5)
@@ -117,6 +117,16 @@ def test_the_tiling_is_recovered(seed, rows, groups, columns, tile, sparsity):
     assert _cost(found.tiles) <= _cost(known.tiles) * (1 + 1e-6)
     # a tile and the few rows that were left over may come out as one, whose columns are fewer than those of both
     assert rows % tile or found.kept <= known.kept
+
+
+@pytest.mark.parametrize("tile", [2, 3, 4])
+def test_low_tiles_that_lose_half_of_their_columns_are_no_dense_layer(tile):
+    rng = np.random.default_rng(tile)
+    weights = rng.standard_normal((24, 96)).astype(np.float32)
+    tiles = rng.permutation(24).reshape(-1, tile)
+    for rows in tiles:
+        weights[np.ix_(rows, rng.permutation(96)[:48])] = 0
+    assert supports(discover(weights)) == supports(TiledWeights.from_rows(weights, tiles))
 
 
 def pruned_layer(rng, oc=256, k=576, sparsity=0.75):

@@ -23,7 +23,7 @@ MAX_TILE_ROWS = 64
 # Reading one kept column (its offset, its vector, the latency of an irregular row) costs about as much as using it for
 # so many rows, and it is read once for about so many rows, as registers allow. Both decide when rows with different
 # supports are better off in one tile.
-COLUMN_OVERHEAD = 4.0
+COLUMN_OVERHEAD = 2.0
 ROWS_A_READ = 8
 # Rounds of uniting tiles; a round mostly halves their number, so only odd matrices ever come here.
 MAX_ROUNDS = 40
@@ -227,7 +227,7 @@ def _discover_group(support: npt.NDArray[np.bool_]) -> list[Ints]:
     if len(classes) > 1:
         classes, labels = _join_subsets(classes, labels)
         # Tiles of a pruned matrix are all there by now. Supports that differ from row to row are not a tiling yet.
-        if len(live) < 3 * len(classes):
+        if len(live) < 2 * len(classes):
             classes, labels = _unite(classes, labels)
     order = np.argsort(labels, kind="stable")
     members = np.split(live[order].astype(np.int32), np.cumsum(np.bincount(labels, minlength=len(classes)))[:-1])

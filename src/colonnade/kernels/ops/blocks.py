@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from colonnade.layout import LINE
 from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d
 
@@ -52,6 +53,8 @@ READ = 3 << 17  # bytes of weights that the second cache keeps from strip to str
 WIDE = 3 << 14  # bytes of a strip in a panel that pass through a first cache anew for every tile
 SMALL = 3 << 15  # bytes of weights that stay near while strips pass, however many pass together
 FEWEST = 36  # columns that a tile keeps of a block, below which its begin and end cost more than the caches
+SHORT = 4  # rows of a tile up to which a column is over before its lines come from the second cache
+FIRST = 26 << 10  # bytes of lines that stay in the first cache beside weights
 
 
 def split(tiled: list[TiledWeights], count: int, feed: int, threads: int) -> int:
@@ -60,7 +63,15 @@ def split(tiled: list[TiledWeights], count: int, feed: int, threads: int) -> int
     return int(threads > 1 and count > 4 and (feed != 0 or least >= 2 * FEWEST))
 
 
-def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads: int = 1) -> list[tuple[int, int]]:
+def reach(conv: Conv2d, lmul: int) -> int:
+    """Bytes of the lines that a strip of ``lmul`` registers reads of planes, all channels and taps (VLEN 256)."""
+    runs = conv.in_channels * conv.kernel[0] * min(conv.kernel[1], conv.stride[1])
+    return runs * (32 * lmul + 4 * (conv.kernel[1] - 1) * conv.dilation[1] // conv.stride[1] + LINE)
+
+
+def orders(
+    tiled: list[TiledWeights], count: int, feed: int, held: int, threads: int = 1, reached: int = 0
+) -> list[tuple[int, int]]:
     """(strips at a time, blocks of K) by what the caches of an in-order core show (modelled), the best first.
 
     Few strips run through some tiles together, so that their weights come from memory once; then what they read must
@@ -70,6 +81,9 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads:
     one comes while it is used; a wide one goes in two parts. Of weights that would fill the second cache, half are in
     use at a time; where they are more than that they are read once, for all strips if these fit. ``held``: bytes of the
     input, 0 where K cannot be cut.
+
+    Tiles of few rows pass over columns faster than these come from the second cache, so whatever a strip reads
+    (``reached`` bytes of planes) is cut until the first one keeps it; where strips are few, until it keeps one of two.
 
     Cores of a cluster share their second cache: with tiles shared out they go from strip to strip side by side, and of
     what all of them read each has its own part of the weights. Of few strips each takes one, which its first cache
@@ -81,7 +95,12 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads:
     while parts < 8 and held >= parts * NEAR and least >= 2 * parts * FEWEST:
         parts *= 2
     found: list[tuple[int, int]]
-    if count <= 4:
+    if held and feed != 1 and feed != 3 and max(len(tile.rows) for t in tiled for tile in t.tiles) <= SHORT:
+        near = FIRST if count > 4 else 2 * FIRST
+        most = max(least // FEWEST, 1)
+        cut = min(max(-(-(reached or held // count) // near), -(-weights // READ) if count > 4 else 1), most)
+        found = [(1 if count > 4 else 0, n) for n in (cut, cut + 1, cut - 1, 1) if 1 <= n <= most]
+    elif count <= 4:
         found = [(0, parts), (0, 2 * parts if parts > 1 else 1), (0, 1), (2, 1), (1, 1)]
         if threads == 1 and feed != 0 and parts > 1 and weights <= parts * READ:
             found = [(1, parts), *found]
@@ -90,8 +109,8 @@ def orders(tiled: list[TiledWeights], count: int, feed: int, held: int, threads:
         while cut < 8 and cut <= wanted and least >= (8 if cut > 1 else 4) * cut * FEWEST:
             cut *= 2
         if weights <= cut * READ:
-            near = threads > 1 and least >= 2 * FEWEST and weights <= SMALL
-            together = 4 if near or (cut == 1 and threads == 1) else 1
+            close = threads > 1 and least >= 2 * FEWEST and weights <= SMALL
+            together = 4 if close or (cut == 1 and threads == 1) else 1
             half = [(-(-count // 2), cut)] if cut > 1 else []  # where the second cache holds half of what is said here
             found = [(together, cut), *half, (1, 1), (4, 1), (0, 1)]
         else:

@@ -57,7 +57,9 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             if not registers.worth_trying(mr, tiled, registers.shapes(isa)):
                 continue
             if readable:
-                yield from in_place([tiled], lanes, mr, nv, dense, isa, threads, held=_held(step))
+                yield from in_place(
+                    [tiled], lanes, mr, nv, dense, isa, threads, held=_held(step), reached=blocks.reach(conv, nv)
+                )
             packed += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
             if not readable and isa.scalable and windows.readable(conv, step.inputs[0], layout):
                 yield from _windowed(conv, tiled, layout, mr, nv, dense, isa, threads)
@@ -86,7 +88,8 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
         if not registers.worth_trying(mr, tiled, own):
             continue
         feed, held = (2 if stored else 0), _held(step)
-        found = list(in_place([tiled], lanes, mr, nv, dense, isa, threads, feed, held)) if direct else []
+        reached = 0 if stored else blocks.reach(conv, nv)
+        found = list(in_place([tiled], lanes, mr, nv, dense, isa, threads, feed, held, reached)) if direct else []
         if not stored and packing.packable(conv, source.planes):
             found += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
         if not direct and isa.scalable and windows.readable(conv, source, output.grid):
@@ -112,17 +115,18 @@ def in_place(
     threads: int,
     feed: int = 0,
     held: int = 0,
+    reached: int = 0,
     kind: str = "spconv",
 ) -> Iterator[Candidate]:
     """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls. ``held``: bytes
-    of the input, where the columns may be cut into blocks."""
+    of the input, where the columns may be cut into blocks; ``reached``: see ``blocks.orders``."""
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # scalable kernels ask for lines in ways of their own
     tiles = min((len(t.tiles) for t in tiled), default=1)
     far = costs.far(tiled, lanes, isa)
     for index, (work, cut) in enumerate(costs.cuts(tiled, lanes, mr, nv, isa, kind == pairs.KIND)):
         orders = [(b, 1) for b in ((1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,))]
         if isa.scalable:
-            orders = blocks.orders(tiled, cut.count, feed, held, threads)
+            orders = blocks.orders(tiled, cut.count, feed, held, threads, reached)
         fetches = (0,) if isa.scalable else (far, 1 - far)
         for order, ahead, split, fetch in product(orders, distances, (0, 1) if threads > 1 else (0,), fetches):
             block, parts = order

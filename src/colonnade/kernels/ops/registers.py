@@ -28,8 +28,8 @@ def places(mr: int, nv: int, isa: Isa) -> int:
 
 
 def limited(mr: int, lmul: int, columns: int) -> bool:
-    """Is a register group left, beside sums and columns, for the limits that clear lanes which are no pixels?"""
-    return lmul <= 2 and (mr + columns + 1) * lmul + 1 <= 32
+    """Is a register group left, beside sums, columns and mask, for the limits that clear lanes which are no pixels?"""
+    return (mr + columns + 2) * lmul <= 32
 
 
 def sideways(mr: int, lmul: int) -> bool:
@@ -58,7 +58,8 @@ def shapes(isa: Isa) -> list[tuple[int, int]]:
             (6, 4),
             (5, 4),
             (4, 4),
-            (2, 8),
+            (2, 4),
+            (2, 2),
             (1, 8),
             (20, 1),
             (16, 1),
