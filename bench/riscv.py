@@ -1,7 +1,7 @@
 """Every convolution of ResNet-50 on a RISC-V core nobody has at hand: XNNPACK dense beside ours dense and pruned.
 
-    python bench/riscv.py [--model x60] [--sparsity 0,0.5,0.75,0.875] [--layers 3x3,1x1] [--candidates 3] [--cores 4]
-                           [--jobs 2] [--json FILE] [--stalls] [--sensitivity]
+    python bench/riscv.py [--model x60] [--sparsity 0,0.5,0.75,0.875] [--tile 8] [--layers 3x3,1x1] [--candidates 3]
+                           [--cores 4] [--jobs 2] [--json FILE] [--stalls] [--sensitivity]
 
 All figures are **modelled** (docs/machine-models.md): the programs run under an instrumented QEMU. XNNPACK is Debian
 trixie's riscv64 package, fetched by apt with folders of its own into the cache and run from there; nothing of it is
@@ -30,6 +30,7 @@ import numpy as np
 import platformdirs
 
 from colonnade.build.toolchain import Toolchain
+from colonnade.frontend import panels
 from colonnade.kernels import registry, render
 from colonnade.kernels.call import Call, Const
 from colonnade.kernels.isa import isa
@@ -44,7 +45,6 @@ from colonnade.workload import RELU, Conv2d, Convert, ConvPool, Epilogue, Pool2d
 
 SUITE = "trixie"
 PACKAGES = ("libxnnpack0.20241108", "libxnnpack-dev", "libpthreadpool0", "libpthreadpool-dev", "libc6", "libgcc-s1")
-STRIP = 2  # vector registers of a panel's strip
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ def stem(conv: Conv2d, rng: np.random.Generator) -> Step:
     return Step("stem", ConvPool(conv, pool), (x,), y, constants)
 
 
-def step(layer: Layer, sparsity: float, seed: int = 0) -> Step:
-    """The layer on placed planes, its halo beside them; ``sparsity`` of whole columns in tiles of 8 rows gone."""
+def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0) -> Step:
+    """The layer on placed planes, its halo beside them, or panels as wide as the frontend has them for such tiles;
+    ``sparsity`` of whole columns in tiles of ``tile`` rows gone."""
     pad, s, k = layer.kernel // 2, layer.stride, layer.kernel
     conv = Conv2d(
         1,
@@ -128,16 +129,17 @@ def step(layer: Layer, sparsity: float, seed: int = 0) -> Step:
     source = Planes(1, layer.size, layer.size, pitch, pitch, edge * pitch + edge, (s, s), kept)
     target = Planes(1, out, out, pitch, pitch, lead=pitch + 1)
     stored = Planes(1, layer.size, layer.size, layer.size + 1, layer.size + 1)
-    read: Layout = Panels(stored, STRIP) if layer.source == "panels" else source
-    written: Layout = Panels(replace(target, lead=0), STRIP) if layer.target == "panels" else target
+    strip = panels.WIDE if tile <= panels.FEW else panels.VECTORS
+    read: Layout = Panels(stored, strip) if layer.source == "panels" else source
+    written: Layout = Panels(replace(target, lead=0), strip) if layer.target == "panels" else target
     x = place("x", (1, layer.ic, layer.size, layer.size), read, 0)
     y = place("y", (1, layer.oc, out, out), written, round_up(read.buffer_bytes(layer.ic), 64))
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((layer.oc, conv.k), dtype=np.float32) / np.sqrt(conv.k, dtype=np.float32)
     if sparsity:
-        pattern = ColumnPattern(sparsity, tile=8)
-        for start in range(0, layer.oc, 8):
-            rows[start : start + 8, rng.permutation(conv.k)[pattern.kept(conv.k) :]] = 0
+        pattern = ColumnPattern(sparsity, tile)
+        for start in range(0, layer.oc, tile):
+            rows[start : start + tile, rng.permutation(conv.k)[pattern.kept(conv.k) :]] = 0
     constants = {"weight": unmatrix(rows, (layer.oc, layer.ic, k, k)), "bias": np.zeros(layer.oc, np.float32)}
     return Step(layer.name, conv, (x,), y, constants)
 
@@ -313,6 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="x60")
     parser.add_argument("--sparsity", default="0,0.5,0.75,0.875")
+    parser.add_argument("--tile", type=int, default=8, help="rows of a tile")
     parser.add_argument("--layers", default="", help="only layers whose name contains one of these, comma-separated")
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--cores", type=int, default=1, help="that work together, with one L2 and one memory")
@@ -342,7 +345,10 @@ def main() -> None:
         def one(layer: Layer) -> tuple[Modelled, list[Modelled]]:
             sparse = [0.0 if layer.kernel == 7 else level for level in levels]  # the stem stays dense
             label = f"{layer} stalls" if options.stalls else f"{layer}"
-            mine = [ours(model, step(layer, s), f"{label} {s}", options.candidates, options.cores) for s in sparse]
+            mine = [
+                ours(model, step(layer, s, options.tile), f"{label} {s}", options.candidates, options.cores)
+                for s in sparse
+            ]
             return peer(model, layer, root, program, source), mine
 
         for layer, (theirs, mine) in zip(chosen, pool.map(one, chosen), strict=True):

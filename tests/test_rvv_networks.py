@@ -21,6 +21,8 @@ from test_parity import TOLERANCE, files  # noqa: F401  (a fixture)
 
 from colonnade.api import build
 from colonnade.bench.ours import Ours
+from colonnade.pattern import ColumnPattern
+from colonnade.sparsify.onnx_file import prune_file
 from colonnade.targets import Qemu
 from colonnade.targets.qemu import VLENS
 from tests.zoo import SPARSITIES, ZOO, emulated, model_of, pruned
@@ -57,12 +59,17 @@ def test_resnet18_in_small(files, tmp_path, percent):  # noqa: F811
     compare(files("resnet18", percent), tmp_path, 64)
 
 
-def test_bottlenecks_in_panels(tmp_path):
-    """Where lanes of a tensor in panels stand depends on the vector length; the bundle does not."""
+@pytest.mark.parametrize("tile, vectors", [(None, "x2v"), (2, "x4v")])
+def test_bottlenecks_in_panels(tmp_path, tile, vectors):
+    """Where lanes of a tensor in panels stand depends on the vector length; the bundle does not. For tiles of two rows
+    strips are wider."""
     onnx.save(bottlenecks(), tmp_path / "model.onnx")
-    compare(tmp_path / "model.onnx", tmp_path, 22)
+    if tile:
+        prune_file(tmp_path / "model.onnx", tmp_path / "pruned.onnx", ColumnPattern(0.5, tile))
+    compare(tmp_path / ("pruned.onnx" if tile else "model.onnx"), tmp_path, 22)
     steps = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["steps"]
-    assert sum(step["params"].get("feed") == 2 for step in steps) >= 5
+    inner = [step["kernel"] for step in steps if step["params"].get("feed") == 2]
+    assert len(inner) >= 5 and all(vectors in kernel for kernel in inner)
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ class Panels:
     vectors: int
 
     def __post_init__(self) -> None:
-        if self.vectors not in (1, 2):  # wider strips are of unequal widths where vectors are fixed
+        if self.vectors not in (1, 2, 4):
             raise ValueError(f"panels of {self.vectors} registers: expected 1 or 2")
         if self.planes.lead or self.planes.phases != (1, 1):
             raise ValueError("panels have neither lead nor phases")

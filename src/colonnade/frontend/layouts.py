@@ -10,12 +10,11 @@ copy that is tied to its output; the model's input is imported into phases direc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from colonnade.frontend.draft import Draft, Tensor, Value, is_import, whole
 from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, is_depthwise, panels_for_strides
-from colonnade.frontend.panels import VECTORS
 from colonnade.layout import Layout, Panels, Planes, Rows
 from colonnade.workload import (
     Affine,
@@ -212,10 +211,10 @@ def tie_all(steps: list[Draft]) -> Regions:
     return regions
 
 
-def assign(steps: list[Draft], stored: Collection[Tensor] = ()) -> tuple[dict[Tensor, Layout], int]:
+def assign(steps: list[Draft], stored: Mapping[Tensor, int]) -> tuple[dict[Tensor, Layout], int]:
     """The layout of every tensor, and the largest distance in lanes that a convolution reads past a pixel.
 
-    ``stored``: the tensors that are kept in panels (see ``frontend.panels``).
+    ``stored``: the tensors that are kept in panels, with the registers of a strip (see ``frontend.panels``).
     """
     regions = sizes(steps)
     leads: dict[Tensor, int] = {}
@@ -240,7 +239,7 @@ def assign(steps: list[Draft], stored: Collection[Tensor] = ()) -> tuple[dict[Te
             n, _, h, w = tensor.shape
             pitch, rows = regions.size(tensor)
             if tensor in stored:
-                layouts[tensor] = Panels(Planes(n, h, w, pitch, rows), VECTORS)
+                layouts[tensor] = Panels(Planes(n, h, w, pitch, rows), stored[tensor])
                 continue
             layouts[tensor] = Planes(n, h, w, pitch, rows, leads.get(tensor, 0), tensor.phases, tensor.kept_phases)
     return layouts, after

@@ -133,7 +133,7 @@ class Arranged:
     def plan(self, stored: Collection[int] | None = None) -> Plan:
         """The plan with the choices ``stored`` in panels and all others in planes; by the costs where None."""
         wanted = self.default if stored is None else stored
-        tensors = {tensor for i in wanted for tensor in self.found[i].tensors}
+        tensors = {tensor: self.found[i].vectors for i in wanted for tensor in self.found[i].tensors}
         plan = _place_all(self.name, self.importer, self.drafts, tensors)
         inputs, outputs = (tuple(self._port(port) for port in ports) for ports in (plan.inputs, plan.outputs))
         steps = tuple(replace(s, rms=self.rms.get(s.name)) for s in plan.steps) if self.rms else plan.steps
@@ -171,8 +171,8 @@ def _needed(steps: list[Draft]) -> list[Draft]:
     return result[::-1]
 
 
-def _place_all(name: str, importer: Importer, drafts: list[Draft], stored: Collection[Tensor]) -> Plan:
-    """Give every tensor its layout and its place in the arena; those ``stored`` are in panels."""
+def _place_all(name: str, importer: Importer, drafts: list[Draft], stored: Mapping[Tensor, int]) -> Plan:
+    """Give every tensor its layout and its place in the arena; those ``stored`` are in panels of so many registers."""
     chosen, reach = layouts.assign(drafts, stored)
     first: dict[Tensor, int] = {}
     last: dict[Tensor, int] = {}

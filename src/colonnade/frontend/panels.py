@@ -11,22 +11,28 @@ from dataclasses import dataclass
 
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
-from colonnade.workload import Conv2d
+from colonnade.pattern import discover
+from colonnade.workload import Conv2d, matrix
 
-VECTORS = 2  # registers of a strip: every ISA has kernels of this width, and on RVV they are the best ones
+VECTORS = 2  # registers of a strip: every ISA has kernels of this width, and on RVV they are the best ones ...
+WIDE = 4  # ... but for tiles of few rows, which are over a column before the next one is there
+FEW = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """Tensors that go into panels together, and the names of the steps that this concerns."""
+    """Tensors that go into panels together, with strips of ``vectors`` registers, and the names of the steps that this
+    concerns."""
 
     tensors: frozenset[Tensor]
     steps: tuple[str, ...]
     macs: int  # multiply-adds on kept weights of those that read them
+    vectors: int = VECTORS
 
 
 def edges(steps: list[Draft], windows: bool = False) -> list[Edges]:
-    """All that could be in panels, in the order of the steps. ``windows``: see ``LayoutCosts``."""
+    """All that could be in panels, in the order of the steps. ``windows``: see ``LayoutCosts``. It is true where the
+    length of vectors is known at run time only; so any number of them makes strips of one width."""
     readers: dict[Tensor, list[tuple[Draft, int, Value]]] = {}
     for step in steps:
         for index, value in enumerate(step.inputs):
@@ -56,7 +62,9 @@ def edges(steps: list[Draft], windows: bool = False) -> list[Edges]:
         mine = frozenset(tensors)
         concerned = [s for s in steps if s.output in mine or any(v.tensor in mine for v in s.inputs)]
         reading = [s for s in concerned if s.inputs and s.inputs[0].tensor in mine]
-        result.append(Edges(mine, tuple(s.name for s in concerned), sum(map(_kept, reading))))
+        wide = windows and sum(map(_kept, filter(_low, concerned))) * 2 > sum(map(_kept, concerned))
+        names = tuple(s.name for s in concerned)
+        result.append(Edges(mine, names, sum(map(_kept, reading)), WIDE if wide else VECTORS))
     return result
 
 
@@ -108,6 +116,14 @@ def _strided(step: Draft) -> bool:
         and conv.stride != (1, 1)
         and not any(conv.padding)
     )
+
+
+def _low(step: Draft) -> bool:
+    """Are most of its tiles of few rows?"""
+    conv = step.workload
+    assert isinstance(conv, Conv2d)
+    tiles = discover(matrix(step.constants["weight"]), conv.groups).tiles
+    return sum(len(tile.rows) <= FEW for tile in tiles) * 2 > len(tiles)
 
 
 def _kept(step: Draft) -> int:
