@@ -188,6 +188,22 @@ def test_losses_by_obs_are_about_those_of_files_pruned_so(tmp_path: Path, softma
         assert row[patterns[2]] < 0.5 * by_magnitude[name][patterns[2]]
 
 
+def test_losses_by_obs_of_several_tiles_are_those_of_each(tmp_path: Path) -> None:
+    path = network(tmp_path / "net.onnx", False)
+    model = onnx.load(path)
+    targets = read_targets(path, model)
+    x = np.random.default_rng(0).standard_normal((96, 3, 12, 12)).astype(np.float32)
+    small, large = ([ColumnPattern(sparsity, tile) for sparsity in (0.5, 0.75)] for tile in (2, 8))
+
+    def losses(patterns: list[ColumnPattern]) -> dict[str, dict[ColumnPattern, float]]:
+        return second_order(model, targets, {"x": x}, {target.name: patterns for target in targets}, 24)
+
+    both, one, other = losses([*large, *small]), losses(large), losses(small)
+    for name, row in both.items():
+        assert row == one[name] | other[name]
+        assert row[small[1]] < row[large[1]]
+
+
 def test_losses_by_obs_of_one_batch_are_those_by_magnitude(tmp_path: Path) -> None:
     model = onnx.load(network(tmp_path / "net.onnx", False))
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 16

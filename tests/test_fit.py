@@ -180,14 +180,16 @@ def test_a_larger_tile_must_be_worth_its_loss() -> None:
         return {ColumnPattern(0.75, int(tile[1:])): Time(value, "measured") for tile, value in ms.items()}
 
     pruned = {
-        "even": row(t4=1.0, t8=0.95, t16=0.92),
-        "eight": row(t4=1.0, t8=0.8, t16=0.75),
-        "sixteen": row(t4=1.0, t8=0.8, t16=0.7),
-        "in two steps": row(t4=1.0, t8=0.93, t16=0.86),
+        "two": row(t2=1.0, t4=0.9, t8=0.8, t16=0.75),
+        "two alone": row(t2=1.0, t4=0.99, t8=0.98, t16=0.96),
+        "four": row(t2=1.0, t4=0.75, t8=0.73, t16=0.7),
+        "eight": row(t2=1.0, t4=0.85, t8=0.6, t16=0.58),
+        "sixteen": row(t2=1.0, t4=0.85, t8=0.65, t16=0.5),
     }
     times = LayerTimes({}, pruned, 0.0)
-    assert best_tiles(times, (4, 8, 16), 0.75) == {"even": 4, "eight": 8, "sixteen": 16, "in two steps": 16}
-    assert best_tiles(times, (8, 16), 0.75)["in two steps"] == 8
+    wanted = {"two": (2, 16), "two alone": (2,), "four": (4, 16), "eight": (8,), "sixteen": (16,)}
+    assert best_tiles(times, (2, 4, 8, 16), 0.75) == wanted
+    assert best_tiles(times, (16, 8), 0.75)["eight"] == (8,)
 
 
 def test_a_layer_that_keeps_less_is_not_slower() -> None:

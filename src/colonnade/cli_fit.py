@@ -27,7 +27,7 @@ Images = Annotated[
 Latency = Annotated[str | None, typer.Option("--latency", metavar="40ms", help="The time that one inference may take.")]
 Speedup = Annotated[float | None, typer.Option("--speedup", metavar="N", help="Times as fast as the dense network.")]
 Method = Annotated[str, typer.Option("--method", metavar="obs|magnitude", help="How kept weights are found.")]
-Tiles = Annotated[str, typer.Option("--tiles", metavar="4,8,16", help="Tiles to choose from, layer by layer.")]
+Tiles = Annotated[str, typer.Option("--tiles", metavar="2,4,8,16", help="Tiles to choose from, layer by layer.")]
 Sparsities = Annotated[str, typer.Option("--sparsities", metavar="0.5,0.75,…", help="Shares that a layer may lose.")]
 Calibration = Annotated[int, typer.Option("--calibration-images", min=8, help="Images that calibrate, at most.")]
 Budget = Annotated[str, typer.Option("--budget", help="Time to tune layers for, such as 180s; 0s: only what is known.")]
@@ -46,7 +46,7 @@ def parse_latency(text: str) -> float:
 
 
 def parse_numbers(text: str, option: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
-    """``4,8,16`` → (4, 8, 16), rising and each once. Raises UserError."""
+    """``2,4,8,16`` → (2, 4, 8, 16), rising and each once. Raises UserError."""
     try:
         return tuple(sorted({kind(part) for part in text.split(",") if part.strip()}))
     except ValueError:
@@ -68,7 +68,7 @@ def fit(
     ] = None,
     points: Annotated[int, typer.Option("--points", min=1, max=20, help="Pruned networks to make at most.")] = 4,
     method: Method = "obs",
-    tiles: Tiles = "4,8,16",
+    tiles: Tiles = "2,4,8,16",
     sparsities: Sparsities = "0.25,0.5,0.625,0.75,0.875",
     exclude: Exclude = None,
     calibration: Calibration = 256,
@@ -113,7 +113,7 @@ def plan(
     target: Target = "local",
     latency: Latency = None,
     speedup: Speedup = None,
-    tiles: Tiles = "4,8,16",
+    tiles: Tiles = "2,4,8,16",
     sparsities: Sparsities = "0.25,0.5,0.625,0.75,0.875",
     exclude: Exclude = None,
     calibration: Calibration = 128,

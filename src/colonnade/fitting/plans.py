@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float, str], None]  # stage, share done (0 .. 1), what is at hand
 
 SPARSITIES = (0.25, 0.5, 0.625, 0.75, 0.875)
-TILES = (4, 8, 16)
+TILES = (2, 4, 8, 16)
 TILE_SPARSITY = 0.75  # at which tiles are compared
 
 
@@ -79,11 +79,13 @@ def choices_of(
     half = Place(**{**vars(where), "budget": where.budget / 2})
     coarse = layer_times(model, targets, first, half, lambda done, text: tell("layer times", done / 2, text))
     tiles = best_tiles(coarse, settings.tiles, TILE_SPARSITY)
-    wanted = {name: [ColumnPattern(s, tile) for s in settings.sparsities] for name, tile in tiles.items()}
+    wanted = {
+        name: [ColumnPattern(s, tile) for tile in mine for s in settings.sparsities] for name, mine in tiles.items()
+    }
     times = layer_times(model, targets, wanted, half, lambda done, text: tell("layer times", 0.5 + done / 2, text))
 
     macs = sum(float(step.workload.macs) for step in load(model, batch=where.batch).steps)
-    some = inputs_for(macs, len(targets), len(settings.sparsities))
+    some = inputs_for(macs, len(targets), max(map(len, wanted.values())))
 
     def lost(done: float, text: str) -> None:
         tell("layer losses", done, text)
@@ -94,15 +96,15 @@ def choices_of(
         few = {name: array[:some] for name, array in inputs.items()}
         losses = _losses(keep, few, "magnitude", wanted, lambda: sensitivities(model, targets, few, wanted, lost))
     tell("layer losses", 1.0, "")
-    choices = {
-        name: falling([
-            Choice(None, dense.seconds, 0.0, dense.source),
-            *(Choice(p, times.pruned[name][p].seconds, losses[name][p], times.pruned[name][p].source)
-              for p in wanted[name]),
-        ])
-        for name, dense in times.dense.items()
-        if name in wanted
-    }  # fmt: skip
+    choices: dict[str, list[Choice]] = {}
+    for name, dense in times.dense.items():
+        if name not in wanted:
+            continue
+        choices[name] = [Choice(None, dense.seconds, 0.0, dense.source)]
+        for tile in tiles[name]:
+            row = [(p, times.pruned[name][p]) for p in wanted[name] if p.tile == tile]
+            pruned = [Choice(p, time.seconds, losses[name][p], time.source) for p, time in row]
+            choices[name] += falling([choices[name][0], *pruned])[1:]
     notes = []
     guessed = sum(choice.source == ESTIMATED for row in choices.values() for choice in row)
     if guessed:

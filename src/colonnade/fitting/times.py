@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     import onnx
 
 ESTIMATED = "estimated"
-# A larger tile must save this share of a layer's time to be preferred to a smaller one: at the same sparsity it loses
-# more. Chosen by sums of losses over plans (docs/accuracy-probes.md).
-TILE_GAIN = 0.1
+# In tiles twice as large a layer keeps so many times the columns for the same loss, up to tiles of 8 rows and beyond
+# (ResNet-18's layers, docs/accuracy-probes.md); so it must be quicker by as much at the same sparsity.
+TWICE, TWICE_LARGE, LARGE = 1.25, 1.14, 8
+GAIN = 0.05  # share of a layer's time by which another tile is worth measuring as well
 
 
 @dataclass(frozen=True)
@@ -214,14 +215,18 @@ def _roughly(step: Step) -> float:
     return float(macs) / 5e10 + sum(p.layout.buffer_bytes(p.shape[1]) for p in places) / 1e10
 
 
-def best_tiles(times_of: LayerTimes, tiles: Sequence[int], sparsity: float) -> dict[str, int]:
-    """The tile of every layer: the quickest at this sparsity; a larger one must be quicker by TILE_GAIN."""
-    chosen = {}
+def best_tiles(times_of: LayerTimes, tiles: Sequence[int], sparsity: float) -> dict[str, tuple[int, ...]]:
+    """Tiles of every layer, by the times at this sparsity: the quickest for the same loss, and the quickest if that is
+    another one and quicker by GAIN."""
+
+    def kept(tile: int) -> float:
+        """How many columns a tile keeps for the loss of a single row, as a multiple of that one's."""
+        return float(TWICE ** np.log2(min(tile, LARGE)) * TWICE_LARGE ** np.log2(max(tile / LARGE, 1)))
+
+    chosen: dict[str, tuple[int, ...]] = {}
     for name, row in times_of.pruned.items():
-        best = min(tiles)
-        for tile in sorted(tiles):
-            now, other = (row[ColumnPattern(sparsity, t)].seconds for t in (best, tile))
-            if other < now * (1 - TILE_GAIN):
-                best = tile
-        chosen[name] = best
+        seconds = {tile: row[ColumnPattern(sparsity, tile)].seconds for tile in sorted(tiles)}
+        best = min(seconds, key=lambda tile: seconds[tile] * kept(tile))
+        quickest = min(seconds, key=lambda tile: seconds[tile])
+        chosen[name] = (best, quickest) if seconds[quickest] < (1 - GAIN) * seconds[best] else (best,)
     return chosen

@@ -80,40 +80,46 @@ def losses(
     """What each pattern costs the answers.
 
     values:   the dense model's, held in `store`, batch by batch.
-    patterns: of one tile and one M.
+    patterns: of one M.
     answered: measures the divergence with the layer as it is in a trial.
 
     Raises UserError for inputs that hold NaN or infinity.
     """
-    found = trials(store, layer, values, sorted(patterns, key=lambda pattern: pattern.sparsity))
-    looked_at = {_nearest([trial.pattern for trial in found], sparsity) for sparsity in ANSWERED}
-    seen = [trial for trial in found if trial.pattern in looked_at]
-    ratio = sum(answered(trial) for trial in seen) / max(sum(trial.error for trial in seen), 1e-30)
-    return {trial.pattern: ratio * trial.error for trial in found}
+    found = trials(store, layer, values, patterns)
+    made: dict[ColumnPattern, float] = {}
+    for tile in {pattern.tile for pattern in patterns}:
+        mine = [trial for trial in found if trial.pattern.tile == tile]
+        looked_at = {_nearest([trial.pattern for trial in mine], sparsity) for sparsity in ANSWERED}
+        seen = [trial for trial in mine if trial.pattern in looked_at]
+        ratio = sum(answered(trial) for trial in seen) / max(sum(trial.error for trial in seen), 1e-30)
+        made |= {trial.pattern: ratio * trial.error for trial in mine}
+    return made
 
 
 def trials(store: Store, layer: Layer, values: Sequence[Values], patterns: Sequence[ColumnPattern]) -> list[Trial]:
-    """The layer with each pattern, each sparser than the last."""
+    """The layer with each pattern, tile by tile, each sparser than the last."""
     arrays, cut = store.arrays, first_part(len(values))
     samples = Samples.of(store, layer, values, values, SAMPLES_A_COLUMN, 0)
     known, fresh = gather(samples.part(0, cut)), gather(samples.part(cut, len(values)))
     scale = usable_scale(layer)
     matrices = np.split(as_matrix(layer.weight) * scale[:, None], layer.groups)
-    middle = _nearest(patterns, GROUPED_FOR)
-    groups = []
-    for matrix, old, new in zip(matrices, known, fresh, strict=True):
-        damping = choose_damping(matrix, old, new, middle, arrays, intercept=layer.intercept, taps=layer.taps)
-        groups.append(solve_each(
-            matrix, old, patterns, arrays, grouped_for=middle, intercept=layer.intercept, damping=damping,
-            taps=layer.taps, rounds=ROUNDS,
-        ))  # fmt: skip
     found = []
-    for pattern, parts in zip(patterns, zip(*groups, strict=True), strict=True):
-        if layer.rectifier is not None and layer.intercept:
-            parts = tuple(part.spread(SPREAD) for part in parts)
-        errors = [unexplained(part.weights, part.bias, new, arrays) for part, new in zip(parts, fresh, strict=True)]
-        weight, bias = unscaled(layer, parts)
-        found.append(Trial(pattern, weight, bias, max(float(np.mean(errors)), 0.0)))
+    for tile in sorted({pattern.tile for pattern in patterns}):
+        rising = sorted((p for p in patterns if p.tile == tile), key=lambda pattern: pattern.sparsity)
+        middle = _nearest(rising, GROUPED_FOR)
+        groups = []
+        for matrix, old, new in zip(matrices, known, fresh, strict=True):
+            damping = choose_damping(matrix, old, new, middle, arrays, intercept=layer.intercept, taps=layer.taps)
+            groups.append(solve_each(
+                matrix, old, rising, arrays, grouped_for=middle, intercept=layer.intercept, damping=damping,
+                taps=layer.taps, rounds=ROUNDS,
+            ))  # fmt: skip
+        for pattern, parts in zip(rising, zip(*groups, strict=True), strict=True):
+            if layer.rectifier is not None and layer.intercept:
+                parts = tuple(part.spread(SPREAD) for part in parts)
+            errors = [unexplained(part.weights, part.bias, new, arrays) for part, new in zip(parts, fresh, strict=True)]
+            weight, bias = unscaled(layer, parts)
+            found.append(Trial(pattern, weight, bias, max(float(np.mean(errors)), 0.0)))
     return found
 
 
