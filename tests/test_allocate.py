@@ -13,7 +13,7 @@ from models import Builder
 from colonnade.cli import run_verb
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern
-from colonnade.sparsify import allocate
+from colonnade.sparsify import allocate, trials
 from colonnade.sparsify.allocate import Choice, PrunePlan
 from colonnade.sparsify.onnx_file import prune_file, read_targets
 from colonnade.sparsify.sensitivity import divergence, inputs_for, second_order, sensitivities
@@ -202,6 +202,37 @@ def test_losses_by_obs_of_several_tiles_are_those_of_each(tmp_path: Path) -> Non
     for name, row in both.items():
         assert row == one[name] | other[name]
         assert row[small[1]] < row[large[1]]
+
+
+def test_losses_in_small_tiles_are_measured_with_some_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    b = Builder(5)
+    x = b.op("Relu", b.conv(b.input("x", ["n", 3, 10, 10]), 3, 8, 3, pads=[1, 1, 1, 1]))
+    x = b.op("Relu", b.conv(x, 8, 256, 3))
+    x = b.op("Flatten", b.op("GlobalAveragePool", x))
+    model = b.build(b.op("Gemm", x, b.random(10, 256, name="head.weight"), b.random(10), transB=1))
+    onnx.save(model, tmp_path / "net.onnx")
+    (target,) = read_targets(tmp_path / "net.onnx", model)
+    inputs = {"x": np.random.default_rng(0).standard_normal((64, 3, 10, 10)).astype(np.float32)}
+    patterns = [ColumnPattern(sparsity, 2) for sparsity in (0.5, 0.75)]
+    pruned: list[int] = []
+    solve_each = trials.solve_each
+
+    def spied(*args: object, **options: object) -> object:
+        found = solve_each(*args, **options)  # type: ignore[arg-type]
+        untouched = np.ones(256, bool)
+        untouched[np.concatenate(found[0].rows)] = False
+        np.testing.assert_array_equal(found[0].weights[untouched], np.asarray(args[0])[untouched])
+        assert not found[0].bias[untouched].any() and found[0].mask[untouched].all()
+        pruned.append(int((~untouched).sum()))
+        return found
+
+    monkeypatch.setattr(trials, "solve_each", spied)
+    some = second_order(model, [target], inputs, {target.name: patterns}, 16)[target.name]
+    monkeypatch.setattr(trials, "ENOUGH", 256)
+    every = second_order(model, [target], inputs, {target.name: patterns}, 16)[target.name]
+    assert pruned == [64, 256]
+    for pattern in patterns:
+        assert 0.3 < some[pattern] / every[pattern] < 3
 
 
 def test_losses_by_obs_of_one_batch_are_those_by_magnitude(tmp_path: Path) -> None:

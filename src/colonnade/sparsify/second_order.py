@@ -185,12 +185,13 @@ def solve_each(
     taps: int = 1,
     rounds: int = ROUNDS,
     refits: bool = False,
+    every: int = 1,
 ) -> list[Solution]:
     """`solve` for several patterns of one tile and one M, each of which removes what the one before it does and more:
     little more work than the last alone.
 
     grouped_for: the pattern that rows are grouped for; None: neighbours share a tile. rounds: of every pattern. refits:
-    with one pattern only, as tiles' factors are kept.
+    with one pattern only, as tiles' factors are kept. every: only every so many tiles are pruned, the other rows stay.
     """
     system = _System(weights, moments, arrays, intercept, taps)
     system.room = FACTOR_BYTES if refits else 0
@@ -198,19 +199,23 @@ def solve_each(
     system.invert(damping if isinstance(damping, Damping) else Damping(damping))
     if tiles is None:
         tiles = _tiles(system, grouped_for or patterns[0], grouped_for is not None)
+    tiles = tiles[::every]
     kept = [_keep(system, members, patterns, rounds) for members in tiles]
     system.forget()
     return [_fitted(system, tiles, [steps[at] for steps in kept]) for at in range(len(patterns))]
 
 
 def _fitted(system: _System, rows: Sequence[Ints], kept: Sequence[npt.NDArray[np.int64]]) -> Solution:
-    """The weights for these columns of every tile."""
-    solved = np.zeros(tuple(system.weights.shape), np.float32)
-    mask = np.zeros(solved.shape, bool)
+    """The weights for these columns of every tile; rows of none are as they were."""
+    solved = np.array(system.arrays.host(system.weights), np.float32)
+    mask = np.ones(solved.shape, bool)
+    untouched = np.ones(len(solved), bool)
     for number, (members, columns) in enumerate(zip(rows, kept, strict=True)):
+        mask[members], solved[members], untouched[members] = False, 0, False
         mask[np.ix_(members, columns)] = True
         solved[np.ix_(members, columns)] = system.fit(members, columns, number)
-    return Solution(solved, system.bias(solved), tuple(rows), tuple(kept), mask, system.explained(solved), system)
+    bias = np.where(untouched, np.float32(0), system.bias(solved))
+    return Solution(solved, bias, tuple(rows), tuple(kept), mask, system.explained(solved), system)
 
 
 class _System:

@@ -23,6 +23,8 @@ from colonnade.sparsify.sequential import MEMORY, SPREAD, Chain, advance, unscal
 
 GROUPED_FOR = 0.5  # the sparsity (or the next one there is) that rows are grouped and the damping is chosen for
 ANSWERED = (0.5, 0.75)  # where the answers are looked at, or next to it
+# Tiles of so many rows are all pruned; of smaller ones as many as there would be of these, but so many at least.
+USUAL, ENOUGH = 8, 32
 # Enough to tell sparsities apart; the pruning itself takes more of both.
 ROUNDS = 4
 SAMPLES_A_COLUMN = 8
@@ -30,13 +32,14 @@ SAMPLES_A_COLUMN = 8
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A pruned layer. bias: [OC], what is added to its (unscaled) output; error: share of its outputs' variance that it
-    does not give on inputs it was not fitted to."""
+    """A pruned layer. bias: [OC], what is added to its (unscaled) output; error: share of the outputs' variance that it
+    does not give on inputs it was not fitted to; share: of its rows that are pruned, the others are dense."""
 
     pattern: ColumnPattern
     weight: Floats
     bias: Floats
     error: float
+    share: float = 1.0
 
 
 @contextmanager
@@ -86,14 +89,16 @@ def losses(
     Raises UserError for inputs that hold NaN or infinity.
     """
     found = trials(store, layer, values, patterns)
-    made: dict[ColumnPattern, float] = {}
-    for tile in {pattern.tile for pattern in patterns}:
+    most = max(trial.share for trial in found)
+    ratios: dict[int, float] = {}
+    for tile in sorted({trial.pattern.tile for trial in found if trial.share == most}):
         mine = [trial for trial in found if trial.pattern.tile == tile]
         looked_at = {_nearest([trial.pattern for trial in mine], sparsity) for sparsity in ANSWERED}
         seen = [trial for trial in mine if trial.pattern in looked_at]
-        ratio = sum(answered(trial) for trial in seen) / max(sum(trial.error for trial in seen), 1e-30)
-        made |= {trial.pattern: ratio * trial.error for trial in mine}
-    return made
+        ratios[tile] = sum(answered(trial) for trial in seen) / max(sum(trial.error for trial in seen), 1e-30)
+    # a part of the rows moves the answers too little to tell: an error of them costs what it does in another tile
+    usual = ratios[min(ratios)]
+    return {t.pattern: ratios.get(t.pattern.tile, usual) * t.error / t.share for t in found}
 
 
 def trials(store: Store, layer: Layer, values: Sequence[Values], patterns: Sequence[ColumnPattern]) -> list[Trial]:
@@ -107,19 +112,21 @@ def trials(store: Store, layer: Layer, values: Sequence[Values], patterns: Seque
     for tile in sorted({pattern.tile for pattern in patterns}):
         rising = sorted((p for p in patterns if p.tile == tile), key=lambda pattern: pattern.sparsity)
         middle = _nearest(rising, GROUPED_FOR)
+        every = max(min(USUAL // tile, len(matrices[0]) // tile // ENOUGH), 1)
         groups = []
         for matrix, old, new in zip(matrices, known, fresh, strict=True):
             damping = choose_damping(matrix, old, new, middle, arrays, intercept=layer.intercept, taps=layer.taps)
             groups.append(solve_each(
                 matrix, old, rising, arrays, grouped_for=middle, intercept=layer.intercept, damping=damping,
-                taps=layer.taps, rounds=ROUNDS,
+                taps=layer.taps, rounds=ROUNDS, every=every,
             ))  # fmt: skip
         for pattern, parts in zip(rising, zip(*groups, strict=True), strict=True):
             if layer.rectifier is not None and layer.intercept:
                 parts = tuple(part.spread(SPREAD) for part in parts)
             errors = [unexplained(part.weights, part.bias, new, arrays) for part, new in zip(parts, fresh, strict=True)]
             weight, bias = unscaled(layer, parts)
-            found.append(Trial(pattern, weight, bias, max(float(np.mean(errors)), 0.0)))
+            share = sum(len(rows) for part in parts for rows in part.rows) / len(weight)
+            found.append(Trial(pattern, weight, bias, max(float(np.mean(errors)), 0.0), share))
     return found
 
 
