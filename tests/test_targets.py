@@ -87,6 +87,11 @@ def test_files_lines_and_output_come_back(script) -> None:  # type: ignore[no-un
     assert outcome.ok and outcome.files == {"y": b"abab"} and lines == ["one", "two arg"]
 
 
+def test_a_limit_of_months_is_one_as_well(script) -> None:  # type: ignore[no-untyped-def]
+    """A wait of the system takes milliseconds as an int; an emulated job may be given more."""
+    assert targets.Local().run(script("import sys"), timeout=1e8).ok
+
+
 def test_failures_are_data(script) -> None:  # type: ignore[no-untyped-def]
     local = targets.Local()
     failed = local.run(script("import sys; sys.exit('no such layer')"))

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO
 
+LONGEST = 3600.0  # seconds of one wait; a system call takes so many milliseconds as an int holds
+
 
 def drain(
     pipes: Mapping[IO[bytes], Callable[[bytes], None]], deadline: float, enough: Callable[[], bool] | None = None
@@ -23,7 +25,7 @@ def drain(
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            for ready, _ in selector.select(left):
+            for ready, _ in selector.select(min(left, LONGEST)):
                 if chunk := os.read(ready.fd, 1 << 17):
                     ready.data(chunk)
                 else:
