@@ -15,8 +15,7 @@ from colonnade.pattern import discover
 from colonnade.workload import Conv2d, matrix
 
 VECTORS = 2  # registers of a strip: every ISA has kernels of this width, and on RVV they are the best ones ...
-WIDE = 4  # ... but for tiles of few rows, which are over a column before the next one is there
-FEW = 2
+WIDE, FEW = 4, 2  # ... but for tiles of so few rows, which are done with a column before the next one is there
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,7 +95,7 @@ def orders(
     while parts < 8 and held >= parts * NEAR and least >= 2 * parts * FEWEST:
         parts *= 2
     found: list[tuple[int, int]]
-    if held and feed != 1 and feed != 3 and max(len(tile.rows) for t in tiled for tile in t.tiles) <= SHORT:
+    if held and feed not in (1, 3) and max(len(tile.rows) for t in tiled for tile in t.tiles) <= SHORT:
         near = FIRST if count > 4 else 2 * FIRST
         most = max(least // FEWEST, 1)
         cut = min(max(-(-(reached or held // count) // near), -(-weights // READ) if count > 4 else 1), most)
