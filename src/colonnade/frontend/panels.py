@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
-from colonnade.pattern import discover
-from colonnade.workload import Conv2d, matrix
+from colonnade.workload import Conv2d
 
 VECTORS = 2  # registers of a strip: every ISA has kernels of this width, and on RVV they are the best ones ...
 WIDE, FEW = 4, 2  # ... but for tiles of so few rows, which are done with a column before the next one is there
@@ -30,8 +29,11 @@ class Edges:
 
 
 def edges(steps: list[Draft], windows: bool = False) -> list[Edges]:
-    """All that could be in panels, in the order of the steps. ``windows``: see ``LayoutCosts``. It is true where the
-    length of vectors is known at run time only; so any number of them makes strips of one width."""
+    """All that could be in panels, in the order of the steps, whose tiles are known by now.
+
+    ``windows``: see ``LayoutCosts``. It is true where the length of vectors is known at run time only; so any number of
+    them makes strips of one width.
+    """
     readers: dict[Tensor, list[tuple[Draft, int, Value]]] = {}
     for step in steps:
         for index, value in enumerate(step.inputs):
@@ -118,11 +120,10 @@ def _strided(step: Draft) -> bool:
 
 
 def _low(step: Draft) -> bool:
-    """Are most of its tiles of few rows?"""
+    """Are its tiles of few rows?"""
     conv = step.workload
     assert isinstance(conv, Conv2d)
-    tiles = discover(matrix(step.constants["weight"]), conv.groups).tiles
-    return sum(len(tile.rows) <= FEW for tile in tiles) * 2 > len(tiles)
+    return 0 < conv.tile <= FEW
 
 
 def _kept(step: Draft) -> int:
