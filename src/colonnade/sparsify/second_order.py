@@ -6,10 +6,8 @@ W* = C A⁻¹, and a tile that loses the columns Q loses exactly
 
     Σ_rows w*_Q ([A⁻¹]_QQ)⁻¹ w*_Qᵀ
 
-of its fit, and its other weights move by -w*_Q ([A⁻¹]_QQ)⁻¹ [A⁻¹]_Q,: (the optimal brain surgeon, for all rows of a
-tile at once). All tiles start from one inverse; each then removes its columns in a few rounds, the cheapest first,
-and between rounds keeps [A⁻¹] and w exact for what is left by extending a Cholesky factor of [A⁻¹]_QQ. That costs a
-tile q²K however many rounds it takes. At the end the weights are solved once more, from A itself.
+of its fit (the optimal brain surgeon, for all rows of a tile at once). All tiles start from one inverse; which columns
+each keeps is found by exact losses (`columns`). At the end the weights are solved from A itself.
 
 With y from dense and x̃ from pruned inputs this also makes up for the errors of earlier layers.
 """
@@ -18,14 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from colonnade.pattern import ColumnPattern, Floats, Ints, consecutive_rows
 from colonnade.sparsify.arrays import Array, Arrays, NotPositive
+from colonnade.sparsify.columns import EXCHANGES, Regression, keep
 from colonnade.sparsify.moments import Damping, Moments
 from colonnade.sparsify.select import select_columns, similar_tiles
 
@@ -132,17 +130,6 @@ def unexplained(weights: Floats, bias: Floats, moments: Moments, arrays: Arrays)
     return error / max(float((moments.squares / n - mean * mean).sum()), 1e-30)
 
 
-@dataclass
-class _Tile:
-    """A tile on its way: columns left (ascending), weights [T, left], diagonal of the inverse [left], Z [q, left]."""
-
-    left: npt.NDArray[np.int64]
-    weights: Array
-    diagonal: Array
-    factor: Array
-    removed: list[npt.NDArray[np.int64]] = field(default_factory=list)
-
-
 def solve(
     weights: Floats,
     moments: Moments,
@@ -155,6 +142,7 @@ def solve(
     damping: Damping | float | None = None,
     taps: int = 1,
     rounds: int = ROUNDS,
+    exchanges: int = EXCHANGES,
     refits: bool = False,
 ) -> Solution:
     """Prune one layer's matrix [OC, K] (of one convolution group) and fit what is kept.
@@ -164,11 +152,12 @@ def solve(
     intercept: whether a bias may be added to the outputs.
     damping:   of the covariance; a number is a plain one.
     taps:      kernel positions, the columns of which follow one another.
+    rounds, exchanges: see `columns.keep`.
     refits:    whether `Solution.towards` is to follow: it is quicker then, and takes memory (FACTOR_BYTES).
     """
     return solve_each(
         weights, moments, [pattern], arrays, grouped_for=pattern if similar_rows else None, tiles=tiles,
-        intercept=intercept, damping=damping, taps=taps, rounds=rounds, refits=refits,
+        intercept=intercept, damping=damping, taps=taps, rounds=rounds, exchanges=exchanges, refits=refits,
     )[0]  # fmt: skip
 
 
@@ -184,11 +173,11 @@ def solve_each(
     damping: Damping | float | None = None,
     taps: int = 1,
     rounds: int = ROUNDS,
+    exchanges: int = EXCHANGES,
     refits: bool = False,
     every: int = 1,
 ) -> list[Solution]:
-    """`solve` for several patterns of one tile and one M, each of which removes what the one before it does and more:
-    little more work than the last alone.
+    """`solve` for several patterns of one tile and one M, each sparser than the one before, in one go.
 
     grouped_for: the pattern that rows are grouped for; None: neighbours share a tile. rounds: of every pattern. refits:
     with one pattern only, as tiles' factors are kept. every: only every so many tiles are pruned, the other rows stay.
@@ -200,7 +189,10 @@ def solve_each(
     if tiles is None:
         tiles = _tiles(system, grouped_for or patterns[0], grouped_for is not None)
     tiles = tiles[::every]
-    kept = [_keep(system, members, patterns, rounds) for members in tiles]
+    known = Regression(system.damped, system.inverse, system.target, system.best)
+    members = [arrays.index(rows.astype(np.int64)) for rows in tiles]
+    kept = [keep(known, rows, patterns, rounds, exchanges, arrays) for rows in members]
+    del known
     system.forget()
     return [_fitted(system, tiles, [steps[at] for steps in kept]) for at in range(len(patterns))]
 
@@ -340,59 +332,3 @@ def _tiles(system: _System, pattern: ColumnPattern, similar_rows: bool) -> list[
     # The search compares sums of scores; their scale is free.
     scores = system.importance()
     return similar_tiles(scores / max(float(scores.max(initial=0.0)), 1e-30), pattern)
-
-
-def _keep(system: _System, rows: Ints, patterns: Sequence[ColumnPattern], rounds: int) -> list[npt.NDArray[np.int64]]:
-    """The columns that a tile keeps, ascending, by each of these patterns: of one M, each sparser than the last."""
-    arrays, inverse = system.arrays, system.inverse
-    size = inverse.shape[0]
-    members = arrays.index(rows.astype(np.int64))
-    tile = _Tile(np.arange(size), system.best[members], inverse.diagonal() + 0, inverse[:0])
-    spans = patterns[0].spans(size)
-    span_of = np.repeat(np.arange(len(spans)), [stop - first for first, stop, _ in spans])
-    left = np.array([stop - first for first, stop, _ in spans])
-    found = []
-    for pattern in patterns:
-        wanted = np.array([kept for _, _, kept in pattern.spans(size)])
-        quota, left = left - wanted, wanted
-        steps = max(1, min(rounds, int(quota.sum())))
-        for done in range(steps):
-            open_ = int(quota.sum())
-            if not open_:
-                break
-            score = arrays.host((tile.weights * tile.weights).sum(0) / tile.diagonal)
-            chosen = _cheapest(score, span_of[tile.left], quota, -(-open_ // (steps - done)))
-            quota -= np.bincount(span_of[tile.left[chosen]], minlength=len(quota))
-            _remove(tile, chosen, inverse, arrays)
-        found.append(tile.left)
-    return found
-
-
-def _cheapest(
-    score: npt.NDArray[Any], spans: npt.NDArray[np.int64], quota: npt.NDArray[np.int64], count: int
-) -> npt.NDArray[np.int64]:
-    """Positions of the `count` lowest scores, from no span more than its quota; ties fall on the right."""
-    order = len(score) - 1 - np.argsort(score[::-1], kind="stable")
-    by_span = order[np.argsort(spans[order], kind="stable")]
-    sizes = np.bincount(spans, minlength=len(quota))
-    rank = np.arange(len(by_span)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    allowed = np.zeros(len(score), bool)
-    allowed[by_span[rank < quota[spans[by_span]]]] = True
-    return np.sort(order[allowed[order]][:count])
-
-
-def _remove(tile: _Tile, chosen: npt.NDArray[np.int64], inverse: Array, arrays: Arrays) -> None:
-    """Take columns (positions in tile.left) out of a tile; inverse and weights of the rest stay exact."""
-    stay = np.setdiff1d(np.arange(len(tile.left)), chosen, assume_unique=True)
-    out, keep = arrays.index(chosen), arrays.index(stay)
-    gone, left = arrays.index(tile.left[chosen]), arrays.index(tile.left[stay])
-    before, rest = tile.factor[:, out], tile.factor[:, keep]
-    rows = inverse[gone]
-    lower = arrays.factor(rows[:, gone] - arrays.inner(before, before))
-    fresh = arrays.forward(lower, rows[:, left] - arrays.inner(before, rest))
-    move = arrays.forward(lower, tile.weights[:, out].T)
-    tile.weights = tile.weights[:, keep] - arrays.inner(move, fresh)
-    # Rounding may eat a diagonal that is almost used up; such a column is the cheapest to keep, never to remove.
-    tile.diagonal = (tile.diagonal[keep] - (fresh * fresh).sum(0)).clip(1e-12)
-    tile.factor = arrays.join([rest, fresh], 0)
-    tile.left = tile.left[stay]

@@ -25,8 +25,9 @@ GROUPED_FOR = 0.5  # the sparsity (or the next one there is) that rows are group
 ANSWERED = (0.5, 0.75)  # where the answers are looked at, or next to it
 # Tiles of so many rows are all pruned; of smaller ones as many as there would be of these, but so many at least.
 USUAL, ENOUGH = 8, 32
-# Enough to tell sparsities apart; the pruning itself takes more of both.
+# Enough to tell sparsities apart; the pruning itself takes more of all three.
 ROUNDS = 4
+EXCHANGES = 4
 SAMPLES_A_COLUMN = 8
 
 
@@ -118,7 +119,7 @@ def trials(store: Store, layer: Layer, values: Sequence[Values], patterns: Seque
             damping = choose_damping(matrix, old, new, middle, arrays, intercept=layer.intercept, taps=layer.taps)
             groups.append(solve_each(
                 matrix, old, rising, arrays, grouped_for=middle, intercept=layer.intercept, damping=damping,
-                taps=layer.taps, rounds=ROUNDS, every=every,
+                taps=layer.taps, rounds=ROUNDS, exchanges=EXCHANGES, every=every,
             ))  # fmt: skip
         for pattern, parts in zip(rising, zip(*groups, strict=True), strict=True):
             if layer.rectifier is not None and layer.intercept:
