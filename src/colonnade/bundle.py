@@ -193,7 +193,7 @@ def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str
                 "calls": [call.kernel for call in bound.calls],
                 # of all images, as are the times of a profile
                 "macs": images * int(step.workload.macs),
-                "kept_macs": images * lowered.kept_macs(step),
+                "kept_macs": images * step.workload.kept_macs,
                 "constant_bytes": images * _constants(bound.calls),
                 "activation_bytes": images
                 * sum(_bytes(p) for p in (*step.inputs, *([step.output] if step.output else []))),

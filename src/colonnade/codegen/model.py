@@ -140,7 +140,7 @@ def tail(model: Model, weights_bytes: int, checksum: tuple[int, int]) -> str:
 def _head(model: Model) -> str:
     plan = model.plan
     macs = sum(b.step.workload.macs for b in model.steps)
-    kept = sum(kept_macs(b.step) for b in model.steps)
+    kept = sum(b.step.workload.kept_macs for b in model.steps)
     kernels = "\n".join(f"    cn_kernel *{symbol};" for symbol in model.kernels) or "    char none;"
     ports = "\n".join(
         [f" *   in   {_shape_text(p)}" for p in plan.inputs] + [f" *   out  {_shape_text(p)}" for p in plan.outputs]
@@ -263,11 +263,6 @@ def _function(name: str, model: Model, indices: Iterable[int]) -> str:
             lines.append(f"    k->{call.kernel}(&a->{name}, thread, threads);")
         lines.append(f"    cn_done(run, {index}, thread);")
     return "\n".join([*lines, "}", ""])
-
-
-def kept_macs(step: Step) -> int:
-    """Multiply-adds on kept weights; all of them where the operator does not know."""
-    return int(getattr(step.workload, "kept_macs", step.workload.macs))
 
 
 def _ports(what: str, ports: Sequence[Port]) -> str:

@@ -26,7 +26,7 @@ from colonnade.sparsify.select import as_matrix, from_matrix, select
 from colonnade.targets import Target
 from colonnade.tune.database import Database
 from colonnade.tune.search import decide, duel, times
-from colonnade.tune.tuner import Chooser, place
+from colonnade.tune.tuner import Chooser, estimate, place
 from colonnade.tune.tuner import tune as measure
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _known(wanted: Mapping[str, Step], where: Place, source: str) -> dict[str, T
     for key, step in wanted.items():
         if key not in found:
             scale = scales.get(step.workload.op)
-            guess = ranks[key] * median(scale) if scale and ranks[key] > 0 else _roughly(step)
+            guess = ranks[key] * median(scale) if scale and ranks[key] > 0 else estimate(step)
             found[key] = Time(guess, ESTIMATED)
     return found
 
@@ -206,13 +206,6 @@ def chosen_ns(chooser: Chooser, step: Step) -> float | None:
         return fought.dense_ns
     last = times(records, (2,))
     return last[best.key()] if best.key() in last else times(records, (0, 1))[best.key()]
-
-
-def _roughly(step: Step) -> float:
-    """Seconds by multiply-adds on kept weights and bytes touched, where nothing of this operator was measured."""
-    macs = getattr(step.workload, "kept_macs", step.workload.macs)
-    places = [*step.inputs, *([step.output] if step.output is not None else [])]
-    return float(macs) / 5e10 + sum(p.layout.buffer_bytes(p.shape[1]) for p in places) / 1e10
 
 
 def best_tiles(times_of: LayerTimes, tiles: Sequence[int], sparsity: float) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ convolutions read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from colonnade.frontend.draft import Draft, Tensor, Value
@@ -63,9 +64,9 @@ def edges(steps: list[Draft], windows: bool = False) -> list[Edges]:
         mine = frozenset(tensors)
         concerned = [s for s in steps if s.output in mine or any(v.tensor in mine for v in s.inputs)]
         reading = [s for s in concerned if s.inputs and s.inputs[0].tensor in mine]
-        wide = windows and sum(map(_kept, filter(_low, concerned))) * 2 > sum(map(_kept, concerned))
+        wide = windows and _kept(filter(_low, concerned)) * 2 > _kept(concerned)
         names = tuple(s.name for s in concerned)
-        result.append(Edges(mine, names, sum(map(_kept, reading)), WIDE if wide else VECTORS))
+        result.append(Edges(mine, names, _kept(reading), WIDE if wide else VECTORS))
     return result
 
 
@@ -126,8 +127,5 @@ def _low(step: Draft) -> bool:
     return 0 < conv.tile <= FEW
 
 
-def _kept(step: Draft) -> int:
-    """Multiply-adds on weights that are not zero."""
-    conv = step.workload
-    assert isinstance(conv, Conv2d)
-    return int((step.constants["weight"] != 0).sum()) * conv.batch * conv.out_height * conv.out_width
+def _kept(steps: Iterable[Draft]) -> int:
+    return sum(step.workload.kept_macs for step in steps)

@@ -204,7 +204,7 @@ class Tuner:
         summary = Summary()
         counts = Counter(step.key() for step in plan.steps)
         distinct = {step.key(): step for step in plan.steps}
-        weight = {key: _estimate(step) * counts[key] for key, step in distinct.items()}
+        weight = {key: estimate(step) * counts[key] for key, step in distinct.items()}
         order = sorted(distinct.values(), key=lambda s: -weight[s.key()])
         summary.workloads = len(order)
         floor = 0.2 * sum(weight.values()) / max(len(order), 1)
@@ -299,11 +299,10 @@ def _static(candidates: Sequence[Candidate], failed: set[str]) -> Candidate:
     return next((c for c in candidates if c.key() not in failed), candidates[0])
 
 
-def _estimate(step: Tunable) -> float:
-    """Seconds that a step may take, roughly: multiply-adds, and bytes of the tensors it touches."""
-    macs = getattr(step.workload, "kept_macs", step.workload.macs)
+def estimate(step: Tunable) -> float:
+    """Seconds that a step may take, roughly: multiply-adds on kept weights, and bytes of the tensors it touches."""
     size = sum(x.layout.buffer_bytes(x.shape[1]) for x in [*step.inputs, *([step.output] if step.output else [])])
-    return float(macs) / 5e10 + size / 1e10
+    return step.workload.kept_macs / 5e10 + size / 1e10
 
 
 def tune(

@@ -68,6 +68,11 @@ class Workload(ABC):
         """Multiply-adds of the dense operator (0 where the notion makes no sense)."""
         return 0
 
+    @property
+    def kept_macs(self) -> int:
+        """Multiply-adds on kept weights: all, where an operator knows of no zeros."""
+        return self.macs
+
     def key(self) -> str:
         """``op(field=value,...)``, fields in order of declaration: equal exactly for equal workloads, stable over
         versions, part of every tuning record."""
