@@ -12,7 +12,7 @@ large, or small? Whichever set is the smaller one is looked for.
 1. S grows by some columns at a time, those that change f best, with a Cholesky factor of M_SS: n²K / 2 multiply-adds.
 2. Columns of S are exchanged for others as long as f gains. The swept matrix (J. H. Goodnight, "A Tutorial on the SWEEP
    Operator", The American Statistician 33, 1979) tells what every column is worth where S is what it is, and what an
-   exchange will bring, exactly. Of what is removed the first half stays so; of the columns beside S the best are tried.
+   exchange will bring, exactly. Half of S is not exchanged, and of the columns beside it the best are tried.
 
 On what comes of the second step see docs/accuracy-probes.md.
 """
@@ -29,7 +29,7 @@ import numpy.typing as npt
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.arrays import Array, Arrays, NotPositive
 
-Ints = npt.NDArray[np.int64]
+Longs = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
 # Chosen on photos that were not used to calibrate (docs/accuracy-probes.md).
@@ -53,7 +53,7 @@ class Regression:
 
 def keep(
     layer: Regression, rows: Array, patterns: Sequence[ColumnPattern], rounds: int, exchanges: int, arrays: Arrays
-) -> list[Ints]:
+) -> list[Longs]:
     """The columns that a tile of these rows keeps, ascending, by each of ``patterns``: of one M, each sparser than the
     one before.
 
@@ -67,7 +67,7 @@ def keep(
     kept = [np.array([count for _, _, count in pattern.spans(size)]) for pattern in patterns]
     low = [index for index, counts in enumerate(kept) if 2 * counts.sum() >= size]
     high = [index for index in range(len(kept)) if index not in low][::-1]
-    found: dict[int, Ints] = {}
+    found: dict[int, Longs] = {}
     if low:
         most = int((widths - kept[low[-1]]).sum())
         removed = _Set(layer.inverse, layer.best[rows], False, span_of, most, arrays)
@@ -87,7 +87,7 @@ class _Set:
     """S while it grows: its columns in order, L⁻¹ M_S [n, K] with L the factor of M_SS, L⁻¹ v_Sᵀ [n, rows], and what is
     left of v and of M's diagonal once S is known."""
 
-    def __init__(self, matrix: Array, values: Array, large: bool, spans: Ints, most: int, arrays: Arrays) -> None:
+    def __init__(self, matrix: Array, values: Array, large: bool, spans: Longs, most: int, arrays: Arrays) -> None:
         self.matrix, self.values, self.spans, self.arrays = matrix, values, spans, arrays
         self.sign = 1.0 if large else -1.0
         self.order = np.zeros(0, np.int64)
@@ -96,7 +96,7 @@ class _Set:
         self.moved = values.T[:0]
         self.rest, self.power = values + 0, matrix.diagonal() + 0
 
-    def grow(self, counts: Ints, rounds: int) -> None:
+    def grow(self, counts: Longs, rounds: int) -> None:
         """Up to so many columns of every span."""
         quota = counts - np.bincount(self.spans[self.order], minlength=len(counts))
         rounds = max(1, min(rounds, int(quota.sum())))
@@ -112,14 +112,14 @@ class _Set:
         """What every column beside S would change, the more the better."""
         return np.asarray(self.sign * self.arrays.host((self.rest * self.rest).sum(0) / self.power), np.float64)
 
-    def _best(self, quota: Ints, count: int) -> Ints:
+    def _best(self, quota: Longs, count: int) -> Longs:
         """The best columns beside S, from no span more than its quota; what is kept of equal ones is on the left."""
         columns = np.flatnonzero(self.beside)
         order = columns[np.lexsort((self.sign * columns, -self.worth()[columns]))]
         order = order[_rank(self.spans[order]) < quota[self.spans[order]]]
         return order[:count]
 
-    def _take(self, new: Ints) -> None:
+    def _take(self, new: Longs) -> None:
         arrays, at, n = self.arrays, self.arrays.index(new), len(self.order)
         before = self.factor[:n]
         rows = self.matrix[at] - arrays.inner(before[:, at], before)
@@ -134,7 +134,7 @@ class _Set:
         self.order = np.concatenate([self.order, new])
         self.beside[new] = False
 
-    def exchanged(self, most: int) -> Ints:
+    def exchanged(self, most: int) -> Longs:
         """S after exchanges, `most` times at most; it grows on as if there had been none."""
         n = len(self.order)
         firm = int(FIRM * n) if self.sign < 0 else 0
@@ -165,9 +165,9 @@ class _Swept:
     """[[M, vᵀ], [v, 0]] of some columns, swept by those that are inside S: beside S what is left of M and v, inside it
     -(M_SS)⁻¹ and the weights."""
 
-    def __init__(self, columns: Ints, matrix: Array, values: Array, sign: float, spans: Ints, arrays: Arrays) -> None:
+    def __init__(self, columns: Longs, matrix: Array, values: Array, sign: float, spans: Longs, arrays: Arrays) -> None:
         self.arrays, self.sign, self.columns, self.spans = arrays, sign, columns, spans
-        corner = arrays.inner(values.T, values.T) * 0
+        corner = values @ values.T * 0
         upper, below = arrays.join([matrix, values.T], 1), arrays.join([values, corner], 1)
         self.all = arrays.join([upper, below], 0)
         self.inside = np.zeros(len(columns), bool)
@@ -175,10 +175,10 @@ class _Swept:
 
     @property
     def size(self) -> int:
-        """Columns."""
+        """Longs."""
         return len(self.columns)
 
-    def chosen(self) -> Ints:
+    def chosen(self) -> Longs:
         """Those inside S."""
         return np.concatenate([self.firm, self.columns[self.inside]])
 
@@ -197,7 +197,7 @@ class _Swept:
         self.all = self.all[at][:, at]
         self.columns, self.spans, self.inside = self.columns[left], self.spans[left], self.inside[left]
 
-    def sweep(self, columns: Ints, sign: float) -> None:
+    def sweep(self, columns: Longs, sign: float) -> None:
         """These columns come into S (1), or go (-1)."""
         arrays, at = self.arrays, self.arrays.index(columns)
         rows = self.all[at]
@@ -227,8 +227,8 @@ class _Swept:
             step //= 2
         return 0
 
-    def _pairs(self) -> tuple[Ints, Ints]:
-        """Columns that had better go and those of their spans that had better come in their places, the best exchange
+    def _pairs(self) -> tuple[Longs, Longs]:
+        """Longs that had better go and those of their spans that had better come in their places, the best exchange
         first: each in one only, with whom it gains most."""
         host, size = self.arrays.host, self.size
         inside, beside = np.flatnonzero(self.inside), np.flatnonzero(~self.inside)
@@ -249,7 +249,7 @@ class _Swept:
         order = order[np.sort(np.unique(best[order], return_index=True)[1])]
         return inside[order], beside[best[order]]
 
-    def _brings(self, out: Ints, into: Ints) -> float:
+    def _brings(self, out: Longs, into: Longs) -> float:
         """What f changes by when the columns `out` go and `into` come."""
         arrays, size, n = self.arrays, self.size, len(out)
         gone, come = arrays.index(out), arrays.index(into)
@@ -262,7 +262,7 @@ class _Swept:
         return float(inner[n:, n:].diagonal().sum()) - float((lost * lost).sum())
 
 
-def _rank(groups: Ints) -> Ints:
+def _rank(groups: Longs) -> Longs:
     """Of every element, how many of its group stand before it."""
     order = np.argsort(groups, kind="stable")
     sizes = np.bincount(groups, minlength=1)
