@@ -111,7 +111,8 @@ class HostArrays(NumpyArrays):
 
     On one core of an AVX-512 machine torch's Cholesky factor is 2 to 10 times as fast as SciPy's, its products do not
     fall to a third at some shapes, and it converts to and from half precision 4 times as fast; numpy's symmetric
-    product and its solver for many right sides are faster.
+    product is faster. Triangles are torch's too: by turns with SciPy's, whose library has threads of its own, each
+    waits for the other's, and a layer took 17 times as long on two cores.
     """
 
     def compact(self, values: Array, least: int, largest: float) -> Array:
@@ -149,9 +150,19 @@ class HostArrays(NumpyArrays):
     def forward(self, lower: Array, right: Array) -> Array:
         """X of lower @ X = right."""
         if MANY * len(lower) > right.shape[1]:
-            return super().forward(lower, right)
-        inverse = super().forward(lower, np.eye(len(lower), dtype=lower.dtype))
+            return self._solved(lower, right, upper=False)
+        inverse = self._solved(lower, np.eye(len(lower), dtype=lower.dtype), upper=False)
         return self.inner(np.ascontiguousarray(inverse.T), right)
+
+    def backward(self, lower: Array, right: Array) -> Array:
+        """X of lower.T @ X = right."""
+        return self._solved(lower.T, right, upper=True)
+
+    def _solved(self, triangle: Array, right: Array, upper: bool) -> Array:
+        import torch
+
+        given = torch.from_numpy(triangle), torch.from_numpy(right)
+        return torch.linalg.solve_triangular(*given, upper=upper).numpy()
 
 
 def host_arrays() -> NumpyArrays:
