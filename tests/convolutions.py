@@ -50,7 +50,7 @@ def places(
 
 def weights(conv: Conv2d, pattern: ColumnPattern | None, rng: np.random.Generator) -> np.ndarray:
     """[OC, IC/g, KH, KW]; each tile of ``pattern.tile`` rows keeps the same random columns."""
-    shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
+    shape = conv.weight_shape
     rows = matrix(rng.standard_normal(shape).astype(np.float32) / np.sqrt(conv.k))
     if pattern is not None:
         per_group = conv.out_channels // conv.groups

@@ -17,6 +17,7 @@ from colonnade.kernels.ops import filtering
 from colonnade.kernels.registry import candidates
 from colonnade.layout import Planes
 from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, ConvPool, Epilogue, Pool2d
+from colonnade.workload import filtering as minimal
 from colonnade.workload.conv_pool import joinable
 
 # as if every machine added beside its multiply-adds: products by pairs too, where there are kernels for them
@@ -24,25 +25,25 @@ MACHINE = [replace(row, adders=True) for row in ISAS if machine_has(row.name)]
 NO_SHRINK = [p for p in Phase if p not in (Phase.shrink, Phase.explain)]
 
 
-@pytest.mark.parametrize(("m", "r"), filtering.POINTS)
+@pytest.mark.parametrize(("m", "r"), minimal.POINTS)
 def test_the_filters_are_exact(m, r):
     """A [(G w) * (B d)] is the correlation of d and w for every unit d and w."""
-    a, b, g = filtering.outputs(m, r), filtering.inputs(m, r), filtering.weights(m, r)
+    a, b, g = minimal.outputs(m, r), minimal.inputs(m, r), minimal.weights(m, r)
     for tap in range(r):
-        for pixel in range(filtering.size(m, r)):
+        for pixel in range(minimal.size(m, r)):
             found = a @ (g[:, tap] * b[:, pixel])
             assert np.allclose(found, [pixel == i + tap for i in range(m)], rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("m", "r"), filtering.POINTS)
+@pytest.mark.parametrize(("m", "r"), minimal.POINTS)
 def test_sums_that_are_shared_are_those_of_the_filters(m, r):
     """Every result of the programs that kernels are made of is its row of the matrix, for every unit vector."""
     for program, matrix in (
-        (filtering.into(m, r), filtering.inputs(m, r)),
-        (filtering.back(m, r), filtering.outputs(m, r)),
+        (filtering.into(m, r), minimal.inputs(m, r)),
+        (filtering.back(m, r), minimal.outputs(m, r)),
     ):
-        for unit in range(filtering.size(m, r)):
-            known = {f"x{i}": float(i == unit) for i in range(filtering.size(m, r))}
+        for unit in range(minimal.size(m, r)):
+            known = {f"x{i}": float(i == unit) for i in range(minimal.size(m, r))}
             for name, first, factor, second in program:
                 known[name] = known[first] + factor * known[second]
             assert [known[f"y{i}"] for i in range(len(matrix))] == [row[unit] for row in matrix]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from convolutions import operands
 from emulated import INSTALLED, MISSING, RVV
@@ -17,7 +19,8 @@ from colonnade.kernels.isa import ISAS
 from colonnade.kernels.ops import winograd
 from colonnade.kernels.registry import candidates
 from colonnade.pattern import ColumnPattern
-from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, Epilogue
+from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, Epilogue, WinogradConv2d
+from colonnade.workload.winograd import matrices, transform
 
 # as if every machine added beside its multiply-adds: products by pairs too, where there are kernels for them
 MACHINE = [replace(row, adders=True) for row in ISAS if machine_has(row.name)]
@@ -31,7 +34,7 @@ def test_the_transforms_are_exact(m):
     def exact(rows):
         return [[Fraction(x).limit_denominator(24) for x in row] for row in rows]
 
-    a, b, g = exact(winograd.A[m]), exact(winograd.B[m]), exact(winograd.G[m])
+    a, b, g = (exact(matrices(m)[at]) for at in (2, 0, 1))
     for tap in range(3):
         for pixel in range(m + 2):
             products = [b[k][pixel] * g[k][tap] for k in range(m + 2)]
@@ -42,7 +45,7 @@ def test_the_transforms_are_exact(m):
 @pytest.mark.parametrize("m", [2, 4])
 def test_sums_that_are_shared_are_those_of_the_transforms(m):
     """Every result of the programs that kernels are made of is its row of the matrix, for every unit vector."""
-    for program, matrix in ((winograd.INTO[m], winograd.B[m]), (winograd.BACK[m], winograd.A[m])):
+    for program, matrix in ((winograd.INTO[m], matrices(m)[0]), (winograd.BACK[m], matrices(m)[2])):
         for unit in range(m + 2):
             known = {f"x{i}": int(i == unit) for i in range(m + 2)}
             for name, first, factor, second in program:
@@ -64,6 +67,61 @@ def convs(draw: st.DrawFn) -> Conv2d:
     )
 
 
+@st.composite
+def pruned(draw: st.DrawFn) -> tuple[WinogradConv2d, ColumnPattern | None]:
+    """Of any number of channels, with tiles of any height."""
+    conv = draw(convs())
+    fields = {field.name: getattr(conv, field.name) for field in dataclasses.fields(conv)}
+    channels = {name: draw(st.integers(1, 40)) for name in ("in_channels", "out_channels")}
+    patterns = [None, *(ColumnPattern(s, tile=t) for s, t in ((0.3, 8), (0.5, 2), (0.6, 4), (0.75, 8), (0.97, 16)))]
+    return WinogradConv2d(**{**fields, **channels}, m=draw(st.sampled_from([2, 4]))), draw(st.sampled_from(patterns))
+
+
+EVERYWHERE = [
+    *(pytest.param(row, id=row.name) for row in MACHINE),
+    *(pytest.param(row, id=row.label, marks=pytest.mark.skipif(not INSTALLED, reason=MISSING)) for row in RVV),
+]
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_transformed_weights_give_the_convolution(m):
+    """The definition by itself, on sizes that tiles do not divide, with every side padded differently."""
+    rng = np.random.default_rng(m)
+    plain = Conv2d(2, 3, 5, 7, 10, (3, 3), padding=(1, 0, 2, 1))
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 7, 10), (5, 3, 3, 3)))
+    found = WinogradConv2d(**fields, m=m).reference(x, transform(w, m))
+    assert np.allclose(found, plain.reference(x, w), atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", EVERYWHERE)
+@given(drawn=pruned(), seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
+@settings(max_examples=25, deadline=None, phases=NO_SHRINK)
+def test_pruned_behind_the_transform(isa, drawn, seed, extra, data):
+    """Every candidate equals the definition; planes and panels, residuals in either."""
+    conv, pattern = drawn
+    vectors, which = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([(0, 0), (1, 0), (1, 1), (0, 1)]))
+    conv = replace(conv, epilogue=replace(conv.epilogue, residual=True)) if which[1] else conv
+    case, inputs = case_of(conv, pattern, seed, (0, *(vectors * on for on in which)), extra)
+    case = replace(case, rms=1.0)
+    threads = data.draw(st.sampled_from([1, 2, 3]))
+    candidate = data.draw(st.sampled_from(candidates(case, isa, threads)))
+    run(case, candidate, isa, inputs, threads=threads, tolerance=2e-4)
+
+
+def test_a_tile_computes_the_columns_that_it_keeps():
+    """A quarter of the weights is a quarter of the products' work, and a position of which a tile keeps nothing costs
+    one column."""
+    conv = WinogradConv2d(1, 16, 16, 8, 8, (3, 3), padding=(1, 1, 1, 1), m=2)
+    case, _ = operands(conv, None, 0)
+    weight = np.array(case.constants["weight"])
+    weight[:8, 4:], weight[8:, :, 0, 0] = 0, 0
+    case = replace(case, constants={**case.constants, "weight": weight})
+    candidate = next(c for c in candidates(case, ISAS[0], 1) if "8x" in c.kernel)
+    tiles = winograd.bind(case, candidate)[1].fields["tiles"].data[: 2 * 16]
+    assert tiles["columns"].tolist() == [4, 1] + [4, 16] * 15
+
+
 @pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
 @given(conv=convs(), seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
 @settings(max_examples=40, deadline=None, phases=NO_SHRINK)
@@ -75,13 +133,7 @@ def test_winograd_equals_the_definition(isa, conv, seed, extra, data):
     run(case, data.draw(st.sampled_from(found)), isa, inputs, threads=threads, tolerance=2e-4)
 
 
-@pytest.mark.parametrize(
-    "isa",
-    [
-        *(pytest.param(row, id=row.name) for row in MACHINE),
-        *(pytest.param(row, id=row.label, marks=pytest.mark.skipif(not INSTALLED, reason=MISSING)) for row in RVV),
-    ],
-)
+@pytest.mark.parametrize("isa", EVERYWHERE)
 @given(conv=convs(), seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
 @settings(max_examples=12, deadline=None, phases=NO_SHRINK)
 def test_into_panels(isa, conv, seed, extra, data):

@@ -26,7 +26,7 @@ from onnxscript.rewriter.rules.common import (
 )
 
 from colonnade.errors import UserError
-from colonnade.frontend.expand import FOLDED, expand
+from colonnade.frontend.expand import FOLDED, expand, foreign
 from colonnade.frontend.patterns import recognise
 from colonnade.frontend.transposes import sink
 
@@ -72,7 +72,7 @@ def clean(
     Raises:
         UserError: an input or output name is not in the model, or a size stays free.
     """
-    Sequential(common.RemoveInitializersFromInputsPass(), common.InlinePass())(model)
+    Sequential(common.RemoveInitializersFromInputsPass(), common.InlinePass(foreign))(model)
     if outputs:
         _cut(model, outputs)
     _fix_shapes(model, batch, dict(input_shapes or {}))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.layout import begins_outside
-from colonnade.workload import Activation, Array, Cast, Convert, Workload, activation_of
+from colonnade.workload import Activation, Array, Cast, Convert, WinogradConv2d, Workload, activation_of
 from colonnade.workload.typed import F32, lanes
 
 
@@ -160,8 +160,10 @@ def is_import(step: Draft) -> bool:
     return isinstance(step.workload, Convert | Cast) and step.workload.kind == "import"
 
 
-def can_activate(step: Draft) -> bool:
+def can_activate(step: Draft, activation: Activation) -> bool:
     """Can this step end in an activation, or in one more?"""
+    if isinstance(step.workload, WinogradConv2d) and not activation.low <= 0 <= activation.high:
+        return False  # it clips its halos too, which must stay zeros
     holder = getattr(step.workload, "epilogue", step.workload)
     return hasattr(holder, "activation") and activation_of(step.workload).function is None
 

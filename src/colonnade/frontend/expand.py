@@ -16,6 +16,7 @@ from onnx_ir.passes import common
 
 from colonnade.frontend import attention
 from colonnade.frontend.written import gather_elements, index_of_extreme
+from colonnade.onnx_winograd import DOMAIN
 
 FOLDED = {"Constant", "ConstantOfShape", "Range", "Shape", "Size"}  # by the importer, from sizes and constants
 # our own, for what ONNX has no definition, or none that is quick
@@ -50,7 +51,12 @@ def expand(model: ir.Model, known: Collection[str], fold: Callable[[ir.Model], o
             node.overload = body.overload = f"{node.op_type}.{count}"
             function = ir.serde.deserialize_function(body)
             model.functions[function.identifier()] = function
-        common.InlinePass()(model)
+        common.InlinePass(foreign)(model)
+
+
+def foreign(function: ir.Function) -> bool:
+    """Is it not one of this project's own, which have handlers?"""
+    return function.domain != DOMAIN
 
 
 def _schema(kind: str, model: ir.Model) -> Any:

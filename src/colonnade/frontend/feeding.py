@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from colonnade.frontend.draft import Draft, Tensor, Value, is_import
-from colonnade.workload import Activation, Affine, Conv2d, Reach
+from colonnade.workload import Activation, Affine, Conv2d, Reach, WinogradConv2d
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def _takes_prologue(reader: Draft, step: Draft) -> bool:
     conv = reader.workload
     return (
         isinstance(conv, Conv2d)
+        and not isinstance(conv, WinogradConv2d)
         and isinstance(step.workload, Affine)
         and is_clip(step.workload.activation)
         and not step.inputs[0].is_rows

@@ -45,7 +45,7 @@ class Fusing(Context):
 
     def _activation(self, node: ir.Node, value: Value, activation: Activation) -> None:
         step = self.writer(value)
-        if step is not None and can_activate(step):
+        if step is not None and can_activate(step, activation):
             activate(step, activation)
             self.set(node, value)
         elif activation.function is not None:

@@ -13,6 +13,7 @@ from colonnade.frontend.context import Unsupported
 from colonnade.frontend.expand import FOLDED, OURS
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.fusion import Fusing
+from colonnade.onnx_winograd import DOMAIN
 from colonnade.workload.small import INTEGERS
 from colonnade.workload.typed import WIDE
 
@@ -84,7 +85,7 @@ class Importer(Fusing):
             if node.op_type == "Constant":  # an output that folding has left as one
                 node.outputs[0].const_value = ir.convenience.get_const_tensor(node.outputs[0])
                 return
-            if node.domain not in ("", "ai.onnx") or node.op_type not in self.handlers:
+            if node.domain not in ("", "ai.onnx", DOMAIN) or node.op_type not in self.handlers:
                 if node.op_type in FOLDED and any(value in self._unknown for value in node.inputs):
                     self._unknown.update(node.outputs)
                     return

@@ -12,6 +12,7 @@ from colonnade.frontend import (
     ops_shape,
     ops_transposed,
     ops_typed,
+    ops_winograd,
 )
 from colonnade.frontend.importer import Handler
 
@@ -25,5 +26,6 @@ HANDLERS: dict[str, Handler] = {
     **ops_dense.HANDLERS,
     **ops_resize.HANDLERS,
     **ops_typed.CASTS,
+    **ops_winograd.HANDLERS,
 }
 TYPED: dict[str, Handler] = ops_typed.HANDLERS  # the same operators on whole numbers and on float64

@@ -18,7 +18,7 @@ from colonnade.frontend.draft import Draft, Tensor, whole
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
 from colonnade.frontend.layouts import Regions, copy_step, imports, sizes
 from colonnade.layout import Planes
-from colonnade.workload import Conv2d, ConvTranspose2d, Reach
+from colonnade.workload import Conv2d, ConvTranspose2d, Reach, WinogradConv2d
 
 GAIN = 1.5  # what is saved over what the copies cost, at least
 # rows and columns of a map at most, and the share of a 3x3's columns kept past which Winograd's convolution, which
@@ -57,6 +57,8 @@ def _can(step: Draft) -> bool:
     """Are there kernels for shifted planes, and none that would be much quicker without?"""
     conv = step.workload
     if not isinstance(conv, Conv2d) or is_depthwise(conv) or conv.prologue is not None:
+        return False
+    if isinstance(conv, WinogradConv2d):
         return False
     plain = (conv.kernel, conv.stride, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
     if not plain:

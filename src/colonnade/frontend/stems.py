@@ -35,4 +35,4 @@ def join(steps: list[Draft]) -> list[Draft]:
 def _joinable(conv: Draft, pool: Pool2d) -> bool:
     """Is it a convolution that has a kernel together with the pool behind it?"""
     work = conv.workload
-    return isinstance(work, Conv2d) and joinable(work, pool) and discover(matrix(conv.constants["weight"])).is_dense
+    return type(work) is Conv2d and joinable(work, pool) and discover(matrix(conv.constants["weight"])).is_dense

@@ -89,10 +89,11 @@ def rows() -> dict[str, Operator]:
         transposed,
         typed,
         unary,
+        winograd,
     )
 
     table = (*conv.ROWS, *conv_pool.ROWS, *linear.ROWS, *pool.ROWS, *pointwise.ROWS, *convert.ROWS, *unary.ROWS)
-    table += (*transposed.ROWS, *dense.ROWS, *resample.ROWS, *tokens.ROWS, *typed.ROWS)
+    table += (*transposed.ROWS, *dense.ROWS, *resample.ROWS, *tokens.ROWS, *typed.ROWS, *winograd.ROWS)
     return {row.op: row for row in table}
 
 

@@ -25,12 +25,13 @@ from colonnade.workload.resample import Lrn, Resample
 from colonnade.workload.tokens import ChannelNorm, ChannelSoftmax, PlaneProduct, Reorder
 from colonnade.workload.transposed import ConvTranspose2d, Interleave
 from colonnade.workload.typed import Cast, TypedElementwise, TypedMatMul, TypedReduce
+from colonnade.workload.winograd import WinogradConv2d
 
 __all__ = [
     "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "ChannelNorm",
     "ChannelSoftmax", "Constant", "Conv2d", "ConvPool", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue",
     "Function", "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "MaxIndices", "Normalise",
     "PlaneProduct", "Pool2d", "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "TypedElementwise",
-    "TypedMatMul", "TypedReduce", "Unary", "Workload", "Zeros", "activation_of",
+    "TypedMatMul", "TypedReduce", "Unary", "WinogradConv2d", "Workload", "Zeros", "activation_of",
     "digest", "evaluate", "im2col", "matrix", "spread", "unmatrix",
 ]  # fmt: skip

@@ -49,6 +49,11 @@ class Conv2d(Workload):
         return out_size(self.width, self.kernel[1], self.stride[1], self.padding[1], self.padding[3], self.dilation[1])
 
     @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """[OC, IC / groups, KH, KW]"""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
     def k(self) -> int:
         """Columns of one row of the weight matrix: KH * KW * IC / groups."""
         return self.kernel[0] * self.kernel[1] * self.in_channels // self.groups

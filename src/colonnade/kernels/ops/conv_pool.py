@@ -26,6 +26,7 @@ from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, round_up
 from colonnade.workload import Conv2d, ConvPool
+from colonnade.workload import filtering as minimal
 from colonnade.workload.conv_pool import BEFORE, FILTERS, taps
 
 LINE_STRUCT = Struct(
@@ -89,7 +90,7 @@ SHARED_CACHE = 512 << 10  # bytes of the second cache of cores in order (Spacemi
 MARGIN = BEFORE  # zero lanes in front of a row of transformed inputs, and of -inf in front of a row to be pooled
 
 
-FILTERED = [(m, r) for m, r in filtering.POINTS if r in FILTERS and m > 2]  # F(2, 3) saves too little
+FILTERED = [(m, r) for m, r in minimal.POINTS if r in FILTERS and m > 2]  # F(2, 3) saves too little
 
 
 def shapes(isa: Isa, paired: bool) -> list[tuple[str, int, int]]:
@@ -109,7 +110,7 @@ def variants(isa: Isa) -> Iterator[Variant]:
     for (m, r), (kind, mr, nv) in product(FILTERED, shapes(isa, paired=True)):
         counts = registers.row_counts(mr)
         params = {
-            "M": m, "N": filtering.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
+            "M": m, "N": minimal.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
             "rings": {c: (registers.ring(mr, nv)[0], registers.ring(c, nv)[1]) for c in counts},
             "lines": filtering.lines, "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN,
             "pairs": {c: pairs.rows(c) for c in counts} if kind == PAIRED else {}, "W": 2 if isa.scalable else 1,
@@ -127,7 +128,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     for (m, r), (kind, mr, nv) in product(FILTERED, shapes(isa, pairs.applies(step, isa))):
         if r != taps(conv):
             continue
-        n, vectors = filtering.size(m, r), -(-conv.out_width // (isa.lanes or 8 * nv))
+        n, vectors = minimal.size(m, r), -(-conv.out_width // (isa.lanes or 8 * nv))
         strips = vectors if isa.scalable else -(-vectors // nv)
         column = sum(
             (pairs.work(rows) if kind == PAIRED else rows) * vectors + 0.25 * (rows * strips + vectors) + strips
@@ -186,7 +187,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         (int(n) for n in part.strip(ascii_lowercase).split("x")) for part in candidate.kernel.split("_")[1:3]
     )
     columns = _Columns.of(conv)
-    n, ring = filtering.size(m, r), registers.places(mr, nv, isa)
+    n, ring = minimal.size(m, r), registers.places(mr, nv, isa)
     parities, kw, sx = len(columns.first), conv.kernel[1], conv.stride[1]
     reach = max(0, int(columns.shifts.max()))
     # whole vectors are read and written, but where a vector is as long as it should be
@@ -205,14 +206,14 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     offsets = np.concatenate([at.reshape(-1), np.full(padded - k, line_count * sx * wide + MARGIN)])
     offsets = 4 * np.concatenate([offsets, offsets[:ring] + position])
     blocks = np.cumsum([0, *registers.heights(conv.out_channels, mr)])
-    wanted = _transformed(step.constants["weight"], columns, filtering.weights(m, r), padded)
+    wanted = _transformed(step.constants["weight"], columns, minimal.weights(m, r), padded)
     start = np.zeros((n, conv.out_channels))
-    start[filtering.ONE] = step.constants.get("bias", 0)
+    start[minimal.ONE] = step.constants.get("bias", 0)
     paired: dict[str, Field] = {"start_pairs": None, "unscale": None, "least": 0.0, "most": 0.0}
     if PAIRED in candidate.kernel:
         assert step.rms is not None, f"{work.key()}: {candidate.key()} needs to know how large its inputs are"
         # inputs of a position as large as those of a transform of independent pixels
-        size = step.rms * np.sqrt(np.square(filtering.inputs(m, r)).sum(1))
+        size = step.rms * np.sqrt(np.square(minimal.inputs(m, r)).sum(1))
         factors = pairs.powers(np.sqrt(np.square(wanted[:, :k]).mean(1)), size[:, None])
         wanted, start = wanted * factors[:, None], start * factors
         known = (wanted[:, 0 : k // 2 * 2 : 2] * wanted[:, 1 : k // 2 * 2 : 2]).sum(1)

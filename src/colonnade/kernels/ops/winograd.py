@@ -3,14 +3,13 @@
 Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308). A tile of m x m output pixels
 takes (m + 2)^2 products instead of 9 m^2. Input tiles are transformed into (m + 2)^2 planes a channel, one lane a
 tile; on these the product is a 1x1 convolution a plane, done by the same kernel as every other one; what comes out
-is transformed back under the epilogue. Zeros of pruned weights do not survive the transform, so this is a dense
-candidate, worth it where little was pruned.
+is transformed back under the epilogue. Zeros of pruned weights do not survive the transform, so of a convolution this
+is a dense candidate, worth it where little was pruned. A ``WinogradConv2d`` was pruned behind the transform.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +19,12 @@ from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import filtering, pairs, panels, registers, strips, tables
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
-from colonnade.kernels.registry import Candidate, Operands, Variant
+from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, round_up
 from colonnade.pattern import Tile, TiledWeights
-from colonnade.workload import Conv2d
-
-# B: input transform [m+2, m+2], G: weights [m+2, 3], A: output [m, m+2]
-B, G, A = ({m: part(m, 3) for m in (2, 4)} for part in (filtering.inputs, filtering.weights, filtering.outputs))
+from colonnade.workload import Conv2d, WinogradConv2d
+from colonnade.workload.winograd import SIZES, matrices, transform
 
 # The products of B and A with a vector x in fewer sums than `filtering` finds by itself
 INTO: dict[int, filtering.Program] = {
@@ -109,7 +106,7 @@ VECTOR = 16  # lanes of the widest fixed vector: rows in scratch are written, re
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """The transforms of both tile sizes; the product between them is the convolution's own kernel."""
-    for m in (2, 4):
+    for m in SIZES:
         same: dict[str, object] = {"M": m, "N": m + 2, "NV": 1, "lines": filtering.lines}
         yield Variant(f"f32_winograd{m}_input_1v__{isa.name}", "winograd_input.c.in", {**same, "B": INTO[m]})
         yield Variant(f"f32_winograd{m}_output_1v__{isa.name}", "winograd_output.c.in", {**same, "A": BACK[m]})
@@ -129,39 +126,58 @@ def applies(step: Operands) -> bool:
 
 
 def candidates(step: Operands, isa: Isa, shapes: list[tuple[int, int]]) -> Iterator[Candidate]:
-    """Tile size x shape of the product's kernel, which may be one that takes columns in pairs."""
+    """Of a convolution: tile size x shape of the product's kernel, which may be one that takes columns in pairs."""
+    for m in SIZES:
+        yield from _candidates(step, m, isa, [shape for shape in shapes if shape[0] >= 6], 1.0, 1)
+
+
+def own(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
+    """Of a ``WinogradConv2d``: shapes of the product's kernel."""
+    conv = step.workload
+    assert isinstance(conv, WinogradConv2d)
+    tiled, shapes = tables.tiling(step, dense_tile=0), registers.shapes(isa)
+    fit = [(mr, nv) for mr, nv in shapes if tiled.is_dense or registers.worth_trying(mr, tiled, shapes)]
+    kept = tiled.kept / (conv.out_channels * conv.k)
+    found = list(_candidates(step, conv.m, isa, fit, kept, int(tiled.is_dense)))
+    # on few lanes or channels no shape promises much, and one must do
+    yield from found or _candidates(step, conv.m, isa, shapes[:1], kept, int(tiled.is_dense), anyhow=True)
+
+
+def _candidates(
+    step: Operands, m: int, isa: Isa, shapes: list[tuple[int, int]], kept: float, dense: int, anyhow: bool = False
+) -> Iterator[Candidate]:
+    """``kept``: share of the transformed weights. ``anyhow``: shapes that do not look worth it, too."""
     conv = step.workload
     assert isinstance(conv, Conv2d)
     kernels = [(mr, nv, 0) for mr, nv in shapes]
     kernels += [(mr, nv, 1) for mr, nv in pairs.shapes(isa)] if pairs.applies(step, isa) else []
-    for m, (mr, nv, paired) in product((2, 4), kernels):
+    for mr, nv, paired in kernels:
+        params = {"winograd": m, "dense": dense, "pairs": paired}
+        name = f"f32_winograd{m}_{mr}x{nv}v__{isa.name}"
         if isa.scalable:
-            if mr >= 6 and nv == 2:  # wider groups walk more planes than an in-order core has misses for
-                params = {"winograd": m, "dense": 1, "pairs": 0}
-                yield Candidate(f"f32_winograd{m}_{mr}x{nv}v__{isa.name}", params, _rank_in_order(conv, m, mr, nv))
+            if nv == 2 or anyhow:  # wider groups walk more planes than an in-order core has misses for
+                yield Candidate(name, params, _rank_in_order(conv, m, mr, nv, kept))
             continue
         cut = _cut(conv, m, mr, nv, isa, bool(paired))
         vectors = -(-_lanes(conv, m) // isa.lanes)
-        if mr < 6 or nv > vectors:
+        if nv > vectors and not anyhow:
             continue  # every position has weights of its own: a short block would read them for too few lanes
         channels = conv.in_channels * conv.out_channels
         turns = sum(cut.widths) * (pairs.work(mr) / mr if paired else 1) + cut.done * strips.lane_cost(mr, isa) / mr
-        products = (m + 2) ** 2 * channels * turns * (1 + 0.5 / nv + 0.5 / mr)
+        products = (m + 2) ** 2 * channels * kept * turns * (1 + 0.5 / nv + 0.5 / mr)
         moves = (m + 2) ** 2 * (conv.in_channels + conv.out_channels) * vectors * 3
         # Unmeasured, the direct convolution is the safer choice: it reads a quarter of the weights.
-        rank = 6 * (products + moves)
-        params = {"winograd": m, "dense": 1, "pairs": paired}
-        yield Candidate(f"f32_winograd{m}_{mr}x{nv}v__{isa.name}", params, rank)
+        yield Candidate(name, params, 6 * (products + moves))
 
 
-def _rank_in_order(conv: Conv2d, m: int, mr: int, lmul: int) -> float:
+def _rank_in_order(conv: Conv2d, m: int, mr: int, lmul: int, kept: float) -> float:
     """Cycles on a two-wide in-order core, as the direct convolution's rank counts them: the product a kept column a
     block and a fifth of that for what it waits for memory, 7 a transformed value (fitted to four modelled layers, 64
     channels at 56x56 to 512 at 7x7, to 8 %)."""
     lanes, positions = _lanes(conv, m), (m + 2) ** 2
     blocks = positions * -(-conv.out_channels // mr) * -(-lanes // (8 * lmul))
     column = max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul
-    product_ = blocks * (conv.in_channels * column + 5 * mr * lmul)
+    product_ = blocks * (conv.in_channels * kept * column + 5 * mr * lmul)
     return 1.19 * product_ + 7 * positions * (conv.in_channels + conv.out_channels) * lanes
 
 
@@ -182,12 +198,6 @@ def position(channels: int, plane: int) -> int:
 
 def _lanes(conv: Conv2d, m: int) -> int:
     return conv.batch * -(-conv.out_height // m) * -(-conv.out_width // m)
-
-
-def transform(weight: npt.NDArray[np.float32], m: int) -> npt.NDArray[np.float32]:
-    """[OC, IC, 3, 3] → [(m + 2)^2, OC, IC]: G w Gᵀ, computed in float64."""
-    out = np.einsum("ia,ocab,jb->ijoc", G[m], weight.astype(np.float64), G[m], optimize=True)
-    return np.ascontiguousarray(out.reshape((m + 2) ** 2, *weight.shape[:2]), np.float32)
 
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -246,6 +256,31 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     )
 
 
+def _tiles(step: Operands, m: int, mr: int) -> tuple[Tile, ...]:
+    """What every position multiplies, position by position: tiles of ``mr`` rows of all channels, or those that the
+    zeros of transformed weights show. At each position a tile has the columns that it keeps there, one at least."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d)
+    n2, ic, oc = (m + 2) ** 2, conv.in_channels, conv.out_channels
+    every = np.arange(ic, dtype=np.int32)
+    rows = np.array_split(np.arange(oc, dtype=np.int32), range(mr, oc, mr))
+    if not isinstance(conv, WinogradConv2d):
+        dense = transform(step.constants["weight"], m).reshape(oc, ic, n2)
+        return tuple(Tile(p * oc + r, every, np.ascontiguousarray(dense[r, :, p].T)) for p in range(n2) for r in rows)
+    tiled = tables.tiling(step, dense_tile=0)
+    if tiled.is_dense:
+        tiled = tables.tiling(step, dense_tile=mr)
+    found = []
+    for p in range(n2):
+        for tile in tiled.tiles:
+            at = slice(*np.searchsorted(tile.columns, (p * ic, (p + 1) * ic)))
+            columns, values = tile.columns[at] - np.int32(p * ic), tile.values[at]
+            if not len(columns):
+                columns, values = every[:1], np.zeros((1, len(tile.rows)), np.float32)
+            found.append(Tile(p * oc + tile.rows, columns, np.ascontiguousarray(values)))
+    return tuple(found)
+
+
 def _planes(tensor: Placed | None) -> Const | None:
     """Of a tensor in planes, where they begin."""
     return None if tensor is None or isinstance(tensor.layout, Panels) else u32(tensor.offsets)
@@ -259,22 +294,17 @@ def _product(
     assert isinstance(conv, Conv2d)
     mr, nv = shape
     ic, oc, n2 = conv.in_channels, conv.out_channels, (m + 2) ** 2
-    transformed = transform(step.constants["weight"], m)
-    columns = np.arange(ic, dtype=np.int32)
-    tiles = tuple(
-        Tile(p * oc + rows, columns, np.ascontiguousarray(transformed[p, rows].T))
-        for p in range(n2)
-        for rows in np.array_split(np.arange(oc, dtype=np.int32), range(mr, oc, mr))
-    )
+    tiles = _tiles(step, m, mr)
     tiled, bias = TiledWeights((n2 * oc, ic), tiles, n2), np.zeros(n2 * oc, np.float32)
+    order = np.concatenate([tile.rows for tile in tiles])
     ring = registers.places(mr, nv, isa)
     # A e_1 = (1, ..., 1): what is added at position (1, 1) comes out in every pixel
     bias[(m + 3) * oc : (m + 4) * oc] = step.constants.get("bias", 0)
-    begun: Mapping[str, Field] = {"bias": f32(tables.beyond(bias, ring)), **pairs.NONE}
+    begun: Mapping[str, Field] = {"bias": f32(tables.beyond(bias[order], ring)), **pairs.NONE}
     if paired:
         assert step.rms is not None
         # a position's inputs as large as those of a transform of independent pixels
-        gain = np.sqrt(np.square(B[m]).sum(1))
+        gain = np.sqrt(np.square(matrices(m)[0]).sum(1))
         rms = np.repeat(step.rms * np.outer(gain, gain).reshape(-1), len(tiles) // n2)
         tiled, factors = pairs.scaled(tiled, rms)
         begun = pairs.fields(tiled, factors, bias, mr, rms)
@@ -295,7 +325,7 @@ def _product(
         "arena": Shared(0),
         "offsets": Const(filled.offsets),
         "weights": Const(filled.weights),
-        "rows": u32(tables.beyond(source_bytes + rows.reshape(-1), ring)),
+        "rows": u32(tables.beyond(source_bytes + rows.reshape(-1)[order], ring)),
         "residual": None,
         "tiles": Const(filled.tiles),
         "mask": Const(np.full(plane // 8 + 64, 255, np.uint8)),
@@ -320,3 +350,6 @@ def _product(
         **through,
         **begun,
     }
+
+
+ROWS = (Operator("winograd_conv2d", (), lambda isa: (), own, bind),)

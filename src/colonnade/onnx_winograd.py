@@ -1,0 +1,108 @@
+"""3x3 convolutions with transformed weights in ONNX: a function of this project's own domain, which any runtime runs.
+
+The function's body says what it computes by ONNX's own operators: the transforms are multiplied into the weights (a
+runtime does that once, when it loads the file), which gives a convolution of m + 2 by m + 2 taps and stride m with m²
+times the outputs, and its outputs are put side by side. That is slower than the 3x3 convolution; it is there for
+answers, not for speed. The importer takes the node itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from colonnade.errors import UserError
+from colonnade.workload.winograd import SIZES, matrices, transform
+
+if TYPE_CHECKING:
+    import onnx
+
+DOMAIN = "colonnade"
+OPERATORS = {f"WinogradConv{m}x{m}": m for m in SIZES}  # (x, transformed weights [OC, IC, m + 2, m + 2], bias [OC])
+OPSET = 13  # the first that knows all that the function needs
+
+
+def size_of(domain: str, operator: str) -> int:
+    """m of such a node, 0 for any other."""
+    return OPERATORS.get(operator, 0) if domain == DOMAIN else 0
+
+
+def fits(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
+    """Is it a 3x3 convolution at stride 1, padded by one pixel on all sides, in one group?"""
+    import onnx
+
+    known = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    plain = (known.get("strides", [1, 1]), known.get("dilations", [1, 1]), known.get("pads"), known.get("group", 1))
+    unpadded = known.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
+    return (
+        node.op_type == "Conv"
+        and plain == ([1, 1], [1, 1], [1] * 4, 1)
+        and unpadded
+        and list(weight.dims[2:]) == [3, 3]
+    )
+
+
+def rewrite(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], m: int) -> None:
+    """Make these convolutions, which ``fits`` and whose float32 weights are initializers of their own, nodes with
+    transformed weights. Changes ``model``.
+
+    Raises UserError for a model of an opset before 13.
+    """
+    import onnx
+
+    main = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if main.version < OPSET:
+        raise UserError(
+            f"the model is of opset {main.version}: transformed weights need {OPSET}; convert or export it again"
+        )
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    operator = next(name for name, size in OPERATORS.items() if size == m)
+    for node in nodes:
+        weight = stored[node.input[1]]
+        changed = transform(onnx.numpy_helper.to_array(weight), m)
+        weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
+        if len(node.input) < 3 or not node.input[2]:
+            bias = onnx.numpy_helper.from_array(np.zeros(len(changed), np.float32), f"{weight.name}.bias")
+            model.graph.initializer.append(bias)
+            del node.input[2:]
+            node.input.append(bias.name)
+        node.op_type, node.domain = operator, DOMAIN
+        del node.attribute[:]
+    if not any(function.name == operator and function.domain == DOMAIN for function in model.functions):
+        model.functions.append(_function(operator, m, main.version))
+    if not any(entry.domain == DOMAIN for entry in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
+def _function(name: str, m: int, version: int) -> onnx.FunctionProto:
+    """y = the convolution of x [N, IC, H, W] with transformed weights, bias included."""
+    import onnx
+
+    helper, t = onnx.helper, m + 2
+    into, _, back = matrices(m)
+
+    def constant(output: str, values: object, kind: type = np.int64) -> onnx.NodeProto:
+        tensor = onnx.numpy_helper.from_array(np.asarray(values, kind), output)
+        return helper.make_node("Constant", [], [output], value=tensor)
+
+    nodes = [
+        constant("into", np.kron(into, into), np.float32), constant("back", np.kron(back, back), np.float32),
+        constant("flat", [0, 0, t * t]), constant("every", [-1]), constant("taps", [t, t]), constant("channel", [1]),
+        constant("zeros", [0, 0]), constant("spatial", [2, 3]), constant("along", [1, -1, 1, 1]),
+        helper.make_node("Reshape", ["weight", "flat"], ["u"]),
+        helper.make_node("Einsum", ["back", "u", "into"], ["taken"], equation="rp,ocp,pq->orcq"),
+        helper.make_node("Shape", ["weight"], ["shape"]),
+        helper.make_node("Gather", ["shape", "channel"], ["inputs"]),
+        helper.make_node("Concat", ["every", "inputs", "taps"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["taken", "wanted"], ["kernel"]),
+        helper.make_node("Conv", ["x", "kernel"], ["apart"], strides=[m, m], pads=[1, 1, m, m], kernel_shape=[t, t]),
+        helper.make_node("DepthToSpace", ["apart"], ["tiles"], blocksize=m, mode="CRD"),
+        helper.make_node("Shape", ["x"], ["size"]),
+        helper.make_node("Gather", ["size", "spatial"], ["ends"]),
+        helper.make_node("Slice", ["tiles", "zeros", "ends", "spatial"], ["pixels"]),
+        helper.make_node("Reshape", ["bias", "along"], ["added"]),
+        helper.make_node("Add", ["pixels", "added"], ["y"]),
+    ]  # fmt: skip
+    return helper.make_function(DOMAIN, name, ["x", "weight", "bias"], ["y"], nodes, [helper.make_opsetid("", version)])
