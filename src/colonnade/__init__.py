@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from colonnade.sparsify.rechoose import Rechoose as Rechoose
     from colonnade.sparsify.reconstruct import reconstruct_ as reconstruct_
     from colonnade.sparsify.torch_model import export as export
+    from colonnade.sparsify.winograd_torch import winograd_ as winograd_
 
 _PLACES = {
     "ColumnPattern": "colonnade.pattern",
@@ -38,11 +39,12 @@ _PLACES = {
     "reconstruct_": "colonnade.sparsify.reconstruct",
     "remove_masks": "colonnade.sparsify.masks",
     "sparsify_": "colonnade.sparsify.masks",
+    "winograd_": "colonnade.sparsify.winograd_torch",
 }
 
 __all__ = [
     "ColumnPattern", "Rechoose", "Session", "balance", "build", "compare", "evaluate", "export", "finetune", "fit",
-    "reconstruct_", "remove_masks", "sparsify_",
+    "reconstruct_", "remove_masks", "sparsify_", "winograd_",
 ]  # fmt: skip
 
 

@@ -33,6 +33,12 @@ def prune(
     balance: Annotated[
         bool, typer.Option("--balance", help="Spread the same work over the layers by what each of them loses.")
     ] = False,
+    winograd: Annotated[
+        int,
+        typer.Option(
+            metavar="2|4", help="Prune 3x3 layers behind Winograd's transform, of so many pixels a side; 0: do not."
+        ),
+    ] = 0,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="DIR|FILE.npz", help="Photos or arrays of inputs for --method obs and --balance."),
@@ -83,6 +89,7 @@ def prune(
             calibration=inputs,
             patterns=patterns,
             balance=balance,
+            winograd=winograd,
             progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
         )
     _print(report, method)

@@ -29,6 +29,11 @@ def size_of(domain: str, operator: str) -> int:
     return OPERATORS.get(operator, 0) if domain == DOMAIN else 0
 
 
+def operator(m: int) -> str:
+    """The name of the operator for tiles of m x m pixels."""
+    return next(name for name, size in OPERATORS.items() if size == m)
+
+
 def fits(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
     """Is it a 3x3 convolution at stride 1, padded by one pixel on all sides, in one group?"""
     import onnx
@@ -52,13 +57,8 @@ def rewrite(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], m: int) -> 
     """
     import onnx
 
-    main = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if main.version < OPSET:
-        raise UserError(
-            f"the model is of opset {main.version}: transformed weights need {OPSET}; convert or export it again"
-        )
+    define(model, m)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    operator = next(name for name, size in OPERATORS.items() if size == m)
     for node in nodes:
         weight = stored[node.input[1]]
         changed = transform(onnx.numpy_helper.to_array(weight), m)
@@ -68,10 +68,23 @@ def rewrite(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], m: int) -> 
             model.graph.initializer.append(bias)
             del node.input[2:]
             node.input.append(bias.name)
-        node.op_type, node.domain = operator, DOMAIN
+        node.op_type, node.domain = operator(m), DOMAIN
         del node.attribute[:]
-    if not any(function.name == operator and function.domain == DOMAIN for function in model.functions):
-        model.functions.append(_function(operator, m, main.version))
+
+
+def define(model: onnx.ModelProto, m: int) -> None:
+    """Say in the model what the operator means.
+
+    Raises UserError for a model of an opset before 13.
+    """
+    import onnx
+
+    name = operator(m)
+    main = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if main.version < OPSET:
+        raise UserError(f"the model is of opset {main.version}: transformed weights need {OPSET}; export it again")
+    if not any((function.domain, function.name) == (DOMAIN, name) for function in model.functions):
+        model.functions.append(_function(name, m, main.version))
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
 

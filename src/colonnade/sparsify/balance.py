@@ -22,7 +22,7 @@ from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.joint import distance, half_precision
 from colonnade.sparsify.layer_losses import layer_losses
 from colonnade.sparsify.masks import prunable, remove_masks
-from colonnade.sparsify.samples import Layer, multiply_adds
+from colonnade.sparsify.samples import Layer, multiply_adds, refuse_transformed
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
 from colonnade.sparsify.spread import IMAGES, MEASURED, spread
 from colonnade.sparsify.torch_obs import TorchChain, batches
@@ -102,6 +102,7 @@ def sensitivities(
     losses: dict[str, dict[float, float]] = {}
     work: dict[str, float] = {}
     chain = TorchChain(model, names, [(x,)])
+    refuse_transformed(chain.layers)
     runner, bounds = chain.runner, chain.bounds
     # Without its cache: weights change here, and the cache would go on with the old ones.
     with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device), cache_enabled=False):

@@ -19,9 +19,11 @@ import numpy.typing as npt
 
 from colonnade.errors import UserError
 from colonnade.onnx_io import graph_inputs
+from colonnade.onnx_winograd import size_of
 from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import host_arrays
 from colonnade.sparsify.samples import Layer, Rectifier, Values
+from colonnade.sparsify.transformed import sizes
 
 if TYPE_CHECKING:
     import onnx
@@ -46,7 +48,9 @@ def unfit(node: onnx.NodeProto, graph: onnx.GraphProto) -> str | None:
     stored = {tensor.name for tensor in graph.initializer} | {
         other.output[0] for other in graph.node if other.op_type == "Constant"
     }
-    if node.op_type == "Conv":
+    if size_of(node.domain, node.op_type):
+        pass
+    elif node.op_type == "Conv":
         weight = next((t for t in graph.initializer if t.name == node.input[1]), None)
         if weight is not None and len(weight.dims) not in (3, 4):
             return "kernels of three axes"
@@ -127,7 +131,8 @@ class OnnxChain:
 
         at = next(index for index, other in enumerate(self.layers) if other is layer)
         target = self.targets[at]
-        stored = weight.T if target.rows_last else weight
+        m = size_of(target.node.domain, target.node.op_type)
+        stored = weight.T if target.rows_last else weight * sizes(m) if m else weight
         name = target.tensor.name
         target.tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(stored), name))
         self.constants[target.node.input[1]] = onnx.numpy_helper.from_array(
@@ -237,6 +242,9 @@ class OnnxChain:
                 shift, mean = (onnx.numpy_helper.to_array(self.constants[norm.input[at]]) for at in (2, 3))
                 offset = (offset - mean) * scale + shift
             common["rectifier"] = Rectifier(offset.astype(np.float32), most)
+        if m := size_of(node.domain, node.op_type):
+            weight = (weight / sizes(m)).astype(np.float32)
+            return Layer(target.name, weight, node.input[0], padding=(1, 1, 1, 1), winograd=m, **common)
         if node.op_type != "Conv":
             return Layer(target.name, weight, node.input[0], **common)
         axes = weight.ndim - 2

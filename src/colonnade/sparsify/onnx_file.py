@@ -10,12 +10,15 @@ import numpy.typing as npt
 
 from colonnade.errors import UserError
 from colonnade.onnx_io import check_writable, load_onnx, save_onnx
+from colonnade.onnx_winograd import fits, rewrite
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.balance_onnx import balanced
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target, unfit
 from colonnade.sparsify.onnx_layers import Constant, WeightedLayer, names_of, weighted_layers
 from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
 from colonnade.sparsify.sequential import Options, prune_chain
+from colonnade.sparsify.transformed import MOST_COLUMNS
+from colonnade.workload.winograd import SIZES
 
 if TYPE_CHECKING:
     import onnx
@@ -79,6 +82,7 @@ def prune_file(
     options: Options | None = None,
     patterns: Mapping[str, ColumnPattern | None] | None = None,
     balance: bool = False,
+    winograd: int = 0,
 ) -> PruneReport:
     """Prune the convolutions and matrix products of an ONNX file and write the result to `destination`.
 
@@ -94,6 +98,8 @@ def prune_file(
                  `pattern` (None) all others stay dense.
     balance:     spread the multiply-adds that `pattern` leaves over the layers, by what pruning each of them alone does
                  to the answers on `calibration` (balance_onnx.py). Where statistics cannot be gathered `pattern` stays.
+    winograd:    m, 2 or 4: 3x3 convolutions at stride 1 are pruned behind the transform of F(m x m, 3 x 3); the result
+                 has operators of our own with a definition that any runtime follows (onnx_winograd.py). For "obs".
 
     Raises UserError for a bad file, a pattern in `exclude` that is invalid or matches nothing, a weight that is not
     finite, and an output that exists without `force` or cannot be written; nothing is written then.
@@ -109,9 +115,17 @@ def prune_file(
         raise UserError(f"method {method} takes calibration inputs with balance only")
     if balance and (pattern is None or patterns):
         raise UserError("balance spreads one pattern over the layers: give that alone")
+    if winograd not in (0, *SIZES):
+        raise UserError(f"winograd is {winograd}: expected {' or '.join(map(str, SIZES))}, the side of a tile")
+    if winograd and method != "obs":
+        raise UserError("transformed weights are pruned by method obs only")
     check_writable(destination, force=force)
     model = load_onnx(source)
     layers = _layers(source, model, exclude)
+    if winograd:
+        dense = {name for name, own in (patterns or {}).items() if own is None}
+        dense |= {layer.name for layer in layers if pattern is None and layer.name not in (patterns or {})}
+        _transform(source, model, [layer for layer in layers if layer.name not in dense], winograd)
     if balance:
         assert calibration is not None and pattern is not None
         free = _fitted(source, model.graph, [layer for layer in layers if layer.reason is None])
@@ -175,6 +189,23 @@ def _layers(source: Path | str, model: "onnx.ModelProto", exclude: Sequence[str]
     if not layers:
         raise UserError(f"{source}: no Conv, Gemm or MatMul with weights in it: nothing to prune")
     return layers
+
+
+def _transform(source: Path, model: "onnx.ModelProto", layers: Sequence[WeightedLayer], m: int) -> None:
+    """Give those of the layers that will be pruned transformed weights which can have them. None is an error."""
+    stored = {id(tensor) for tensor in model.graph.initializer}
+    found = []
+    for layer in _fitted(source, model.graph, [layer for layer in layers if layer.reason is None]):
+        node, weight = model.graph.node[layer.position], layer.weight
+        assert weight is not None
+        own = id(weight.tensor) in stored and node.input[1] == weight.tensor.name
+        if own and fits(node, weight.tensor) and weight.tensor.dims[1] * (m + 2) ** 2 <= MOST_COLUMNS:
+            found.append((layer, node))
+    if not found:
+        raise UserError(f"{source}: no 3x3 convolution at stride 1 will be pruned: leave winograd out")
+    rewrite(model, [node for _, node in found], m)
+    for layer, node in found:
+        layer.op = node.op_type
 
 
 def _targets(model: "onnx.ModelProto", layers: Sequence[WeightedLayer]) -> list[Target]:

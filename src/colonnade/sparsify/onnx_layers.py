@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from colonnade.errors import UserError
 from colonnade.onnx_io import module_of
+from colonnade.onnx_winograd import OPERATORS, size_of
 
 if TYPE_CHECKING:
     import onnx
@@ -43,6 +44,10 @@ class WeightedLayer:
     weight: Constant | None
     reason: str | None = None
     module: str = ""  # of torch, where the file says it
+
+    @property
+    def convolution(self) -> bool:
+        return self.op == "Conv" or self.op in OPERATORS
 
 
 def weighted_layers(graph: onnx.GraphProto, exclude: Sequence[str]) -> list[WeightedLayer]:
@@ -124,6 +129,8 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 def _weight_position(node: onnx.NodeProto, constants: dict[str, Constant]) -> int | None:
     """Which input holds the weights; None for other operators and products of two activations."""
+    if size_of(node.domain, node.op_type):
+        return 1
     if node.domain not in ("", "ai.onnx") or node.op_type not in WEIGHTED:
         return None
     if node.op_type != "MatMul":
@@ -138,9 +145,9 @@ def _unfit(layer: WeightedLayer, tensor: onnx.TensorProto) -> str | None:
     kinds = onnx.TensorProto
     if tensor.data_type not in (kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE):
         return f"weights are {kinds.DataType.Name(tensor.data_type).lower()}"
-    if len(tensor.dims) < (3 if layer.op == "Conv" else 2) or (layer.op != "Conv" and len(tensor.dims) != 2):
+    if len(tensor.dims) < (3 if layer.convolution else 2) or (not layer.convolution and len(tensor.dims) != 2):
         return f"weights have {len(tensor.dims)} axes"
-    if 0 in tensor.dims or (layer.op == "Conv" and tensor.dims[0] % layer.groups):
+    if 0 in tensor.dims or (layer.convolution and tensor.dims[0] % layer.groups):
         return "weights have an odd shape"
     return None
 
@@ -150,7 +157,7 @@ def _keep_dense(graph: onnx.GraphProto, layers: list[WeightedLayer]) -> None:
     weighted = {layer.position for layer in layers}
     first, last = _met_first(graph, weighted, forward=True), _met_first(graph, weighted, forward=False)
     for layer in layers:
-        if layer.reason or layer.op != "Conv" or layer.weight is None:
+        if layer.reason or not layer.convolution or layer.weight is None:
             continue
         per_group = layer.weight.tensor.dims[1]
         if layer.groups > 1 and per_group == 1:

@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from colonnade.errors import UserError
 from colonnade.pattern import Floats
+from colonnade.sparsify import transformed
 from colonnade.sparsify.arrays import Array, Arrays
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.moments import Moments
 from colonnade.sparsify.select import as_matrix
+from colonnade.workload.winograd import TAPS
 
 # Samples (pixels of calibration images) a column of the regression; more is slower and hardly better.
 SAMPLES_A_COLUMN = 16
@@ -47,6 +49,7 @@ class Layer:
     residual: the value, known before this layer runs, that is added to the scaled output; None: nothing is.
     intercept: whether a bias can be added to the output.
     rectifier: what the scaled output, and the residual with it, goes through next; None: something else.
+    winograd: m of a convolution with transformed weights [OC, IC, m + 2, m + 2], over `transformed.sizes`; else 0.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Layer:
     residual: str | None = None
     intercept: bool = True
     rectifier: Rectifier | None = None
+    winograd: int = 0
 
     @property
     def columns(self) -> int:
@@ -246,7 +250,14 @@ def _same_shape(layer: Layer, inputs: Sequence[int], added: Sequence[int]) -> bo
 def multiply_adds(layer: Layer, shape: Sequence[int]) -> float:
     """Of a dense layer for each of its inputs, which together have this shape."""
     pixels = _output(layer, shape) if _is_map(layer) else shape[1:-1]
-    return float(len(layer.weight) * math.prod(pixels) * layer.columns)
+    return float(len(layer.weight) * math.prod(pixels) * layer.columns) / max(layer.winograd, 1) ** 2
+
+
+def refuse_transformed(layers: Sequence[Layer]) -> None:
+    """Raises UserError if magnitudes would have to say what transformed weights give."""
+    found = next((layer.name for layer in layers if layer.winograd), None)
+    if found is not None:
+        raise UserError(f"layer {found} has transformed weights, of which magnitudes say little: use method obs")
 
 
 def _is_map(layer: Layer) -> bool:
@@ -270,6 +281,8 @@ def _positions(
 
 
 def _kernel(layer: Layer) -> tuple[int, int]:
+    if layer.winograd:
+        return TAPS, TAPS
     kernel = layer.weight.shape[2:]
     return (1, kernel[0]) if len(kernel) == 1 else (kernel[0], kernel[1])
 
@@ -293,6 +306,10 @@ def _samples(arrays: Arrays, layer: Layer, x: Array, picks: tuple[npt.NDArray[np
     kh, kw = _kernel(layer)
     (sh, sw), (dh, dw) = layer.strides, layer.dilation
     top, left, *_ = layer.padding
+    if m := layer.winograd:
+        begin = row // m * m - top, column // m * m - left
+        seen = [[_pixels(arrays, x, image, begin[0] + i, begin[1] + j) for j in range(m + 2)] for i in range(m + 2)]
+        return [transformed.columns(arrays, seen, m, row % m, column % m)]
     taps = [
         _pixels(arrays, x, image, row * sh + i * dh - top, column * sw + j * dw - left)
         for i in range(kh)

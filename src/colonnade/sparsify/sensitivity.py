@@ -19,7 +19,7 @@ from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target
 from colonnade.sparsify.held import Store
-from colonnade.sparsify.samples import Layer, Values
+from colonnade.sparsify.samples import Layer, Values, refuse_transformed
 from colonnade.sparsify.select import as_matrix, from_matrix, select
 from colonnade.sparsify.trials import Trial, dense_walk, first_part
 from colonnade.sparsify.trials import losses as trials_losses
@@ -60,6 +60,7 @@ def sensitivities(
     Raises UserError for inputs that do not fit, and for answers that are not finite.
     """
     chain = OnnxChain(model, targets, inputs)
+    refuse_transformed(chain.layers)
     held: list[Values] = [chain.run(0, batch) for batch in chain.inputs()]
     # Later layers leave less to run.
     weight = np.arange(len(chain.layers), 0, -1, dtype=float)

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from colonnade.errors import UserError
+from colonnade.onnx_winograd import define
 from colonnade.sparsify.masks import remove_masks
+from colonnade.sparsify.winograd_torch import WinogradConv2d
 
 OPSET = 18  # the first that torch's exporter writes without converting down
 
@@ -40,6 +42,9 @@ def export(
     target = Path(path)
     inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     plain = remove_masks(copy.deepcopy(model)).eval()
+    transformed = [module for module in plain.modules() if isinstance(module, WinogradConv2d)]
+    for module in transformed:
+        module.exported = True
     names = [*input_names[: len(inputs)], *(f"input{index}" for index in range(len(input_names), len(inputs)))]
     # One pair of axes per input; the name makes them equal.
     shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if dynamic_batch else None
@@ -62,12 +67,24 @@ def export(
                 raise UserError(
                     f"torch cannot export {type(model).__name__}: {reason[0] if reason else type(error).__name__}"
                 ) from error
+            _define(written, sorted({module.m for module in transformed}))
             # Weights first: whoever sees the model finds them beside it.
             for part in sorted(Path(aside).iterdir(), key=lambda part: part == written):
                 part.replace(target.parent / part.name)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
     return target
+
+
+def _define(path: Path, sizes: list[int]) -> None:
+    """Say in a file what its convolutions with transformed weights compute."""
+    import onnx
+
+    if sizes:
+        file = onnx.load(str(path), load_external_data=False)
+        for m in sizes:
+            define(file, m)
+        onnx.save(file, str(path))
 
 
 def _too_large(model: nn.Module) -> bool:

@@ -24,6 +24,8 @@ from colonnade.sparsify.arrays import Arrays, HostArrays, NumpyArrays, TorchArra
 from colonnade.sparsify.masks import remove_masks, set_mask
 from colonnade.sparsify.samples import Layer, Rectifier, Values
 from colonnade.sparsify.sequential import LayerResult, Options, prune_chain
+from colonnade.sparsify.transformed import sizes
+from colonnade.sparsify.winograd_torch import WinogradConv2d
 
 Weighted = (nn.Conv1d, nn.Conv2d, nn.Linear)
 Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -223,7 +225,7 @@ class TorchChain:
             spread = (cast(Tensor, norm.running_var) + norm.eps).sqrt()
             gain = norm.weight if norm.affine else torch.ones_like(spread)
             scale = (gain / spread).detach().cpu().numpy()
-        weight = module.weight.detach().float().cpu().numpy()
+        weight = np.asarray(module.weight.detach().float().cpu().numpy() / _sizes(module), np.float32)
         source = cast(fx.Node, node.args[0]).name
         residual = self._residual(node, end)
         intercept = norm is not None or module.bias is not None
@@ -236,7 +238,7 @@ class TorchChain:
         two = [part if len(part) == 2 else (1, *part) for part in (module.stride, module.dilation)]
         return Layer(
             str(node.target), weight, source, (two[0][0], two[0][1]), _padding(module), (two[1][0], two[1][1]),
-            module.groups, scale, residual, intercept, rectifier,
+            module.groups, scale, residual, intercept, rectifier, module.m if isinstance(module, WinogradConv2d) else 0,
         )  # fmt: skip
 
     def _residual(self, node: fx.Node, end: fx.Node) -> str | None:
@@ -317,7 +319,7 @@ class TorchChain:
         module = cast(nn.Conv2d | nn.Linear, self.model.get_submodule(layer.name))
         node = self.starts[[other.name for other in self.layers].index(layer.name)]
         stored = module.weight
-        module.weight.copy_(torch.from_numpy(weight).to(stored.device, stored.dtype))
+        module.weight.copy_(torch.from_numpy(weight * _sizes(module)).to(stored.device, stored.dtype))
         norm = self.norm(node)
         added = torch.from_numpy(bias).to(stored.device, stored.dtype)
         if module.bias is not None:
@@ -354,6 +356,11 @@ def second_order_(
         elif isinstance(module, Norms) and module.track_running_stats:
             cast(Tensor, module.running_mean).copy_(cast(Tensor, done.running_mean))
     return {result.layer.name: result for result in results}
+
+
+def _sizes(module: nn.Module) -> Floats:
+    """What weights in a `Layer` are divided by."""
+    return sizes(module.m) if isinstance(module, WinogradConv2d) else np.ones(1, np.float32)
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, int, int, int]:

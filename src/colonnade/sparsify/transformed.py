@@ -1,0 +1,52 @@
+"""Convolutions with transformed weights (``workload.winograd``) as regressions.
+
+An output pixel at (r, c) of its tile is a sum over positions (i, j) and channels of weights times
+A[r, i] A[c, j] V[i, j], with V = B d Bᵀ of the tile's inputs d. So it has (m + 2)² columns a channel where a plain
+convolution has nine, and all else is as there: sampled pixels, covariances, columns that a tile of rows shares.
+
+Positions differ in size, and so would what damping does to them. A position is therefore scaled by what G makes of
+independent taps: weights are divided by it here, inputs multiplied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.pattern import Floats
+from colonnade.sparsify.arrays import Array, Arrays
+from colonnade.workload.winograd import matrices
+
+MOST_COLUMNS = 8192  # of a layer: what its matrices of so many columns and rows take stays below 4 GB
+
+
+def sizes(m: int) -> Floats:
+    """[m + 2, m + 2]: the standard deviation of transformed weights of independent taps."""
+    rows = np.sqrt(np.square(matrices(m)[1]).sum(1))
+    return np.outer(rows, rows).astype(np.float32)
+
+
+def columns(arrays: Arrays, taps: list[list[Array]], m: int, row: npt.NDArray[Any], column: npt.NDArray[Any]) -> Array:
+    """[n, (m + 2)² IC] of pixels at (row, column) of their tiles, from what these see: m + 2 by m + 2 of [n, IC]."""
+    into, size = matrices(m)[0].astype(np.float32), np.sqrt(np.diag(sizes(m)))
+    back = (matrices(m)[2] * size).astype(np.float32)
+    across = [_sums(into, [line[at] for line in taps]) for at in range(m + 2)]
+    found = []
+    for i in range(m + 2):
+        for j, value in enumerate(_sums(into, [across[at][i] for at in range(m + 2)])):
+            found.append(value * arrays.load(back[row, i] * back[column, j])[:, None])
+    return arrays.join(found, 1)
+
+
+def _sums(factors: Floats, values: list[Array]) -> list[Array]:
+    """A sum of ``values`` for every row of ``factors``."""
+    found = []
+    for row in factors:
+        first, *rest = np.flatnonzero(row)
+        total = values[first] * row[first]
+        for at in rest:
+            total = total + values[at] * row[at]
+        found.append(total)
+    return found

@@ -1,0 +1,200 @@
+"""Pruning behind Winograd's transform: torch modules, ONNX files, and what comes of them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import colonnade as cn
+from colonnade.cli import run_verb
+from colonnade.codegen.in_process import Program
+from colonnade.errors import UserError
+from colonnade.frontend import load
+from colonnade.kernels.isa import isa
+from colonnade.pattern import ColumnPattern, discover
+from colonnade.sparsify.arrays import NumpyArrays
+from colonnade.sparsify.onnx_file import prune_file
+from colonnade.sparsify.transformed import columns, sizes
+from colonnade.workload import WinogradConv2d, matrix
+from tests.models import onnxruntime_outputs
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from colonnade.sparsify.masks import remove_masks, sparsify_  # noqa: E402
+from colonnade.sparsify.winograd_torch import WinogradConv2d as Transformed  # noqa: E402
+from colonnade.sparsify.winograd_torch import winograd_  # noqa: E402
+
+
+class Block(nn.Module):
+    """A stem, a residual block of two 3x3 convolutions (the second with a bias), a strided one and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.one, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.two = nn.Conv2d(16, 16, 3, padding="same")
+        self.down = nn.Conv2d(16, 24, 3, stride=2, padding=1)
+        self.last = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        y = self.two(torch.relu(self.norm(self.one(x))))
+        return self.last(torch.relu(self.down(torch.relu(y + x))).mean((2, 3)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    found = Block()
+    found.norm.running_mean.normal_(std=0.1)
+    found.norm.running_var.uniform_(0.5, 1.5)
+    return found.eval()
+
+
+@pytest.fixture
+def calibration():
+    """Smooth inputs, as photos are: neighbouring pixels are alike."""
+    x = torch.randn(48, 3, 13, 10, generator=torch.Generator().manual_seed(1))
+    return nn.functional.avg_pool2d(x, 3, 1, 1) * 3
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_the_model_computes_what_it_did(model, calibration, m):
+    before = model(calibration)
+    assert winograd_(model, m) == ["one", "two"]
+    assert isinstance(model.one, Transformed) and model.one.weight.shape == (16, 16, m + 2, m + 2)
+    assert torch.allclose(model(calibration), before, atol=1e-5)
+    state = model.state_dict()
+    assert not [name for name in state if "into" in name or "back" in name]  # only what is learned
+    with pytest.raises(UserError, match="no 3x3 convolution at stride 1"):
+        winograd_(model, m)
+
+
+def test_which_modules_stay(model):
+    assert winograd_(copy.deepcopy(model), least=2) == ["stem", "one", "two"]
+    assert winograd_(copy.deepcopy(model), exclude=["o*"]) == ["two"]
+    with pytest.raises(UserError, match="m is 3: expected 2 or 4"):
+        winograd_(model, 3)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_columns_of_the_regression_give_the_output(m):
+    """Weights over their sizes times the inputs of a pixel are what the module gives there, at edges too."""
+    torch.manual_seed(m)
+    plain = nn.Conv2d(5, 7, 3, padding=1, bias=False)
+    module, x = Transformed(plain, m), torch.randn(1, 5, 7, 9)
+    with torch.no_grad():
+        module.weight.add_(torch.randn_like(module.weight))
+        y = module(x)[0].permute(1, 2, 0).numpy()
+    row, column = (part.reshape(-1) for part in np.mgrid[0:7, 0:9])
+    wide = np.pad(x[0].numpy(), ((0, 0), (1, m), (1, m)))
+    seen = [[wide[:, row // m * m + i, column // m * m + j].T for j in range(m + 2)] for i in range(m + 2)]
+    rows = (module.weight.detach().numpy() / sizes(m)).transpose(0, 2, 3, 1).reshape(7, -1)
+    found = columns(NumpyArrays(), seen, m, row % m, column % m) @ rows.T
+    assert np.allclose(found.reshape(7, 9, 7), y, atol=1e-4)
+
+
+def lost(model, dense, calibration):
+    with torch.no_grad():
+        return float((model(calibration) - dense(calibration)).square().mean() / dense(calibration).var())
+
+
+@pytest.mark.parametrize(("m", "sparsity", "share"), [(2, 7 / 16, 0.5), (4, 0.5, 1.0)])
+def test_obs_loses_less_at_the_same_work(model, calibration, m, sparsity, share):
+    """As many multiply-adds as a quarter of the taps, 9 / 4 = (1 - s) (m + 2)² / m² a pixel; with m = 4 half of that."""
+    dense = copy.deepcopy(model)
+    plain = copy.deepcopy(model)
+    sparsify_(plain, {"one": ColumnPattern(0.75), "two": ColumnPattern(0.75)}, method="obs", calibration=calibration)
+    winograd_(model, m)
+    pattern = ColumnPattern(sparsity)
+    results = sparsify_(model, {"one": pattern, "two": pattern}, method="obs", calibration=calibration)
+    assert {r.name: round(r.sparsity, 2) for r in results if r.pattern} == dict.fromkeys(
+        ("one", "two"), round(pattern.sparsity, 2)
+    )
+    tiles = discover(matrix(remove_masks(copy.deepcopy(model)).one.weight.detach().numpy())).tiles
+    assert [len(tile.rows) for tile in tiles] == [8, 8]
+    assert lost(model, dense, calibration) < share * lost(plain, dense, calibration)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_from_torch_to_a_file_and_to_code(model, calibration, m, tmp_path):
+    winograd_(model, m)
+    sparsify_(model, {"one": ColumnPattern(0.5), "two": ColumnPattern(0.5)}, method="obs", calibration=calibration)
+    path = cn.export(model, calibration[:2], tmp_path / "model.onnx")
+    file, x = onnx.load(str(path)), calibration[:2].numpy()
+    onnx.checker.check_model(file, full_check=True)
+    expected = model(calibration[:2]).detach().numpy()
+    (theirs,) = onnxruntime_outputs(file, {"input": x}).values()
+    assert np.allclose(theirs, expected, atol=1e-4)
+    plan = load(path)
+    found = [step.workload for step in plan.steps if isinstance(step.workload, WinogradConv2d)]
+    assert [(conv.m, conv.tile, conv.columns) for conv in found] == [(m, 8, 16 * 16 * (m + 2) ** 2 // 2)] * 2
+    (ours,) = Program(plan, isa("portable")).run({"input": x}).values()
+    assert np.allclose(ours, expected, atol=1e-4)
+
+
+@pytest.fixture
+def file(model, calibration, tmp_path) -> Path:
+    return cn.export(model, calibration[:1], tmp_path / "dense.onnx", dynamic_batch=True)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_a_file_is_pruned_behind_the_transform(file, calibration, balance, tmp_path):
+    x = {"input": calibration.numpy()}
+    (dense,) = onnxruntime_outputs(onnx.load(str(file)), x).values()
+
+    def error(name: str, winograd: int, sparsity: float) -> float:
+        report = prune_file(
+            file, tmp_path / name, ColumnPattern(sparsity), method="obs", calibration=x, winograd=winograd,
+            exclude=["down"], balance=balance,
+        )  # fmt: skip
+        assert balance or [layer.reason for layer in report.layers].count(None) == 2
+        (found,) = onnxruntime_outputs(onnx.load(str(tmp_path / name)), x).values()
+        return float(np.square(found - dense).mean())
+
+    assert error("w.onnx", 2, 7 / 16) < 0.5 * error("plain.onnx", 0, 0.75)
+    pruned = onnx.load(str(tmp_path / "w.onnx"))
+    assert [node.op_type for node in pruned.graph.node if node.domain] == ["WinogradConv2x2"] * 2
+    (ours,) = Program(load(pruned, batch=48), isa("portable")).run(x).values()
+    (theirs,) = onnxruntime_outputs(pruned, x).values()
+    assert np.allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_pruned_file_can_be_pruned_again(file, calibration, tmp_path, capsys):
+    """Its operators are layers like others: by magnitude too, by plan, and in what `inspect` lists."""
+    x = {"input": calibration.numpy()}
+    prune_file(file, tmp_path / "w.onnx", ColumnPattern(0.25), method="obs", calibration=x, winograd=2)
+    report = prune_file(tmp_path / "w.onnx", tmp_path / "more.onnx", ColumnPattern(0.5))
+    assert [layer.columns for layer in report.pruned] == [256, 256, 144]
+    assert run_verb(["inspect", str(tmp_path / "w.onnx")]) == 0
+    assert "4x4" in capsys.readouterr().out.replace("×", "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"winograd": 3, "method": "obs"}, "winograd is 3: expected 2 or 4"),
+        ({"winograd": 2}, "pruned by method obs only"),
+        ({"winograd": 2, "method": "obs", "exclude": ["one", "two"]}, "no 3x3 convolution at stride 1 will be pruned"),
+    ],
+)
+def test_what_cannot_be(file, calibration, tmp_path, options, message):
+    given = {"calibration": {"input": calibration.numpy()}} if options.get("method") else {}
+    with pytest.raises(UserError, match=message):
+        prune_file(file, tmp_path / "out.onnx", ColumnPattern(0.5), **options, **given)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_magnitudes_do_not_balance_transformed_weights(file, model, calibration, tmp_path):
+    x = {"input": calibration.numpy()}
+    prune_file(file, tmp_path / "w.onnx", ColumnPattern(0.25), method="obs", calibration=x, winograd=2)
+    with pytest.raises(UserError, match="transformed weights, of which magnitudes say little"):
+        prune_file(tmp_path / "w.onnx", tmp_path / "b.onnx", ColumnPattern(0.5), balance=True, calibration=x)
+    winograd_(model)
+    with pytest.raises(UserError, match="transformed weights, of which magnitudes say little"):
+        cn.balance(model, ColumnPattern(0.5), calibration)
