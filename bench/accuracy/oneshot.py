@@ -11,6 +11,8 @@ test images), each row with its paired difference from the dense network. --bund
 ends with an error if a single answer differs from torch's, but for ties: images on which torch's logits of the two
 answers are nearer to each other than single precision tells apart. The records count them.
 
+A method with +winograd prunes 3x3 convolutions at stride 1 behind the transform of F(2x2, 3x3), by the same sparsity.
+
 Rows that stand in FILE are not computed again, so a run that was stopped goes on; --keep holds pruned networks and the
 dense one's answers in DIR, from which other rows go on. --table prints what FILE holds.
 """
@@ -42,7 +44,8 @@ from colonnade.sparsify.spread import spread
 RECONSTRUCTED = "+reconstruction"
 METHODS = (
     "unstructured", "2:4", "magnitude", "magnitude+grouping", "obs", "obs+grouping", "obs+grouping+reconstruction",
-    "obs+grouping+balance", "obs+grouping+balance+reconstruction",
+    "obs+grouping+balance", "obs+grouping+balance+reconstruction", "obs+grouping+winograd",
+    "obs+grouping+winograd+balance",
 )  # fmt: skip
 NETWORKS = {
     "resnet18": "pqf_resnet18", "resnet50": "pqf_resnet50_large", "mobilenet_v2": "", "cifar_resnet20": "20",
@@ -168,8 +171,11 @@ def pruned(task: Task, method: str, sparsity: float, tile: int, losses: Path | N
     else:
         name, *parts = method.split("+")
         pattern = cn.ColumnPattern(sparsity, tile)
+        if "winograd" in parts:
+            cn.winograd_(model)
         cn.sparsify_(
-            model, balanced(task, pattern, name, losses) if "balance" in parts else pattern, task.calibration[:1],
+            model, balanced(task, model, pattern, name, losses) if "balance" in parts else pattern,
+            task.calibration[:1],
             method=name, group_rows="grouping" in parts,
             calibration=task.calibration if name == "obs" else None,
         )  # fmt: skip
@@ -189,13 +195,13 @@ def reestimated(model: nn.Module, task: Task) -> nn.Module:
 
 
 def balanced(
-    task: Task, pattern: cn.ColumnPattern, method: str, path: Path | None
+    task: Task, dense: nn.Module, pattern: cn.ColumnPattern, method: str, path: Path | None
 ) -> dict[str, cn.ColumnPattern | None]:
     """The pattern's work spread over the layers, by their losses from ``path`` where it is there."""
     if path is not None and path.exists():
         losses, work = torch.load(path)
     else:
-        losses, work = measured(task.dense, pattern, task.calibration, method=method)
+        losses, work = measured(dense, pattern, task.calibration, method=method)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save((losses, work), path)
@@ -356,7 +362,8 @@ def main() -> int:
             cn.reconstruct_(model, twin(task.dense), task.calibration, scheduled(options.schedule))
         else:
             start = time.perf_counter()
-            losses = f"{options.network}-losses-{tile}-{common['calibration']}-{options.seed}.pt"
+            kind = "-winograd" if "winograd" in method else ""
+            losses = f"{options.network}-losses{kind}-{tile}-{common['calibration']}-{options.seed}.pt"
             model = pruned(task, method, sparsity, tile, options.keep / losses if options.keep else None)
         seconds = time.perf_counter() - start
         if path is not None:

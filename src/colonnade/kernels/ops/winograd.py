@@ -127,8 +127,9 @@ def applies(step: Operands) -> bool:
 
 def candidates(step: Operands, isa: Isa, shapes: list[tuple[int, int]]) -> Iterator[Candidate]:
     """Of a convolution: tile size x shape of the product's kernel, which may be one that takes columns in pairs."""
+    kernels = [(mr, nv, 0) for mr, nv in shapes if mr >= 6] + _paired(step, isa)
     for m in SIZES:
-        yield from _candidates(step, m, isa, [shape for shape in shapes if shape[0] >= 6], 1.0, 1)
+        yield from _candidates(step, m, isa, kernels, 1.0, 1)
 
 
 def own(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
@@ -136,21 +137,28 @@ def own(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     conv = step.workload
     assert isinstance(conv, WinogradConv2d)
     tiled, shapes = tables.tiling(step, dense_tile=0), registers.shapes(isa)
-    fit = [(mr, nv) for mr, nv in shapes if tiled.is_dense or registers.worth_trying(mr, tiled, shapes)]
+    kernels = [(mr, nv, 0) for mr, nv in shapes] + _paired(step, isa)
+    if not tiled.is_dense:
+        same = {paired: [(mr, nv) for mr, nv, p in kernels if p == paired] for paired in (0, 1)}
+        kernels = [(mr, nv, p) for mr, nv, p in kernels if registers.worth_trying(mr, tiled, same[p])]
     kept = tiled.kept / (conv.out_channels * conv.k)
-    found = list(_candidates(step, conv.m, isa, fit, kept, int(tiled.is_dense)))
+    found = list(_candidates(step, conv.m, isa, kernels, kept, int(tiled.is_dense)))
     # on few lanes or channels no shape promises much, and one must do
-    yield from found or _candidates(step, conv.m, isa, shapes[:1], kept, int(tiled.is_dense), anyhow=True)
+    yield from found or _candidates(step, conv.m, isa, [(*shapes[0], 0)], kept, int(tiled.is_dense), anyhow=True)
+
+
+def _paired(step: Operands, isa: Isa) -> list[tuple[int, int, int]]:
+    """Kernels that take columns in pairs: (MR, NV, 1)."""
+    return [(mr, nv, 1) for mr, nv in pairs.shapes(isa)] if pairs.applies(step, isa) else []
 
 
 def _candidates(
-    step: Operands, m: int, isa: Isa, shapes: list[tuple[int, int]], kept: float, dense: int, anyhow: bool = False
+    step: Operands, m: int, isa: Isa, kernels: list[tuple[int, int, int]], kept: float, dense: int, anyhow: bool = False
 ) -> Iterator[Candidate]:
-    """``kept``: share of the transformed weights. ``anyhow``: shapes that do not look worth it, too."""
+    """``kernels``: (MR, NV, in pairs?). ``kept``: share of the transformed weights. ``anyhow``: shapes that do not look
+    worth it, too."""
     conv = step.workload
     assert isinstance(conv, Conv2d)
-    kernels = [(mr, nv, 0) for mr, nv in shapes]
-    kernels += [(mr, nv, 1) for mr, nv in pairs.shapes(isa)] if pairs.applies(step, isa) else []
     for mr, nv, paired in kernels:
         params = {"winograd": m, "dense": dense, "pairs": paired}
         name = f"f32_winograd{m}_{mr}x{nv}v__{isa.name}"
