@@ -139,8 +139,8 @@ def own(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     tiled, shapes = tables.tiling(step, dense_tile=0), registers.shapes(isa)
     kernels = [(mr, nv, 0) for mr, nv in shapes] + _paired(step, isa)
     if not tiled.is_dense:
-        same = {paired: [(mr, nv) for mr, nv, p in kernels if p == paired] for paired in (0, 1)}
-        kernels = [(mr, nv, p) for mr, nv, p in kernels if registers.worth_trying(mr, tiled, same[p])]
+        alike = {(nv, p): [(m, n) for m, n, q in kernels if (n, q) == (nv, p)] for _, nv, p in kernels}
+        kernels = [(mr, nv, p) for mr, nv, p in kernels if registers.worth_trying(mr, tiled, alike[nv, p])]
     kept = tiled.kept / (conv.out_channels * conv.k)
     found = list(_candidates(step, conv.m, isa, kernels, kept, int(tiled.is_dense)))
     # on few lanes or channels no shape promises much, and one must do
