@@ -16,8 +16,10 @@ from colonnade.errors import UserError
 from colonnade.frontend import load
 from colonnade.kernels.isa import isa
 from colonnade.pattern import ColumnPattern, discover
+from colonnade.sparsify.allocate import PrunePlan
 from colonnade.sparsify.arrays import NumpyArrays
-from colonnade.sparsify.onnx_file import prune_file
+from colonnade.sparsify.onnx_file import prune_file, read_layers, read_targets
+from colonnade.sparsify.sensitivity import second_order
 from colonnade.sparsify.transformed import columns, sizes
 from colonnade.workload import WinogradConv2d, matrix
 from tests.models import onnxruntime_outputs
@@ -150,7 +152,7 @@ def test_a_file_is_pruned_behind_the_transform(file, calibration, balance, tmp_p
 
     def error(name: str, winograd: int, sparsity: float) -> float:
         report = prune_file(
-            file, tmp_path / name, ColumnPattern(sparsity), method="obs", calibration=x, winograd=winograd,
+            file, tmp_path / name, ColumnPattern(sparsity, winograd=winograd), method="obs", calibration=x,
             exclude=["down"], balance=balance,
         )  # fmt: skip
         assert balance or [layer.reason for layer in report.layers].count(None) == 2
@@ -169,7 +171,7 @@ def test_a_file_is_pruned_behind_the_transform(file, calibration, balance, tmp_p
 def test_a_pruned_file_can_be_pruned_again(file, calibration, tmp_path, capsys):
     """Its operators are layers like others: by magnitude too, by plan, and in what `inspect` lists."""
     x = {"input": calibration.numpy()}
-    prune_file(file, tmp_path / "w.onnx", ColumnPattern(0.25), method="obs", calibration=x, winograd=2)
+    prune_file(file, tmp_path / "w.onnx", ColumnPattern(0.25, winograd=2), method="obs", calibration=x)
     report = prune_file(tmp_path / "w.onnx", tmp_path / "more.onnx", ColumnPattern(0.5))
     assert [layer.columns for layer in report.pruned] == [256, 256, 144]
     assert run_verb(["inspect", str(tmp_path / "w.onnx")]) == 0
@@ -179,21 +181,54 @@ def test_a_pruned_file_can_be_pruned_again(file, calibration, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"winograd": 3, "method": "obs"}, "winograd is 3: expected 2 or 4"),
-        ({"winograd": 2}, "pruned by method obs only"),
-        ({"winograd": 2, "method": "obs", "exclude": ["one", "two"]}, "no 3x3 convolution at stride 1 will be pruned"),
+        ({}, "pruned by method obs only"),
+        ({"method": "obs", "exclude": ["one", "two"]}, "no 3x3 convolution at stride 1 will be pruned"),
     ],
 )
 def test_what_cannot_be(file, calibration, tmp_path, options, message):
     given = {"calibration": {"input": calibration.numpy()}} if options.get("method") else {}
     with pytest.raises(UserError, match=message):
-        prune_file(file, tmp_path / "out.onnx", ColumnPattern(0.5), **options, **given)
+        prune_file(file, tmp_path / "out.onnx", ColumnPattern(0.5, winograd=2), **options, **given)
     assert not (tmp_path / "out.onnx").exists()
+    with pytest.raises(UserError, match="winograd is 3: expected 2 or 4"):
+        ColumnPattern(0.5, winograd=3)
+
+
+def test_by_a_plan(file, calibration, tmp_path):
+    """Each layer as its own line says; one that cannot is named."""
+    x = {"input": calibration.numpy()}
+    layers = {layer.name: layer for layer, _ in read_layers(onnx.load(str(file)))}
+    one, two, down = (next(n for n, layer in layers.items() if w in layer.weight) for w in ("one", "two", "down"))
+    plan = PrunePlan({one: ColumnPattern(0.5, 8, winograd=4), two: ColumnPattern(0.75, 8, winograd=2), down: None})
+    plan.write(tmp_path / "plan.toml")
+    assert PrunePlan.read(tmp_path / "plan.toml") == plan
+    prune_file(file, tmp_path / "w.onnx", None, method="obs", calibration=x, patterns=plan.layers)
+    pruned = onnx.load(str(tmp_path / "w.onnx"))
+    assert [node.op_type for node in pruned.graph.node if node.domain] == ["WinogradConv4x4", "WinogradConv2x2"]
+    found = [step.workload for step in load(pruned, batch=1).steps if isinstance(step.workload, WinogradConv2d)]
+    assert [(conv.m, conv.columns) for conv in found] == [(4, 16 * 16 * 36 // 2), (2, 16 * 16 * 16 // 4)]
+    wrong = {**plan.layers, down: ColumnPattern(0.5, winograd=2)}
+    with pytest.raises(UserError, match="no weights of a 3x3 convolution at stride 1 to transform: 50 % T=8 F"):
+        prune_file(file, tmp_path / "x.onnx", None, method="obs", calibration=x, patterns=wrong)
+
+
+def test_losses_of_both_kinds(file, calibration):
+    """At the work of a quarter of the taps a layer loses less behind the transform, in nats of the same scale."""
+    x = {"input": calibration.numpy()}
+    targets = [t for t in read_targets(file, onnx.load(str(file)), ()) if "down" not in t.tensor.name]
+    plain, inside = ColumnPattern(0.75), ColumnPattern(7 / 16, winograd=2)
+    found = second_order(onnx.load(str(file)), targets, x, {t.name: [plain, inside] for t in targets}, 16)
+    assert len(found) == 2 and all(0 < row[inside] < row[plain] for row in found.values())
+
+
+def test_torch_modules_are_transformed_first(model, calibration):
+    with pytest.raises(UserError, match=r"transform its weights by winograd_\(model\), and take 50 % T=8$"):
+        sparsify_(model, ColumnPattern(0.5, winograd=2), calibration[:1])
 
 
 def test_magnitudes_do_not_balance_transformed_weights(file, model, calibration, tmp_path):
     x = {"input": calibration.numpy()}
-    prune_file(file, tmp_path / "w.onnx", ColumnPattern(0.25), method="obs", calibration=x, winograd=2)
+    prune_file(file, tmp_path / "w.onnx", ColumnPattern(0.25, winograd=2), method="obs", calibration=x)
     with pytest.raises(UserError, match="transformed weights, of which magnitudes say little"):
         prune_file(tmp_path / "w.onnx", tmp_path / "b.onnx", ColumnPattern(0.5), balance=True, calibration=x)
     winograd_(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +55,9 @@ def prune(
 
     if plan is not None and (sparsity, group, pattern) != (None, None, None):
         raise UserError("--plan says what every layer loses: leave --sparsity, --group and --pattern out")
-    chosen = parse_pattern(sparsity, group, pattern, tile) if plan is None else None
+    if plan is not None and winograd:
+        raise UserError("--plan says what every layer loses: leave --winograd out")
+    chosen = replace(parse_pattern(sparsity, group, pattern, tile), winograd=winograd) if plan is None else None
 
     from rich.console import Console
     from rich.progress import Progress
@@ -89,7 +92,6 @@ def prune(
             calibration=inputs,
             patterns=patterns,
             balance=balance,
-            winograd=winograd,
             progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
         )
     _print(report, method)

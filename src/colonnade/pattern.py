@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.errors import UserError
+from colonnade.workload.winograd import SIZES
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -42,6 +43,8 @@ class ColumnPattern:
     sparsity: share of columns removed, 0 <= sparsity < 1.
     tile:     rows that keep the same columns.
     group:    M, the consecutive columns among which N = ceil(M * (1 - sparsity)) are kept; None: M = K, the whole row.
+    winograd: m, 2 or 4: the columns are those of a 3x3 convolution's transformed weights (`workload.winograd`); 0: of
+              the weights as they are.
 
     Raises UserError for values outside these limits.
     """
@@ -49,6 +52,7 @@ class ColumnPattern:
     sparsity: float
     tile: int = 8
     group: int | None = None
+    winograd: int = 0
 
     def __post_init__(self) -> None:
         sparsity = self.sparsity
@@ -59,6 +63,8 @@ class ColumnPattern:
         object.__setattr__(self, "tile", _whole("tile", self.tile, 1))
         if self.group is not None:
             object.__setattr__(self, "group", _whole("group", self.group, 1))
+        if self.winograd not in (0, *SIZES):
+            raise UserError(f"winograd is {self.winograd!r}: expected {' or '.join(map(str, SIZES))}, pixels of a side")
 
     @classmethod
     def nm(cls, n: int, m: int, tile: int = 8) -> "ColumnPattern":
@@ -87,9 +93,10 @@ class ColumnPattern:
         return sum(kept for _, _, kept in self.spans(columns))
 
     def __str__(self) -> str:
+        kind = f" F({self.winograd}x{self.winograd})" if self.winograd else ""
         if self.group is None:
-            return f"{100 * self.sparsity:g} % T={self.tile}"
-        return f"{self.kept(self.group)}:{self.group} T={self.tile}"
+            return f"{100 * self.sparsity:g} % T={self.tile}{kind}"
+        return f"{self.kept(self.group)}:{self.group} T={self.tile}{kind}"
 
 
 @dataclass(frozen=True, eq=False)

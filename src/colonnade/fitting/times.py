@@ -19,10 +19,12 @@ from colonnade.bench import layouts
 from colonnade.build.toolchain import Toolchain
 from colonnade.frontend import imported, load
 from colonnade.kernels.isa import Isa
+from colonnade.onnx_winograd import rewrite
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Plan, Step
 from colonnade.sparsify.calibrate_onnx import Target as Layer
 from colonnade.sparsify.select import as_matrix, from_matrix, select
+from colonnade.sparsify.transformed import transformable
 from colonnade.targets import Target
 from colonnade.tune.database import Database
 from colonnade.tune.search import decide, duel, times
@@ -129,6 +131,10 @@ def pruned_alike(model: onnx.ModelProto, layers: Sequence[Layer], pattern: Colum
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    if pattern.winograd:
+        layers = [layer for layer in layers if transformable(model.graph, layer.node, layer.tensor, pattern.winograd)]
+        outputs = {layer.node.output[0] for layer in layers}
+        rewrite(copy, [node for node in copy.graph.node if node.output[0] in outputs], pattern.winograd)
     tensors = _tensors(copy)
     for layer in layers:
         tensor = tensors[layer.tensor.name]

@@ -42,6 +42,12 @@ class Target:
     rows_last: bool
     groups: int
 
+    def stored(self, weight: Floats) -> Floats:
+        """A layer's weight as the file has it."""
+        if m := size_of(self.node.domain, self.node.op_type):
+            return np.asarray(weight * sizes(m), np.float32)
+        return weight.T if self.rows_last else weight
+
 
 def unfit(node: onnx.NodeProto, graph: onnx.GraphProto) -> str | None:
     """Why a layer's statistics cannot be gathered, or None. Such layers are pruned by magnitude."""
@@ -131,8 +137,7 @@ class OnnxChain:
 
         at = next(index for index, other in enumerate(self.layers) if other is layer)
         target = self.targets[at]
-        m = size_of(target.node.domain, target.node.op_type)
-        stored = weight.T if target.rows_last else weight * sizes(m) if m else weight
+        stored = target.stored(weight)
         name = target.tensor.name
         target.tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(stored), name))
         self.constants[target.node.input[1]] = onnx.numpy_helper.from_array(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -205,6 +205,11 @@ def sparsify_(
     never, reasons = _never(order, model), _dense_by_default(order, model)
     excluded = list(exclude)
     chosen = _choose(order, pattern, reasons)
+    for name, one in chosen.items():
+        if one is not None and one.winograd:
+            raise UserError(
+                f"layer {name}: transform its weights by winograd_(model), and take {replace(one, winograd=0)}"
+            )
     for name in order:
         if name in never and chosen[name] is not None:
             raise UserError(

@@ -10,15 +10,14 @@ import numpy.typing as npt
 
 from colonnade.errors import UserError
 from colonnade.onnx_io import check_writable, load_onnx, save_onnx
-from colonnade.onnx_winograd import fits, rewrite
+from colonnade.onnx_winograd import rewrite
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.balance_onnx import balanced
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target, unfit
 from colonnade.sparsify.onnx_layers import Constant, WeightedLayer, names_of, weighted_layers
 from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
 from colonnade.sparsify.sequential import Options, prune_chain
-from colonnade.sparsify.transformed import MOST_COLUMNS
-from colonnade.workload.winograd import SIZES
+from colonnade.sparsify.transformed import transformable
 
 if TYPE_CHECKING:
     import onnx
@@ -82,7 +81,6 @@ def prune_file(
     options: Options | None = None,
     patterns: Mapping[str, ColumnPattern | None] | None = None,
     balance: bool = False,
-    winograd: int = 0,
 ) -> PruneReport:
     """Prune the convolutions and matrix products of an ONNX file and write the result to `destination`.
 
@@ -98,8 +96,10 @@ def prune_file(
                  `pattern` (None) all others stay dense.
     balance:     spread the multiply-adds that `pattern` leaves over the layers, by what pruning each of them alone does
                  to the answers on `calibration` (balance_onnx.py). Where statistics cannot be gathered `pattern` stays.
-    winograd:    m, 2 or 4: 3x3 convolutions at stride 1 are pruned behind the transform of F(m x m, 3 x 3); the result
-                 has operators of our own with a definition that any runtime follows (onnx_winograd.py). For "obs".
+
+    With ``pattern.winograd`` 3x3 convolutions at stride 1 are pruned behind the transform, by "obs" alone; the file has
+    operators of our own then, with a definition that any runtime follows (onnx_winograd.py). Layers that have no such
+    transform take the pattern without it; one that a pattern of its own asks for it is an error.
 
     Raises UserError for a bad file, a pattern in `exclude` that is invalid or matches nothing, a weight that is not
     finite, and an output that exists without `force` or cannot be written; nothing is written then.
@@ -115,17 +115,15 @@ def prune_file(
         raise UserError(f"method {method} takes calibration inputs with balance only")
     if balance and (pattern is None or patterns):
         raise UserError("balance spreads one pattern over the layers: give that alone")
-    if winograd not in (0, *SIZES):
-        raise UserError(f"winograd is {winograd}: expected {' or '.join(map(str, SIZES))}, the side of a tile")
-    if winograd and method != "obs":
+    wanted = pattern
+    if any(one is not None and one.winograd for one in (pattern, *(patterns or {}).values())) and method != "obs":
         raise UserError("transformed weights are pruned by method obs only")
     check_writable(destination, force=force)
     model = load_onnx(source)
     layers = _layers(source, model, exclude)
-    if winograd:
-        dense = {name for name, own in (patterns or {}).items() if own is None}
-        dense |= {layer.name for layer in layers if pattern is None and layer.name not in (patterns or {})}
-        _transform(source, model, [layer for layer in layers if layer.name not in dense], winograd)
+    _transform(source, model, layers, pattern, patterns or {})
+    pattern = _as_stored(pattern)
+    patterns = {name: _as_stored(own) for name, own in patterns.items()} if patterns else patterns
     if balance:
         assert calibration is not None and pattern is not None
         free = _fitted(source, model.graph, [layer for layer in layers if layer.reason is None])
@@ -150,7 +148,7 @@ def prune_file(
         reports[id(layer)] = _prune(source, layer, layer.weight, chosen[layer.name], score, group_rows)
     save_onnx(model, destination, force=force)
     made = tuple(_report(layer, reports.get(id(layer))) for layer in layers)
-    return PruneReport(source, destination, pattern, made, balance)
+    return PruneReport(source, destination, wanted, made, balance)
 
 
 def read_layers(
@@ -191,21 +189,39 @@ def _layers(source: Path | str, model: "onnx.ModelProto", exclude: Sequence[str]
     return layers
 
 
-def _transform(source: Path, model: "onnx.ModelProto", layers: Sequence[WeightedLayer], m: int) -> None:
-    """Give those of the layers that will be pruned transformed weights which can have them. None is an error."""
-    stored = {id(tensor) for tensor in model.graph.initializer}
+def _transform(
+    source: Path,
+    model: "onnx.ModelProto",
+    layers: Sequence[WeightedLayer],
+    pattern: ColumnPattern | None,
+    own: Mapping[str, ColumnPattern | None],
+) -> None:
+    """Give the layers whose pattern asks for it transformed weights. Raises UserError where none can have them, or not
+    one that its own pattern wants to."""
+    free = _fitted(source, model.graph, [layer for layer in layers if layer.reason is None])
+    asked = {layer.name: own.get(layer.name, pattern) for layer in layers}
+    sizes = {name: one.winograd for name, one in asked.items() if one is not None and one.winograd}
     found = []
-    for layer in _fitted(source, model.graph, [layer for layer in layers if layer.reason is None]):
+    for layer in free:
         node, weight = model.graph.node[layer.position], layer.weight
-        assert weight is not None
-        own = id(weight.tensor) in stored and node.input[1] == weight.tensor.name
-        if own and fits(node, weight.tensor) and weight.tensor.dims[1] * (m + 2) ** 2 <= MOST_COLUMNS:
-            found.append((layer, node))
-    if not found:
+        if layer.name in sizes and weight is not None and len(weight.layers) == 1:
+            found += [layer] * transformable(model.graph, node, weight.tensor, sizes[layer.name])
+    refused = {name for name in sizes if name in own} - {layer.name for layer in found}
+    if refused:
+        name = min(refused)
+        raise UserError(f"layer {name} has no weights of a 3x3 convolution at stride 1 to transform: {asked[name]}")
+    if sizes and not found:
         raise UserError(f"{source}: no 3x3 convolution at stride 1 will be pruned: leave winograd out")
-    rewrite(model, [node for _, node in found], m)
-    for layer, node in found:
-        layer.op = node.op_type
+    for m in sorted(set(sizes.values())):
+        mine = [layer for layer in found if sizes[layer.name] == m]
+        rewrite(model, [model.graph.node[layer.position] for layer in mine], m)
+    for layer in found:
+        layer.op = model.graph.node[layer.position].op_type
+
+
+def _as_stored(pattern: ColumnPattern | None) -> ColumnPattern | None:
+    """The pattern for weights that are transformed already."""
+    return None if pattern is None else replace(pattern, winograd=0)
 
 
 def _targets(model: "onnx.ModelProto", layers: Sequence[WeightedLayer]) -> list[Target]:

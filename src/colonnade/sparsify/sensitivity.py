@@ -211,8 +211,7 @@ class _Rest:
 
     def run(self, values: Values, weight: Floats, bias: Floats) -> list[npt.NDArray[Any]]:
         """The outputs that depend on the layer, for one batch."""
-        stored = weight.T if self.target.rows_last else weight
-        feed: dict[str, Any] = {WEIGHT: np.ascontiguousarray(stored)}
+        feed: dict[str, Any] = {WEIGHT: np.ascontiguousarray(self.target.stored(weight))}
         if self.fed_bias:
             feed[BIAS] = np.asarray(bias, np.float32)
         feed |= {name: np.ascontiguousarray(values[name]) for name in self.read}

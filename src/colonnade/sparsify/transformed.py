@@ -10,22 +10,41 @@ independent taps: weights are divided by it here, inputs multiplied.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from colonnade.onnx_winograd import fits
 from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import Array, Arrays
-from colonnade.workload.winograd import matrices
+from colonnade.workload.winograd import matrices, transform
 
-MOST_COLUMNS = 8192  # of a layer: what its matrices of so many columns and rows take stays below 4 GB
+if TYPE_CHECKING:
+    import onnx
+
+    from colonnade.sparsify.samples import Layer
+
+MOST_COLUMNS = 4608  # of a layer: the time and memory of 512 channels' nine taps
 
 
 def sizes(m: int) -> Floats:
     """[m + 2, m + 2]: the standard deviation of transformed weights of independent taps."""
     rows = np.sqrt(np.square(matrices(m)[1]).sum(1))
     return np.outer(rows, rows).astype(np.float32)
+
+
+def transformable(graph: onnx.GraphProto, node: onnx.NodeProto, weight: onnx.TensorProto, m: int) -> bool:
+    """Can a node's weights be transformed, and is what comes of them not too large?"""
+    stored = any(tensor.name == node.input[1] == weight.name for tensor in graph.initializer)
+    return stored and fits(node, weight) and weight.dims[1] * (m + 2) ** 2 <= MOST_COLUMNS
+
+
+def variant(layer: Layer, m: int) -> Layer:
+    """A 3x3 convolution with its weights transformed."""
+    weight = (transform(layer.weight, m) / sizes(m)).astype(np.float32)
+    return replace(layer, weight=weight, winograd=m)
 
 
 def columns(arrays: Arrays, taps: list[list[Array]], m: int, row: npt.NDArray[Any], column: npt.NDArray[Any]) -> Array:

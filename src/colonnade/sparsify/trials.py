@@ -20,6 +20,7 @@ from colonnade.sparsify.samples import Layer, Samples, Values, gather, usable_sc
 from colonnade.sparsify.second_order import choose_damping, solve_each, unexplained
 from colonnade.sparsify.select import as_matrix
 from colonnade.sparsify.sequential import MEMORY, SPREAD, Chain, advance, unscaled
+from colonnade.sparsify.transformed import variant
 
 GROUPED_FOR = 0.5  # the sparsity (or the next one there is) that rows are grouped and the damping is chosen for
 ANSWERED = (0.5, 0.75)  # where the answers are looked at, or next to it
@@ -84,12 +85,12 @@ def losses(
     """What each pattern costs the answers.
 
     values:   the dense model's, held in `store`, batch by batch.
-    patterns: of one M.
+    patterns: of one M; some, with m of a transform, ask for the layer's transformed weights, others do not.
     answered: measures the divergence with the layer as it is in a trial.
 
     Raises UserError for inputs that hold NaN or infinity.
     """
-    found = trials(store, layer, values, patterns)
+    found = trials(store, layer, values, [p for p in patterns if not p.winograd])
     most = max(trial.share for trial in found)
     ratios: dict[int, float] = {}
     for tile in sorted({trial.pattern.tile for trial in found if trial.share == most}):
@@ -99,6 +100,8 @@ def losses(
         ratios[tile] = sum(answered(trial) for trial in seen) / max(sum(trial.error for trial in seen), 1e-30)
     # a part of the rows moves the answers too little to tell: an error of them costs what it does in another tile
     usual = ratios[min(ratios)]
+    for m in sorted({p.winograd for p in patterns if p.winograd}):
+        found += trials(store, variant(layer, m), values, [p for p in patterns if p.winograd == m])
     return {t.pattern: ratios.get(t.pattern.tile, usual) * t.error / t.share for t in found}
 
 
