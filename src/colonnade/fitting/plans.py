@@ -119,8 +119,8 @@ def choices_of(
             continue
         choices[name] = [Choice(None, dense.seconds, 0.0, dense.source)]
         for kind in kinds[name]:
-            row = [(p, times.pruned[name][p]) for p in wanted[name] if (p.tile, p.winograd) == kind]
-            pruned = [Choice(p, time.seconds, losses[name][p], time.source) for p, time in row]
+            timed = [(p, times.pruned[name][p]) for p in wanted[name] if (p.tile, p.winograd) == kind]
+            pruned = [Choice(p, time.seconds, losses[name][p], time.source) for p, time in timed]
             choices[name] += falling([choices[name][0], *pruned])[1:]
     notes = []
     guessed = sum(choice.source == ESTIMATED for row in choices.values() for choice in row)
