@@ -14,10 +14,12 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import colonnade as cn
+from colonnade import accuracy
 from colonnade.cli import run_verb
 from colonnade.cli_fit import NOT_MET, parse_latency
 from colonnade.demo.network import SmallResNet, digits
 from colonnade.errors import UserError
+from colonnade.fitting import plans
 from colonnade.fitting.clock import Clock
 from colonnade.fitting.goal import Goal, Point, next_budget
 from colonnade.fitting.plans import Settings, falling
@@ -25,6 +27,7 @@ from colonnade.fitting.road import split
 from colonnade.fitting.times import LayerTimes, Time, best_tiles
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.allocate import Choice, PrunePlan
+from colonnade.sparsify.onnx_file import prune_file
 
 QUICK = (
     "--budget",
@@ -159,7 +162,8 @@ def test_from_a_file_to_bundles_and_on(
         assert any(pattern is not None for pattern in plan.layers.values())
         again = tmp_path / "again.onnx"
         assert run_verb(
-            ["prune", str(trained[0]), "-o", str(again), "--plan", at["plan_file"], "--force"]
+            ["prune", str(trained[0]), "-o", str(again), "--plan", at["plan_file"], "--force", "--method", "obs",
+             "--calibration", str(trained[1])]
         ) == 0  # fmt: skip
         assert at["kept"] < 1 and point["loss"] == pytest.approx(points[0]["record"]["top1"] - at["top1"])
     # A second call finds both points there, and makes no third that is not needed.
@@ -318,3 +322,33 @@ def test_images_of_another_size_are_refused_before_anything_is_timed(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"expected samples × {'×'.join(map(str, size))}" in error and f"×{size[-1] + 4}" in error
     assert not out.exists() and not (tmp_path / "none.db").exists()
+
+
+def test_layers_behind_winograds_transform_are_choices_where_they_pay(
+    trained: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where they may take any time, every 3x3 layer at stride 1 has them; where none, none; a plan is carried out."""
+    model, images, db = trained
+    proto, x = onnx.load(str(model)), accuracy.samples(images, limit=96, seed=0)
+    where = plans.place_of("local", 1, None, None, 1, db, "zig", 0, None)
+    inputs = {plans.input_for(model, proto, x.inputs): x.inputs}
+    settings = Settings(tiles=(8,), sparsities=(0.5, 0.75), budget=0)
+
+    def kinds(pays: dict[int, float]) -> dict[str, set[int]]:
+        monkeypatch.setattr(plans, "PAYS", pays)
+        monkeypatch.setattr(plans, "ESTIMATED", "nothing")  # estimates will do here
+        choices, _, _ = plans.choices_of(model, proto, inputs, where, settings)
+        assert all(choice.seconds > 0 and choice.loss >= 0 for row in choices.values() for choice in row)
+        for row in choices.values():
+            by = {choice.pattern: choice.loss for choice in row}
+            for m in {p.winograd for p in by if p is not None}:
+                assert 0 < by[ColumnPattern(0.5, 8, winograd=m)] < by[ColumnPattern(0.75, 8, winograd=m)]
+        return {name: {c.pattern.winograd for c in row if c.pattern} for name, row in choices.items()}
+
+    plain = kinds({2: 0.0})
+    assert set(map(frozenset, plain.values())) == {frozenset({0})}
+    found = kinds({2: math.inf, 4: math.inf})
+    assert {frozenset(row) for row in found.values()} == {frozenset({0}), frozenset({0, 2, 4})}
+    layers = {name: ColumnPattern(0.5, 8, winograd=max(row)) for name, row in found.items()}
+    prune_file(model, tmp_path / "w.onnx", None, method="obs", calibration=inputs, patterns=layers)
+    assert sum(node.domain == "colonnade" for node in onnx.load(str(tmp_path / "w.onnx")).graph.node) >= 2

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from colonnade import accuracy
 from colonnade.errors import UserError
 from colonnade.fitting.kept import digest, read_json, write_json
-from colonnade.fitting.times import ESTIMATED, Place, best_tiles, layer_times
+from colonnade.fitting.times import ESTIMATED, Place, Time, best_tiles, layer_times
 from colonnade.onnx_io import check_writable, graph_inputs, load_onnx
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify import allocate
@@ -91,10 +91,12 @@ def choices_of(
     tiles = best_tiles(coarse, settings.tiles, TILE_SPARSITY)
     kinds = {name: [(tile, 0) for tile in mine] for name, mine in tiles.items()}
     for name, row in first.items():
-        plain = coarse.pruned[name][ColumnPattern(TILE_SPARSITY, alike)].seconds if name in kinds else 0.0
-        for one in row if name in kinds else ():
-            if one.winograd and coarse.pruned[name][one].seconds <= PAYS[one.winograd] * plain:
-                kinds[name].append((alike, one.winograd))
+        if name in kinds:
+            timed = coarse.pruned[name]
+            plain = timed[ColumnPattern(TILE_SPARSITY, alike)].seconds
+            kinds[name] += [
+                (alike, one.winograd) for one in row if one.winograd and _pays(timed[one], one.winograd, plain)
+            ]
     wanted = {
         name: [ColumnPattern(s, tile, winograd=m) for tile, m in mine for s in settings.sparsities]
         for name, mine in kinds.items()
@@ -119,8 +121,8 @@ def choices_of(
             continue
         choices[name] = [Choice(None, dense.seconds, 0.0, dense.source)]
         for kind in kinds[name]:
-            timed = [(p, times.pruned[name][p]) for p in wanted[name] if (p.tile, p.winograd) == kind]
-            pruned = [Choice(p, time.seconds, losses[name][p], time.source) for p, time in timed]
+            chosen = [(p, times.pruned[name][p]) for p in wanted[name] if (p.tile, p.winograd) == kind]
+            pruned = [Choice(p, time.seconds, losses[name][p], time.source) for p, time in chosen]
             choices[name] += falling([choices[name][0], *pruned])[1:]
     notes = []
     guessed = sum(choice.source == ESTIMATED for row in choices.values() for choice in row)
@@ -130,6 +132,11 @@ def choices_of(
     if times.untimed:
         notes.append(f"stay dense, as no step of the program is known to compute them: {', '.join(times.untimed)}")
     return choices, times.rest, notes
+
+
+def _pays(time: Time, m: int, plain: float) -> bool:
+    """Are transformed weights worth looking at? An estimate knows nothing of what the transforms take."""
+    return time.source != ESTIMATED and time.seconds <= PAYS[m] * plain
 
 
 def falling(row: Sequence[Choice]) -> list[Choice]:
@@ -233,9 +240,10 @@ def plan_head(
 ) -> list[str]:
     """What a plan says about itself."""
     total, dense = rest + allocate.seconds(chosen), rest + sum(row[0].seconds for row in choices.values())
+    how = " --method obs --calibration PHOTOS/" if method == "obs" else ""
     return [
         f"Which layers of {source.name} lose how much. Edit it and pass it back:",
-        f"    colonnade prune {source.name} --plan THIS -o OUT.onnx",
+        f"    colonnade prune {source.name} --plan THIS -o OUT.onnx{how}",
         f"Layer times add up to {1e3 * total:.2f} ms of {1e3 * dense:.2f} ms dense on {where.target.name} "
         f"({where.isa.name}, {where.threads} thread(s)).",
         f"loss: divergence of the answers when only this layer is pruned, by {method} (nats an image).",

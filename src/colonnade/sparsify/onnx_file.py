@@ -117,7 +117,7 @@ def prune_file(
         raise UserError("balance spreads one pattern over the layers: give that alone")
     wanted = pattern
     if any(one is not None and one.winograd for one in (pattern, *(patterns or {}).values())) and method != "obs":
-        raise UserError("transformed weights are pruned by method obs only")
+        raise UserError("transformed weights are pruned by method obs only: give that, and calibration inputs")
     check_writable(destination, force=force)
     model = load_onnx(source)
     layers = _layers(source, model, exclude)
