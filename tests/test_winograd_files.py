@@ -11,6 +11,8 @@ from colonnade.errors import UserError
 from colonnade.frontend import load, reference
 from colonnade.kernels.isa import isa
 from colonnade.onnx_winograd import DOMAIN, fits, rewrite, size_of
+from colonnade.pattern import ColumnPattern
+from colonnade.sparsify.onnx_file import prune_file
 from colonnade.workload import WinogradConv2d
 from tests.models import Builder, onnxruntime_outputs
 
@@ -81,7 +83,12 @@ def test_which_nodes_fit():
     assert size_of(DOMAIN, "WinogradConv4x4") == 4 and size_of("", "WinogradConv4x4") == size_of(DOMAIN, "Conv") == 0
 
 
-def test_an_old_opset_is_refused():
+def test_an_old_opset_is_refused(tmp_path):
     model = network(opset=12)
     with pytest.raises(UserError, match="opset 12: transformed weights need 13"):
         rewrite(model, [node for node in model.graph.node if node.op_type == "Conv"], 2)
+    onnx.save(model, tmp_path / "old.onnx")
+    x = {"x": np.zeros((8, *SHAPE[1:]), np.float32)}
+    out, pattern = tmp_path / "out.onnx", ColumnPattern(0.5, winograd=2)
+    with pytest.raises(UserError, match=r"old\.onnx is of opset 12: transformed weights need 13"):
+        prune_file(tmp_path / "old.onnx", out, pattern, method="obs", calibration=x)

@@ -8,6 +8,7 @@ answers, not for speed. The importer takes the node itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,11 @@ OPSET = 13  # the first that knows all that the function needs
 def size_of(domain: str, operator: str) -> int:
     """m of such a node, 0 for any other."""
     return OPERATORS.get(operator, 0) if domain == DOMAIN else 0
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Of ONNX's own operators."""
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
 
 
 def operator(m: int) -> str:
@@ -59,15 +65,18 @@ def rewrite(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], m: int) -> 
 
     define(model, m)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    taken = {*stored, *(value for other in model.graph.node for value in (*other.input, *other.output))}
     for node in nodes:
         weight = stored[node.input[1]]
         changed = transform(onnx.numpy_helper.to_array(weight), m)
         weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
         if len(node.input) < 3 or not node.input[2]:
-            bias = onnx.numpy_helper.from_array(np.zeros(len(changed), np.float32), f"{weight.name}.bias")
-            model.graph.initializer.append(bias)
+            free = (f"{weight.name}.bias{end}" for end in itertools.chain([""], itertools.count(1)))
+            name = next(name for name in free if name not in taken)
+            taken.add(name)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(len(changed), np.float32), name))
             del node.input[2:]
-            node.input.append(bias.name)
+            node.input.append(name)
         node.op_type, node.domain = operator(m), DOMAIN
         del node.attribute[:]
 
@@ -80,11 +89,11 @@ def define(model: onnx.ModelProto, m: int) -> None:
     import onnx
 
     name = operator(m)
-    main = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if main.version < OPSET:
-        raise UserError(f"the model is of opset {main.version}: transformed weights need {OPSET}; export it again")
+    version = opset(model)
+    if version < OPSET:
+        raise UserError(f"the model is of opset {version}: transformed weights need {OPSET}; export it again")
     if not any((function.domain, function.name) == (DOMAIN, name) for function in model.functions):
-        model.functions.append(_function(name, m, main.version))
+        model.functions.append(_function(name, m, version))
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
 

@@ -132,7 +132,7 @@ def pruned_alike(model: onnx.ModelProto, layers: Sequence[Layer], pattern: Colum
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     if pattern.winograd:
-        layers = [layer for layer in layers if transformable(model.graph, layer.node, layer.tensor, pattern.winograd)]
+        layers = [layer for layer in layers if transformable(model, layer.node, layer.tensor, pattern.winograd)]
         outputs = {layer.node.output[0] for layer in layers}
         rewrite(copy, [node for node in copy.graph.node if node.output[0] in outputs], pattern.winograd)
     tensors = _tensors(copy)

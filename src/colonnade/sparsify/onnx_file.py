@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from colonnade.errors import UserError
 from colonnade.onnx_io import check_writable, load_onnx, save_onnx
-from colonnade.onnx_winograd import rewrite
+from colonnade.onnx_winograd import OPSET, opset, rewrite
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.balance_onnx import balanced
 from colonnade.sparsify.calibrate_onnx import OnnxChain, Target, unfit
@@ -205,7 +205,9 @@ def _transform(
     for layer in free:
         node, weight = model.graph.node[layer.position], layer.weight
         if layer.name in sizes and weight is not None and len(weight.layers) == 1:
-            found += [layer] * transformable(model.graph, node, weight.tensor, sizes[layer.name])
+            found += [layer] * transformable(model, node, weight.tensor, sizes[layer.name])
+    if sizes and opset(model) < OPSET:
+        raise UserError(f"{source} is of opset {opset(model)}: transformed weights need {OPSET}; export it again")
     refused = {name for name in sizes if name in own} - {layer.name for layer in found}
     if refused:
         name = min(refused)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.onnx_winograd import fits
+from colonnade.onnx_winograd import OPSET, fits, opset
 from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import Array, Arrays
 from colonnade.workload.winograd import matrices, transform
@@ -35,10 +35,10 @@ def sizes(m: int) -> Floats:
     return np.outer(rows, rows).astype(np.float32)
 
 
-def transformable(graph: onnx.GraphProto, node: onnx.NodeProto, weight: onnx.TensorProto, m: int) -> bool:
+def transformable(model: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.TensorProto, m: int) -> bool:
     """Can a node's weights be transformed, and is what comes of them not too large?"""
-    stored = any(tensor.name == node.input[1] == weight.name for tensor in graph.initializer)
-    return stored and fits(node, weight) and weight.dims[1] * (m + 2) ** 2 <= MOST_COLUMNS
+    stored = any(tensor.name == node.input[1] == weight.name for tensor in model.graph.initializer)
+    return stored and opset(model) >= OPSET and fits(node, weight) and weight.dims[1] * (m + 2) ** 2 <= MOST_COLUMNS
 
 
 def variant(layer: Layer, m: int) -> Layer:
