@@ -26,6 +26,8 @@ GROUPED_FOR = 0.5  # the sparsity (or the next one there is) that rows are group
 ANSWERED = (0.5, 0.75)  # where the answers are looked at, or next to it
 # Tiles of so many rows are all pruned; of smaller ones as many as there would be of these, but so many at least.
 USUAL, ENOUGH = 8, 32
+# Tiles of transformed weights, which have up to four times the columns and so take the more.
+FEW = 8
 # Enough to tell sparsities apart; the pruning itself takes more of all three.
 ROUNDS = 4
 EXCHANGES = 4
@@ -117,6 +119,8 @@ def trials(store: Store, layer: Layer, values: Sequence[Values], patterns: Seque
         rising = sorted((p for p in patterns if p.tile == tile), key=lambda pattern: pattern.sparsity)
         middle = _nearest(rising, GROUPED_FOR)
         every = max(min(USUAL // tile, len(matrices[0]) // tile // ENOUGH), 1)
+        if middle.winograd:
+            every = max(len(matrices[0]) // tile // FEW, 1)
         groups = []
         for matrix, old, new in zip(matrices, known, fresh, strict=True):
             damping = choose_damping(matrix, old, new, middle, arrays, intercept=layer.intercept, taps=layer.taps)
