@@ -198,21 +198,22 @@ def _transform(
 ) -> None:
     """Give the layers whose pattern asks for it transformed weights. Raises UserError where none can have them, or not
     one that its own pattern wants to."""
-    free = _fitted(source, model.graph, [layer for layer in layers if layer.reason is None])
     asked = {layer.name: own.get(layer.name, pattern) for layer in layers}
     sizes = {name: one.winograd for name, one in asked.items() if one is not None and one.winograd}
+    if not sizes:
+        return
     found = []
-    for layer in free:
+    for layer in _fitted(source, model.graph, [layer for layer in layers if layer.reason is None]):
         node, weight = model.graph.node[layer.position], layer.weight
         if layer.name in sizes and weight is not None and len(weight.layers) == 1:
             found += [layer] * transformable(model, node, weight.tensor, sizes[layer.name])
-    if sizes and opset(model) < OPSET:
+    if opset(model) < OPSET:
         raise UserError(f"{source} is of opset {opset(model)}: transformed weights need {OPSET}; export it again")
     refused = {name for name in sizes if name in own} - {layer.name for layer in found}
     if refused:
         name = min(refused)
         raise UserError(f"layer {name} has no weights of a 3x3 convolution at stride 1 to transform: {asked[name]}")
-    if sizes and not found:
+    if not found:
         raise UserError(f"{source}: no 3x3 convolution at stride 1 will be pruned: leave winograd out")
     for m in sorted(set(sizes.values())):
         mine = [layer for layer in found if sizes[layer.name] == m]
