@@ -161,7 +161,7 @@ start() {
     echo $! >"$folder/run/$name.pid"
     configuration
     for _ in $(seq 60); do
-        if ssh -F "$folder/ssh_config" -o BatchMode=yes -o ConnectTimeout=5 "$name" true 2>/dev/null; then
+        if ssh -F "$folder/ssh_config" -o BatchMode=yes -o ConnectTimeout=20 "$name" true 2>/dev/null; then
             say "$name answers: ssh -F $folder/ssh_config $name"
             return 0
         fi
