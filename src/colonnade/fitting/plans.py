@@ -30,6 +30,7 @@ TILE_SPARSITY = 0.75  # at which tiles are compared
 # Transformed weights lose less at the same sparsity with m = 2 and more with m = 4: by m, the time over that of weights
 # as they are up to which they are worth looking at.
 PAYS = {2: 1.1, 4: 0.85}
+LARGEST = 2304  # transformed columns of a layer whose losses are measured: of more it takes minutes a layer
 USUAL = 8
 
 
@@ -85,6 +86,7 @@ def choices_of(
     if settings.method == "obs":
         for t in targets:
             sizes = [m for m in PAYS if transformable(model, t.node, t.tensor, m)]
+            sizes = [m for m in sizes if t.tensor.dims[1] * (m + 2) ** 2 <= LARGEST]
             first[t.name] += [ColumnPattern(TILE_SPARSITY, alike, winograd=m) for m in sizes]
     half = Place(**{**vars(where), "budget": where.budget / 2})
     coarse = layer_times(model, targets, first, half, lambda done, text: tell("layer times", done / 2, text))
