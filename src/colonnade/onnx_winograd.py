@@ -46,11 +46,11 @@ def fits(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
 
     known = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     plain = (known.get("strides", [1, 1]), known.get("dilations", [1, 1]), known.get("pads"), known.get("group", 1))
-    unpadded = known.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
+    explicit = known.get("auto_pad", b"NOTSET") in (b"NOTSET", b"")
     return (
         node.op_type == "Conv"
         and plain == ([1, 1], [1, 1], [1] * 4, 1)
-        and unpadded
+        and explicit
         and list(weight.dims[2:]) == [3, 3]
     )
 

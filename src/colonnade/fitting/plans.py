@@ -85,8 +85,7 @@ def choices_of(
     first = {t.name: [ColumnPattern(TILE_SPARSITY, tile) for tile in settings.tiles] for t in targets}
     if settings.method == "obs":
         for t in targets:
-            sizes = [m for m in PAYS if transformable(model, t.node, t.tensor, m)]
-            sizes = [m for m in sizes if t.tensor.dims[1] * (m + 2) ** 2 <= LARGEST]
+            sizes = [m for m in PAYS if transformable(model, t.node, t.tensor, m, LARGEST)]
             first[t.name] += [ColumnPattern(TILE_SPARSITY, alike, winograd=m) for m in sizes]
     half = Place(**{**vars(where), "budget": where.budget / 2})
     coarse = layer_times(model, targets, first, half, lambda done, text: tell("layer times", done / 2, text))

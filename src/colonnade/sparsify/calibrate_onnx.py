@@ -54,9 +54,7 @@ def unfit(node: onnx.NodeProto, graph: onnx.GraphProto) -> str | None:
     stored = {tensor.name for tensor in graph.initializer} | {
         other.output[0] for other in graph.node if other.op_type == "Constant"
     }
-    if size_of(node.domain, node.op_type):
-        pass
-    elif node.op_type == "Conv":
+    if node.op_type == "Conv":
         weight = next((t for t in graph.initializer if t.name == node.input[1]), None)
         if weight is not None and len(weight.dims) not in (3, 4):
             return "kernels of three axes"
@@ -65,7 +63,7 @@ def unfit(node: onnx.NodeProto, graph: onnx.GraphProto) -> str | None:
     elif node.op_type == "Gemm":
         if any(_number(node, name, 1.0) != 1.0 for name in ("alpha", "beta")) or _number(node, "transA", 0):
             return "a Gemm with factors or a transposed input"
-    elif node.input[1] not in stored:
+    elif node.op_type == "MatMul" and node.input[1] not in stored:
         return "weights on the left of the product"
     if node.input[1] not in stored:
         return "weights behind another operator"

@@ -175,7 +175,7 @@ class _Swept:
 
     @property
     def size(self) -> int:
-        """Longs."""
+        """Columns."""
         return len(self.columns)
 
     def chosen(self) -> Longs:
@@ -228,7 +228,7 @@ class _Swept:
         return 0
 
     def _pairs(self) -> tuple[Longs, Longs]:
-        """Longs that had better go and those of their spans that had better come in their places, the best exchange
+        """Columns that had better go and those of their spans that had better come in their places, the best exchange
         first: each in one only, with whom it gains most."""
         host, size = self.arrays.host, self.size
         inside, beside = np.flatnonzero(self.inside), np.flatnonzero(~self.inside)

@@ -31,14 +31,21 @@ MOST_COLUMNS = 4608  # of a layer: the time and memory of 512 channels' nine tap
 
 def sizes(m: int) -> Floats:
     """[m + 2, m + 2]: the standard deviation of transformed weights of independent taps."""
-    rows = np.sqrt(np.square(matrices(m)[1]).sum(1))
+    rows = _rows(m)
     return np.outer(rows, rows).astype(np.float32)
 
 
-def transformable(model: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.TensorProto, m: int) -> bool:
-    """Can a node's weights be transformed, and is what comes of them not too large?"""
+def _rows(m: int) -> npt.NDArray[np.float64]:
+    """[m + 2]: of those in one direction."""
+    return np.asarray(np.sqrt(np.square(matrices(m)[1]).sum(1)))
+
+
+def transformable(
+    model: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.TensorProto, m: int, most: int = MOST_COLUMNS
+) -> bool:
+    """Can a node's weights be transformed, and have they no more than ``most`` columns then?"""
     stored = any(tensor.name == node.input[1] == weight.name for tensor in model.graph.initializer)
-    return stored and opset(model) >= OPSET and fits(node, weight) and weight.dims[1] * (m + 2) ** 2 <= MOST_COLUMNS
+    return stored and opset(model) >= OPSET and fits(node, weight) and weight.dims[1] * (m + 2) ** 2 <= most
 
 
 def variant(layer: Layer, m: int) -> Layer:
@@ -49,8 +56,7 @@ def variant(layer: Layer, m: int) -> Layer:
 
 def columns(arrays: Arrays, taps: list[list[Array]], m: int, row: npt.NDArray[Any], column: npt.NDArray[Any]) -> Array:
     """[n, (m + 2)² IC] of pixels at (row, column) of their tiles, from what these see: m + 2 by m + 2 of [n, IC]."""
-    into, size = matrices(m)[0].astype(np.float32), np.sqrt(np.diag(sizes(m)))
-    back = (matrices(m)[2] * size).astype(np.float32)
+    into, back = matrices(m)[0].astype(np.float32), (matrices(m)[2] * _rows(m)).astype(np.float32)
     across = [_sums(into, [line[at] for line in taps]) for at in range(m + 2)]
     found = []
     for i in range(m + 2):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from colonnade.workload.base import PLAIN, Activation, Array, Epilogue, Workload
 
@@ -90,6 +91,10 @@ class Conv2d(Workload):
         wide = np.float64 if self.macs <= 50_000_000 else np.float32
         y = np.einsum("gok,ngkp->ngop", w.astype(wide), columns.astype(wide), optimize=True)
         y = y.reshape(n, self.out_channels, self.out_height, self.out_width)
+        return self.ended(y, bias, residual)
+
+    def ended(self, y: npt.NDArray[Any], bias: Array | None, residual: Array | None) -> Array:
+        """What becomes of the sums [N, OC, OH, OW]: bias, residual and activation."""
         if bias is not None:
             y = y + bias[:, None, None]
         if self.epilogue.residual:

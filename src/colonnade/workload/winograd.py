@@ -91,11 +91,5 @@ class WinogradConv2d(Conv2d):
         u = weight.astype(np.float64).transpose(2, 3, 0, 1).reshape(t * t, self.out_channels, c)
         products = (u @ v).reshape(t, t, self.out_channels, n, rows, columns)
         pixels = np.einsum("ai,ijonrs,bj->norasb", back, products, back, optimize=True)
-        y: Array = pixels.reshape(n, self.out_channels, rows * m, columns * m)
-        y = y[:, :, : self.out_height, : self.out_width]
-        if bias is not None:
-            y = y + bias[:, None, None]
-        if self.epilogue.residual:
-            assert residual is not None
-            y = y + residual
-        return self.epilogue.activation(y.astype(np.float32))
+        y = pixels.reshape(n, self.out_channels, rows * m, columns * m)
+        return self.ended(y[:, :, : self.out_height, : self.out_width], bias, residual)
