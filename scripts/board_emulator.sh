@@ -159,6 +159,10 @@ start() {
         exec chroot "$root" dropbear -F -E -s -j -k -p "127.0.0.1:$3" -r /etc/dropbear/host -P ""
     ' board "$root" "$folder/run/$name.cpu" "$port" </dev/null >"$folder/run/$name.log" 2>&1 9>&- &
     echo $! >"$folder/run/$name.pid"
+    for _ in $(seq 200); do # until the shell's child has become unshare it does not count as a board, nor if it ended
+        ! alive "$name" && kill -0 $! 2>/dev/null || break
+        sleep 0.05
+    done
     configuration
     for _ in $(seq 60); do
         if ssh -F "$folder/ssh_config" -o BatchMode=yes -o ConnectTimeout=20 "$name" true 2>/dev/null; then
