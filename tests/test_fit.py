@@ -334,7 +334,7 @@ def test_layers_behind_winograds_transform_are_choices_where_they_pay(
     inputs = {plans.input_for(model, proto, x.inputs): x.inputs}
     settings = Settings(tiles=(8,), sparsities=(0.5, 0.75), budget=0)
 
-    def kinds(pays: dict[int, float]) -> dict[str, set[int]]:
+    def kinds(pays: dict[str, float]) -> dict[str, set[str]]:
         monkeypatch.setattr(plans, "PAYS", pays)
         monkeypatch.setattr(plans, "ESTIMATED", "nothing")  # estimates will do here
         choices, _, _ = plans.choices_of(model, proto, inputs, where, settings)
@@ -345,10 +345,10 @@ def test_layers_behind_winograds_transform_are_choices_where_they_pay(
                 assert 0 < by[ColumnPattern(0.5, 8, winograd=m)] < by[ColumnPattern(0.75, 8, winograd=m)]
         return {name: {c.pattern.winograd for c in row if c.pattern} for name, row in choices.items()}
 
-    plain = kinds({2: 0.0})
-    assert set(map(frozenset, plain.values())) == {frozenset({0})}
-    found = kinds({2: math.inf, 4: math.inf})
-    assert {frozenset(row) for row in found.values()} == {frozenset({0}), frozenset({0, 2, 4})}
+    plain = kinds({"2x2": 0.0})
+    assert set(map(frozenset, plain.values())) == {frozenset({""})}
+    found = kinds({"2x2": math.inf, "4x1": math.inf})
+    assert {frozenset(row) for row in found.values()} == {frozenset({""}), frozenset({"", "2x2", "4x1"})}
     layers = {name: ColumnPattern(0.5, 8, winograd=max(row)) for name, row in found.items()}
     prune_file(model, tmp_path / "w.onnx", None, method="obs", calibration=inputs, patterns=layers)
     assert sum(node.domain == "colonnade" for node in onnx.load(str(tmp_path / "w.onnx")).graph.node) >= 2

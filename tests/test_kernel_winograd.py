@@ -16,11 +16,11 @@ from kernel_harness import machine_has, need, run
 from test_kernel_panels import case_of
 
 from colonnade.kernels.isa import ISAS
-from colonnade.kernels.ops import winograd
+from colonnade.kernels.ops import filtering, winograd
 from colonnade.kernels.registry import candidates
 from colonnade.pattern import ColumnPattern
 from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, Epilogue, WinogradConv2d
-from colonnade.workload.winograd import matrices, transform
+from colonnade.workload.winograd import SIZES, matrices, transform
 
 # as if every machine added beside its multiply-adds: products by pairs too, where there are kernels for them
 MACHINE = [replace(row, adders=True) for row in ISAS if machine_has(row.name)]
@@ -45,7 +45,7 @@ def test_the_transforms_are_exact(m):
 @pytest.mark.parametrize("m", [2, 4])
 def test_sums_that_are_shared_are_those_of_the_transforms(m):
     """Every result of the programs that kernels are made of is its row of the matrix, for every unit vector."""
-    for program, matrix in ((winograd.INTO[m], matrices(m)[0]), (winograd.BACK[m], matrices(m)[2])):
+    for program, matrix in ((filtering.into(m, 3), matrices(m)[0]), (filtering.back(m, 3), matrices(m)[2])):
         for unit in range(m + 2):
             known = {f"x{i}": int(i == unit) for i in range(m + 2)}
             for name, first, factor, second in program:
@@ -74,7 +74,9 @@ def pruned(draw: st.DrawFn) -> tuple[WinogradConv2d, ColumnPattern | None]:
     fields = {field.name: getattr(conv, field.name) for field in dataclasses.fields(conv)}
     channels = {name: draw(st.integers(1, 40)) for name in ("in_channels", "out_channels")}
     patterns = [None, *(ColumnPattern(s, tile=t) for s, t in ((0.3, 8), (0.5, 2), (0.6, 4), (0.75, 8), (0.97, 16)))]
-    return WinogradConv2d(**{**fields, **channels}, m=draw(st.sampled_from([2, 4]))), draw(st.sampled_from(patterns))
+    return WinogradConv2d(**{**fields, **channels}, m=draw(st.sampled_from(list(SIZES.values())))), draw(
+        st.sampled_from(patterns)
+    )
 
 
 EVERYWHERE = [
@@ -83,10 +85,10 @@ EVERYWHERE = [
 ]
 
 
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("m", SIZES.values(), ids=SIZES)
 def test_transformed_weights_give_the_convolution(m):
     """The definition by itself, on sizes that tiles do not divide, with every side padded differently."""
-    rng = np.random.default_rng(m)
+    rng = np.random.default_rng(m[1])
     plain = Conv2d(2, 3, 5, 7, 10, (3, 3), padding=(1, 0, 2, 1))
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 7, 10), (5, 3, 3, 3)))
@@ -109,10 +111,37 @@ def test_pruned_behind_the_transform(isa, drawn, seed, extra, data):
     run(case, candidate, isa, inputs, threads=threads, tolerance=2e-4)
 
 
+@pytest.mark.parametrize("isa", EVERYWHERE)
+@given(drawn=pruned(), rows=st.integers(0, 4), seed=st.integers(0, 2**31), data=st.data())
+@settings(max_examples=20, deadline=None, phases=NO_SHRINK)
+def test_down_columns_in_bands(isa, drawn, rows, seed, data):
+    """Any number of rows of tiles at a time, over the ends of images, the last band shorter, shared by threads."""
+    conv, pattern = replace(drawn[0], m=(4, 1), height=data.draw(st.integers(1, 60))), drawn[1]
+    into = data.draw(st.sampled_from([0, 1, 2]))
+    conv = replace(conv, epilogue=replace(conv.epilogue, residual=data.draw(st.booleans())))
+    case, inputs = case_of(conv, pattern, seed, (0, into, into), data.draw(st.integers(0, 2)))
+    case = replace(case, rms=1.0)
+    found = data.draw(st.sampled_from(candidates(case, isa, 1)))
+    candidate = replace(found, params={**found.params, "rows": rows})
+    run(case, candidate, isa, inputs, threads=data.draw(st.sampled_from([1, 2, 3])), tolerance=2e-4)
+
+
+def test_how_many_rows_pass_together():
+    """Bands as even as can be within a room, and all of them at once between calls that share it."""
+    conv = WinogradConv2d(1, 64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1), m=(4, 1))
+    case, _ = operands(conv, ColumnPattern(0.75, 8), 0)
+    found = candidates(case, ISAS[0], 1)
+    assert {c.params["rows"] for c in found} == {0, 1, 2}
+    for candidate in found:
+        rows, calls = candidate.params["rows"], winograd.bind(case, candidate)
+        assert len(calls) == (1 if rows else 3)
+        assert calls[0].fields["band"] == (rows or 14)
+
+
 def test_a_tile_computes_the_columns_that_it_keeps():
     """A quarter of the weights is a quarter of the products' work, and a position of which a tile keeps nothing costs
     one column."""
-    conv = WinogradConv2d(1, 16, 16, 8, 8, (3, 3), padding=(1, 1, 1, 1), m=2)
+    conv = WinogradConv2d(1, 16, 16, 8, 8, (3, 3), padding=(1, 1, 1, 1), m=(2, 2))
     case, _ = operands(conv, None, 0)
     weight = np.array(case.constants["weight"])
     weight[:8, 4:], weight[8:, :, 0, 0] = 0, 0

@@ -35,11 +35,9 @@ def prune(
         bool, typer.Option("--balance", help="Spread the same work over the layers by what each of them loses.")
     ] = False,
     winograd: Annotated[
-        int,
-        typer.Option(
-            metavar="2|4", help="Prune 3x3 layers behind Winograd's transform, of so many pixels a side; 0: do not."
-        ),
-    ] = 0,
+        str,
+        typer.Option(metavar="2x2|4x1|4x4", help="Prune 3x3 layers behind Winograd's transform, of such tiles."),
+    ] = "",
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="DIR|FILE.npz", help="Photos or arrays of inputs for --method obs and --balance."),

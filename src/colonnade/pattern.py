@@ -43,8 +43,8 @@ class ColumnPattern:
     sparsity: share of columns removed, 0 <= sparsity < 1.
     tile:     rows that keep the same columns.
     group:    M, the consecutive columns among which N = ceil(M * (1 - sparsity)) are kept; None: M = K, the whole row.
-    winograd: m, 2 or 4: the columns are those of a 3x3 convolution's transformed weights (`workload.winograd`); 0: of
-              the weights as they are.
+    winograd: "2x2", "4x4" or "4x1", pixels that minimal filtering makes together: the columns are those of a 3x3
+              convolution's transformed weights (`workload.winograd`); "": of the weights as they are.
 
     Raises UserError for values outside these limits.
     """
@@ -52,7 +52,7 @@ class ColumnPattern:
     sparsity: float
     tile: int = 8
     group: int | None = None
-    winograd: int = 0
+    winograd: str = ""
 
     def __post_init__(self) -> None:
         sparsity = self.sparsity
@@ -63,8 +63,8 @@ class ColumnPattern:
         object.__setattr__(self, "tile", _whole("tile", self.tile, 1))
         if self.group is not None:
             object.__setattr__(self, "group", _whole("group", self.group, 1))
-        if self.winograd not in (0, *SIZES):
-            raise UserError(f"winograd is {self.winograd!r}: expected {' or '.join(map(str, SIZES))}, pixels of a side")
+        if self.winograd not in ("", *SIZES):
+            raise UserError(f"winograd is {self.winograd!r}: expected {', '.join(SIZES)}")
 
     @classmethod
     def nm(cls, n: int, m: int, tile: int = 8) -> "ColumnPattern":
@@ -93,7 +93,7 @@ class ColumnPattern:
         return sum(kept for _, _, kept in self.spans(columns))
 
     def __str__(self) -> str:
-        kind = f" F({self.winograd}x{self.winograd})" if self.winograd else ""
+        kind = f" F({self.winograd})" if self.winograd else ""
         if self.group is None:
             return f"{100 * self.sparsity:g} % T={self.tile}{kind}"
         return f"{self.kept(self.group)}:{self.group} T={self.tile}{kind}"

@@ -56,11 +56,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: its symbol, its body under ``kernels/c``, and what the body is rendered with."""
+    """One compiled kernel: its symbol, its body under ``kernels/c``, what the body is rendered with, and the kernels
+    that it calls."""
 
     symbol: str
     body: str
     params: Mapping[str, object]
+    needs: tuple[Variant, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def library(isa: Isa, chosen: Iterable[Variant]) -> dict[str, str]:
 
     It exports ``const cn_entry cn_kernels_<isa>[]``, symbols and functions, closed by a null symbol.
     """
-    ordered = sorted(chosen, key=lambda v: v.symbol)
+    called = {v.symbol: v for one in chosen for v in (one, *one.needs)}
+    ordered = [called[symbol] for symbol in sorted(called)]
     bodies = "\n".join(kernel(v, isa) for v in ordered)
     table = "".join(f'    {{"{v.symbol}", {v.symbol}}},\n' for v in ordered)
     source = (

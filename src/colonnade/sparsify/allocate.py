@@ -154,7 +154,7 @@ def _value(pattern: ColumnPattern | None) -> str:
     if pattern is None:
         return '"dense"'
     group = f", group = {pattern.group}" if pattern.group is not None else ""
-    kind = f", winograd = {pattern.winograd}" if pattern.winograd else ""
+    kind = f', winograd = "{pattern.winograd}"' if pattern.winograd else ""
     return f"{{ sparsity = {float(pattern.sparsity)!r}, tile = {pattern.tile}{group}{kind} }}"
 
 
@@ -165,6 +165,6 @@ def _pattern(value: Any, where: str) -> ColumnPattern | None:
     if not isinstance(value, dict) or "sparsity" not in value or set(value) - known:
         raise UserError(f'{where} is {value!r}: expected "dense", or {{ sparsity = 0.75, tile = 8 }}')
     try:
-        return ColumnPattern(value["sparsity"], value.get("tile", 8), value.get("group"), value.get("winograd", 0))
+        return ColumnPattern(value["sparsity"], value.get("tile", 8), value.get("group"), value.get("winograd", ""))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

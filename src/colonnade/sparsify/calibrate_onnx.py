@@ -24,6 +24,7 @@ from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import host_arrays
 from colonnade.sparsify.samples import Layer, Rectifier, Values
 from colonnade.sparsify.transformed import sizes
+from colonnade.workload.winograd import SIZES
 
 if TYPE_CHECKING:
     import onnx
@@ -44,8 +45,8 @@ class Target:
 
     def stored(self, weight: Floats) -> Floats:
         """A layer's weight as the file has it."""
-        if m := size_of(self.node.domain, self.node.op_type):
-            return np.asarray(weight * sizes(m), np.float32)
+        if name := size_of(self.node.domain, self.node.op_type):
+            return np.asarray(weight * sizes(SIZES[name]), np.float32)
         return weight.T if self.rows_last else weight
 
 
@@ -245,9 +246,9 @@ class OnnxChain:
                 shift, mean = (onnx.numpy_helper.to_array(self.constants[norm.input[at]]) for at in (2, 3))
                 offset = (offset - mean) * scale + shift
             common["rectifier"] = Rectifier(offset.astype(np.float32), most)
-        if m := size_of(node.domain, node.op_type):
-            weight = (weight / sizes(m)).astype(np.float32)
-            return Layer(target.name, weight, node.input[0], padding=(1, 1, 1, 1), winograd=m, **common)
+        if name := size_of(node.domain, node.op_type):
+            weight = (weight / sizes(SIZES[name])).astype(np.float32)
+            return Layer(target.name, weight, node.input[0], padding=(1, 1, 1, 1), winograd=name, **common)
         if node.op_type != "Conv":
             return Layer(target.name, weight, node.input[0], **common)
         axes = weight.ndim - 2

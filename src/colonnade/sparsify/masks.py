@@ -207,9 +207,8 @@ def sparsify_(
     chosen = _choose(order, pattern, reasons)
     for name, one in chosen.items():
         if one is not None and one.winograd:
-            raise UserError(
-                f"layer {name}: transform its weights by winograd_(model), and take {replace(one, winograd=0)}"
-            )
+            plain = replace(one, winograd="")
+            raise UserError(f"layer {name}: transform its weights by winograd_(model), and take {plain}")
     for name in order:
         if name in never and chosen[name] is not None:
             raise UserError(

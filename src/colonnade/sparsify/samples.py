@@ -18,7 +18,7 @@ from colonnade.sparsify.arrays import Array, Arrays
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.moments import Moments
 from colonnade.sparsify.select import as_matrix
-from colonnade.workload.winograd import TAPS
+from colonnade.workload.winograd import SIZES, TAPS, seen
 
 # Samples (pixels of calibration images) a column of the regression; more is slower and hardly better.
 SAMPLES_A_COLUMN = 16
@@ -49,7 +49,7 @@ class Layer:
     residual: the value, known before this layer runs, that is added to the scaled output; None: nothing is.
     intercept: whether a bias can be added to the output.
     rectifier: what the scaled output, and the residual with it, goes through next; None: something else.
-    winograd: m of a convolution with transformed weights [OC, IC, m + 2, m + 2], over `transformed.sizes`; else 0.
+    winograd: of a convolution with transformed weights, over `transformed.sizes`, their name in `SIZES`; else "".
     """
 
     name: str
@@ -63,7 +63,7 @@ class Layer:
     residual: str | None = None
     intercept: bool = True
     rectifier: Rectifier | None = None
-    winograd: int = 0
+    winograd: str = ""
 
     @property
     def columns(self) -> int:
@@ -250,7 +250,7 @@ def _same_shape(layer: Layer, inputs: Sequence[int], added: Sequence[int]) -> bo
 def multiply_adds(layer: Layer, shape: Sequence[int]) -> float:
     """Of a dense layer for each of its inputs, which together have this shape."""
     pixels = _output(layer, shape) if _is_map(layer) else shape[1:-1]
-    return float(len(layer.weight) * math.prod(pixels) * layer.columns) / max(layer.winograd, 1) ** 2
+    return float(len(layer.weight) * math.prod(pixels) * layer.columns) / math.prod(SIZES.get(layer.winograd, (1,)))
 
 
 def refuse_transformed(layers: Sequence[Layer]) -> None:
@@ -306,10 +306,11 @@ def _samples(arrays: Arrays, layer: Layer, x: Array, picks: tuple[npt.NDArray[np
     kh, kw = _kernel(layer)
     (sh, sw), (dh, dw) = layer.strides, layer.dilation
     top, left, *_ = layer.padding
-    if m := layer.winograd:
-        begin = row // m * m - top, column // m * m - left
-        seen = [[_pixels(arrays, x, image, begin[0] + i, begin[1] + j) for j in range(m + 2)] for i in range(m + 2)]
-        return [transformed.columns(arrays, seen, m, row % m, column % m)]
+    if layer.winograd:
+        my, mx = m = SIZES[layer.winograd]
+        begin, (rows, columns) = (row // my * my - top, column // mx * mx - left), seen(m)
+        near = [[_pixels(arrays, x, image, begin[0] + i, begin[1] + j) for j in range(columns)] for i in range(rows)]
+        return [transformed.columns(arrays, near, m, row % my, column % mx)]
     taps = [
         _pixels(arrays, x, image, row * sh + i * dh - top, column * sw + j * dw - left)
         for i in range(kh)

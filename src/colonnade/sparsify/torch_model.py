@@ -67,7 +67,7 @@ def export(
                 raise UserError(
                     f"torch cannot export {type(model).__name__}: {reason[0] if reason else type(error).__name__}"
                 ) from error
-            _define(written, sorted({module.m for module in transformed}))
+            _define(written, sorted({module.size for module in transformed}))
             # Weights first: whoever sees the model finds them beside it.
             for part in sorted(Path(aside).iterdir(), key=lambda part: part == written):
                 part.replace(target.parent / part.name)
@@ -76,14 +76,14 @@ def export(
     return target
 
 
-def _define(path: Path, sizes: list[int]) -> None:
+def _define(path: Path, sizes: list[str]) -> None:
     """Say in a file what its convolutions with transformed weights compute."""
     import onnx
 
     if sizes:
         file = onnx.load(str(path), load_external_data=False)
-        for m in sizes:
-            define(file, m)
+        for size in sizes:
+            define(file, size)
         onnx.save(file, str(path))
 
 

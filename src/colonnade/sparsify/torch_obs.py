@@ -26,6 +26,7 @@ from colonnade.sparsify.samples import Layer, Rectifier, Values
 from colonnade.sparsify.sequential import LayerResult, Options, prune_chain
 from colonnade.sparsify.transformed import sizes
 from colonnade.sparsify.winograd_torch import WinogradConv2d
+from colonnade.workload.winograd import SIZES
 
 Weighted = (nn.Conv1d, nn.Conv2d, nn.Linear)
 Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -238,7 +239,8 @@ class TorchChain:
         two = [part if len(part) == 2 else (1, *part) for part in (module.stride, module.dilation)]
         return Layer(
             str(node.target), weight, source, (two[0][0], two[0][1]), _padding(module), (two[1][0], two[1][1]),
-            module.groups, scale, residual, intercept, rectifier, module.m if isinstance(module, WinogradConv2d) else 0,
+            module.groups, scale, residual, intercept, rectifier,
+            module.size if isinstance(module, WinogradConv2d) else "",
         )  # fmt: skip
 
     def _residual(self, node: fx.Node, end: fx.Node) -> str | None:
@@ -360,7 +362,7 @@ def second_order_(
 
 def _sizes(module: nn.Module) -> Floats:
     """What weights in a `Layer` are divided by."""
-    return sizes(module.m) if isinstance(module, WinogradConv2d) else np.ones(1, np.float32)
+    return sizes(SIZES[module.size]) if isinstance(module, WinogradConv2d) else np.ones(1, np.float32)
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, int, int, int]:

@@ -1,8 +1,8 @@
 """Convolutions with transformed weights (``workload.winograd``) as regressions.
 
 An output pixel at (r, c) of its tile is a sum over positions (i, j) and channels of weights times
-A[r, i] A[c, j] V[i, j], with V = B d Bᵀ of the tile's inputs d. So it has (m + 2)² columns a channel where a plain
-convolution has nine, and all else is as there: sampled pixels, covariances, columns that a tile of rows shares.
+A[r, i] A'[c, j] V[i, j], with V = B d B'ᵀ of the tile's inputs d. So it has (m + 2) (m' + 2) columns a channel where a
+plain convolution has nine, and all else is as there: sampled pixels, covariances, columns that a tile of rows shares.
 
 Positions differ in size, and so would what damping does to them. A position is therefore scaled by what G makes of
 independent taps: weights are divided by it here, inputs multiplied.
@@ -11,6 +11,7 @@ independent taps: weights are divided by it here, inputs multiplied.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from colonnade.onnx_winograd import OPSET, fits, opset
 from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import Array, Arrays
-from colonnade.workload.winograd import matrices, transform
+from colonnade.workload.winograd import SIZES, Size, matrices, seen, transform
 
 if TYPE_CHECKING:
     import onnx
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 4608  # of a layer: the time and memory of 512 channels' nine taps
 
 
-def sizes(m: int) -> Floats:
-    """[m + 2, m + 2]: the standard deviation of transformed weights of independent taps."""
-    rows = _rows(m)
-    return np.outer(rows, rows).astype(np.float32)
+def sizes(m: Size) -> Floats:
+    """[m + 2, m' + 2]: the standard deviation of transformed weights of independent taps."""
+    return np.outer(_rows(m[0]), _rows(m[1])).astype(np.float32)
 
 
 def _rows(m: int) -> npt.NDArray[np.float64]:
@@ -41,27 +41,30 @@ def _rows(m: int) -> npt.NDArray[np.float64]:
 
 
 def transformable(
-    model: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.TensorProto, m: int, most: int = MOST_COLUMNS
+    model: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.TensorProto, m: Size, most: int = MOST_COLUMNS
 ) -> bool:
     """Can a node's weights be transformed, and have they no more than ``most`` columns then?"""
     stored = any(tensor.name == node.input[1] == weight.name for tensor in model.graph.initializer)
-    return stored and opset(model) >= OPSET and fits(node, weight) and weight.dims[1] * (m + 2) ** 2 <= most
+    return stored and opset(model) >= OPSET and fits(node, weight) and weight.dims[1] * prod(seen(m)) <= most
 
 
-def variant(layer: Layer, m: int) -> Layer:
+def variant(layer: Layer, name: str) -> Layer:
     """A 3x3 convolution with its weights transformed."""
+    m = SIZES[name]
     weight = (transform(layer.weight, m) / sizes(m)).astype(np.float32)
-    return replace(layer, weight=weight, winograd=m)
+    return replace(layer, weight=weight, winograd=name)
 
 
-def columns(arrays: Arrays, taps: list[list[Array]], m: int, row: npt.NDArray[Any], column: npt.NDArray[Any]) -> Array:
-    """[n, (m + 2)² IC] of pixels at (row, column) of their tiles, from what these see: m + 2 by m + 2 of [n, IC]."""
-    into, back = matrices(m)[0].astype(np.float32), (matrices(m)[2] * _rows(m)).astype(np.float32)
-    across = [_sums(into, [line[at] for line in taps]) for at in range(m + 2)]
+def columns(arrays: Arrays, taps: list[list[Array]], m: Size, row: npt.NDArray[Any], column: npt.NDArray[Any]) -> Array:
+    """[n, (m + 2) (m' + 2) IC] of pixels at (row, column) of their tiles, from what these see: m + 2 by m' + 2 of
+    [n, IC]."""
+    down, across = (matrices(one)[0].astype(np.float32) for one in m)
+    rows, columns = ((matrices(one)[2] * _rows(one)).astype(np.float32) for one in m)
+    below = [_sums(down, [line[at] for line in taps]) for at in range(len(across))]
     found = []
-    for i in range(m + 2):
-        for j, value in enumerate(_sums(into, [across[at][i] for at in range(m + 2)])):
-            found.append(value * arrays.load(back[row, i] * back[column, j])[:, None])
+    for i in range(len(down)):
+        for j, value in enumerate(_sums(across, [one[i] for one in below])):
+            found.append(value * arrays.load(rows[row, i] * columns[column, j])[:, None])
     return arrays.join(found, 1)
 
 

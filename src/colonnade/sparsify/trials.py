@@ -102,8 +102,8 @@ def losses(
         ratios[tile] = sum(answered(trial) for trial in seen) / max(sum(trial.error for trial in seen), 1e-30)
     # a part of the rows moves the answers too little to tell: an error of them costs what it does in another tile
     usual = ratios[min(ratios)]
-    for m in sorted({p.winograd for p in patterns if p.winograd}):
-        found += trials(store, variant(layer, m), values, [p for p in patterns if p.winograd == m])
+    for name in sorted({p.winograd for p in patterns if p.winograd}):
+        found += trials(store, variant(layer, name), values, [p for p in patterns if p.winograd == name])
     return {t.pattern: ratios.get(t.pattern.tile, usual) * t.error / t.share for t in found}
 
 

@@ -19,70 +19,21 @@ from colonnade.kernels.ops import (
     registers,
     strips,
     tables,
+    vertical,
     windows,
     winograd,
 )
 from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
-from colonnade.kernels.structs import Member, Struct
+from colonnade.kernels.structs import Struct
 from colonnade.layout import VECTOR_LANES, Panels, Placed, Planes
 from colonnade.workload import Conv2d
 
-TILE = Struct(
-    "cn_tile",
-    "A tile: `rows` output channels that share `columns` kept columns. The first_ fields index the tables of cn_conv.",
-    (
-        Member("rows", "u32"),
-        Member("columns", "u32"),
-        Member("first_row", "u32", "into rows, bias and residual"),
-        Member("first_column", "u32", "into offsets"),
-        Member("first_weight", "u64", "into weights: [columns][rows]"),
-    ),
-)
-CONV = Struct(
-    "cn_conv",
-    "Convolution from planes or panels to such: out[row] = clip(bias + residual + sum over kept columns).",
-    (
-        Member("arena", "char *", "all offsets are bytes from here"),
-        Member("offsets", "const uint32_t *", "of every kept column at lane 0"),
-        Member("weights", "const float *"),
-        Member("bias", "const float *", "in the order of rows"),
-        Member("rows", "const uint32_t *", "offset of the output's lane 0 of every row, tile by tile"),
-        Member("residual", "const uint32_t *", "likewise of what is added, or null"),
-        Member("tiles", "const cn_tile *"),
-        Member("mask", "const uint8_t *", "a bit a lane: is it a pixel?"),
-        Member(
-            "starts",
-            "const uint32_t *",
-            "the furthest offset into every input plane that is read at all; of panels the first channel",
-        ),
-        Member("lead", "char *", "zero lanes in front of the output's first plane"),
-        Member("lead_bytes", "u32"),
-        Member("start_count", "u32", "planes, or channels from the first to the last"),
-        Member("tile_count", "u32"),
-        Member("row_count", "u32"),
-        Member("lanes", "u32", "lanes up to the last pixel"),
-        Member("plane", "u32", "lanes of a whole plane, all of them written"),
-        Member("strips", "u32", "that share out the lanes, where a strip's length is known beforehand"),
-        Member("tail", "u32", "last of the lanes, computed with rows in the lanes of a vector, or 0"),
-        Member("strip_block", "u32", "strips that run through all tiles before the next ones start"),
-        Member("prefetch", "u32", "kept columns to prefetch ahead; 0: none"),
-        Member(
-            "fetch", "u32", "lines to ask for before they are needed: 1 where sums are stored, 2 what is added, 3 both"
-        ),
-        Member("split_tiles", "u32", "threads share out 0: strips (those that parts meet in, by tiles), 1: tiles"),
-        Member("packed", "u32", "is this the head of a cn_packed_conv?"),
-        Member("low", "f32"),
-        Member("high", "f32"),
-        *panels.MEMBERS,
-        *pairs.MEMBERS,
-    ),
-)
 PACKED = Struct(
     "cn_packed_conv",
     "A cn_conv whose offsets count from a panel that is gathered for every strip: in bytes, or in rows where a strip's "
     "length is known at run time only. Input planes may have any pitch, halo and phases.",
-    (*CONV.members, *packing.MEMBERS),
+    (*tables.CONV.members, *packing.MEMBERS),
 )
 PLANES_ASKED = 128  # input planes whose next lanes are asked for ahead; of more of them the caches lose them again
 WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: measured beside 512 and 2048
@@ -94,6 +45,7 @@ def variants(isa: Isa) -> Iterator[Variant]:
     yield from pairs.variants(isa)
     yield from depthwise.variants(isa)
     yield from winograd.variants(isa)
+    yield from vertical.variants(isa)
 
 
 def variant(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> Variant:
@@ -211,7 +163,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             if first:
                 calls.append(_leave(candidate.kernel, conv, source, layout, left, fields, isa, shared))
             fields |= {"source": Shared(), "in_panels": left.count}
-            calls.append(Call(candidate.kernel, CONV.name, fields, scratch, shared))
+            calls.append(Call(candidate.kernel, tables.CONV.name, fields, scratch, shared))
             continue
         if window is not None:
             shifts = tables.tables(conv.key(), list(window.shifts), part, per_group, ring).offsets
@@ -219,7 +171,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             calls.append(Call(candidate.kernel, PACKED.name, fields, scratch))
             continue
         if panel is None:
-            calls.append(Call(candidate.kernel, CONV.name, fields, scratch))
+            calls.append(Call(candidate.kernel, tables.CONV.name, fields, scratch))
             continue
         fields |= packing.fields(conv, source, layout, panel, step.constants)
         fields |= {"panel_lanes": row}
@@ -249,5 +201,5 @@ def fetched(step: Operands) -> int:
     return 1 + 2 * any(not np.array_equal(x.offsets, step.output.offsets) for x in step.inputs[1:])
 
 
-STRUCTS = (TILE, CONV, packing.TAP, PACKED, depthwise.DWCONV, *winograd.STRUCTS)
+STRUCTS = (tables.TILE, tables.CONV, packing.TAP, PACKED, depthwise.DWCONV, *winograd.STRUCTS, vertical.VERTICAL)
 ROWS = (Operator("conv2d", STRUCTS, variants, feeds.candidates, bind),)

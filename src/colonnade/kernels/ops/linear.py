@@ -10,9 +10,8 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops.conv import TILE
 from colonnade.kernels.ops.shared import Identity, f32, u32
-from colonnade.kernels.ops.tables import TILE_DTYPE
+from colonnade.kernels.ops.tables import TILE, TILE_DTYPE
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed, Rows

@@ -10,14 +10,65 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.ops import panels
+from colonnade.kernels.ops import pairs, panels
 from colonnade.kernels.ops.shared import Identity
 from colonnade.kernels.registry import Operands
+from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Panels, Placed
 from colonnade.pattern import TiledWeights, discover
 from colonnade.workload import Conv2d, matrix
 
 T = TypeVar("T", bound=np.generic)
+TILE = Struct(
+    "cn_tile",
+    "A tile: `rows` output channels that share `columns` kept columns. The first_ fields index the tables of cn_conv.",
+    (
+        Member("rows", "u32"),
+        Member("columns", "u32"),
+        Member("first_row", "u32", "into rows, bias and residual"),
+        Member("first_column", "u32", "into offsets"),
+        Member("first_weight", "u64", "into weights: [columns][rows]"),
+    ),
+)
+CONV = Struct(
+    "cn_conv",
+    "Convolution from planes or panels to such: out[row] = clip(bias + residual + sum over kept columns).",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("offsets", "const uint32_t *", "of every kept column at lane 0"),
+        Member("weights", "const float *"),
+        Member("bias", "const float *", "in the order of rows"),
+        Member("rows", "const uint32_t *", "offset of the output's lane 0 of every row, tile by tile"),
+        Member("residual", "const uint32_t *", "likewise of what is added, or null"),
+        Member("tiles", "const cn_tile *"),
+        Member("mask", "const uint8_t *", "a bit a lane: is it a pixel?"),
+        Member(
+            "starts",
+            "const uint32_t *",
+            "the furthest offset into every input plane that is read at all; of panels the first channel",
+        ),
+        Member("lead", "char *", "zero lanes in front of the output's first plane"),
+        Member("lead_bytes", "u32"),
+        Member("start_count", "u32", "planes, or channels from the first to the last"),
+        Member("tile_count", "u32"),
+        Member("row_count", "u32"),
+        Member("lanes", "u32", "lanes up to the last pixel"),
+        Member("plane", "u32", "lanes of a whole plane, all of them written"),
+        Member("strips", "u32", "that share out the lanes, where a strip's length is known beforehand"),
+        Member("tail", "u32", "last of the lanes, computed with rows in the lanes of a vector, or 0"),
+        Member("strip_block", "u32", "strips that run through all tiles before the next ones start"),
+        Member("prefetch", "u32", "kept columns to prefetch ahead; 0: none"),
+        Member(
+            "fetch", "u32", "lines to ask for before they are needed: 1 where sums are stored, 2 what is added, 3 both"
+        ),
+        Member("split_tiles", "u32", "threads share out 0: strips (those that parts meet in, by tiles), 1: tiles"),
+        Member("packed", "u32", "is this the head of a cn_packed_conv?"),
+        Member("low", "f32"),
+        Member("high", "f32"),
+        *panels.MEMBERS,
+        *pairs.MEMBERS,
+    ),
+)
 OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
 WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
 TILES_AHEAD = 5  # records, likewise

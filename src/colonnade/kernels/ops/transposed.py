@@ -159,7 +159,7 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             **panels.NONE,
             **pairs.NONE,
         }
-        calls.append(Call(candidate.kernel, gather.CONV.name, fields))
+        calls.append(Call(candidate.kernel, tables.CONV.name, fields))
     return tuple(calls)
 
 
@@ -205,6 +205,6 @@ def _interleave_bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 
 ROWS: tuple[Operator, ...] = (
-    Operator("conv_transpose2d", (gather.TILE, gather.CONV), _variants, _candidates, _bind),
+    Operator("conv_transpose2d", (tables.TILE, tables.CONV), _variants, _candidates, _bind),
     Operator("interleave", (INTERLEAVE,), _interleave_variants, _interleave_candidates, _interleave_bind),
 )

@@ -9,7 +9,7 @@ is a dense candidate, worth it where little was pruned. A ``WinogradConv2d`` was
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,31 +17,15 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import filtering, pairs, panels, registers, strips, tables
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
+from colonnade.kernels.ops import filtering, pairs, panels, products, registers, strips, tables, vertical
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, round_up
-from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d, WinogradConv2d
-from colonnade.workload.winograd import SIZES, matrices, transform
+from colonnade.workload.winograd import matrices
 
-# The products of B and A with a vector x in fewer sums than `filtering` finds by itself
-INTO: dict[int, filtering.Program] = {
-    2: (("y0", "x2", -1, "x0"), ("y1", "x1", 1, "x2"), ("y2", "x2", -1, "x1"), ("y3", "x3", -1, "x1")),
-    4: (
-        ("a", "x4", -4, "x2"), ("b", "x3", -4, "x1"), ("c", "x4", -1, "x2"), ("d", "x3", -1, "x1"),
-        ("e", "x4", -5, "x2"), ("f", "x5", -5, "x3"), ("y1", "a", 1, "b"), ("y2", "a", -1, "b"),
-        ("y3", "c", 2, "d"), ("y4", "c", -2, "d"), ("y0", "e", 4, "x0"), ("y5", "f", 4, "x1"),
-    ),
-}  # fmt: skip
-BACK: dict[int, filtering.Program] = {
-    2: (("a", "x0", 1, "x1"), ("b", "x1", -1, "x2"), ("y0", "a", 1, "x2"), ("y1", "b", 1, "x3")),
-    4: (
-        ("a", "x1", 1, "x2"), ("b", "x1", -1, "x2"), ("c", "x3", 1, "x4"), ("d", "x3", -1, "x4"), ("e", "x0", 1, "a"),
-        ("f", "b", 8, "d"), ("y1", "b", 2, "d"), ("y2", "a", 4, "c"), ("y0", "e", 1, "c"), ("y3", "f", 1, "x5"),
-    ),
-}  # fmt: skip
+SQUARE = (2, 4)  # m of tiles of m x m pixels
 
 TILES = (
     Member("images", "u32"),
@@ -106,10 +90,11 @@ VECTOR = 16  # lanes of the widest fixed vector: rows in scratch are written, re
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """The transforms of both tile sizes; the product between them is the convolution's own kernel."""
-    for m in SIZES:
+    for m in SQUARE:
         same: dict[str, object] = {"M": m, "N": m + 2, "NV": 1, "lines": filtering.lines}
-        yield Variant(f"f32_winograd{m}_input_1v__{isa.name}", "winograd_input.c.in", {**same, "B": INTO[m]})
-        yield Variant(f"f32_winograd{m}_output_1v__{isa.name}", "winograd_output.c.in", {**same, "A": BACK[m]})
+        into, back = {**same, "B": filtering.into(m, 3)}, {**same, "A": filtering.back(m, 3)}
+        yield Variant(f"f32_winograd{m}_input_1v__{isa.name}", "winograd_input.c.in", into)
+        yield Variant(f"f32_winograd{m}_output_1v__{isa.name}", "winograd_output.c.in", back)
 
 
 def applies(step: Operands) -> bool:
@@ -127,8 +112,8 @@ def applies(step: Operands) -> bool:
 
 def candidates(step: Operands, isa: Isa, shapes: list[tuple[int, int]]) -> Iterator[Candidate]:
     """Of a convolution: tile size x shape of the product's kernel, which may be one that takes columns in pairs."""
-    kernels = [(mr, nv, 0) for mr, nv in shapes if mr >= 6] + _paired(step, isa)
-    for m in SIZES:
+    kernels = [(mr, nv, 0) for mr, nv in shapes if mr >= 6] + products.paired(step, isa)
+    for m in SQUARE:
         yield from _candidates(step, m, isa, kernels, 1.0, 1)
 
 
@@ -136,20 +121,13 @@ def own(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     """Of a ``WinogradConv2d``: shapes of the product's kernel."""
     conv = step.workload
     assert isinstance(conv, WinogradConv2d)
-    tiled, shapes = tables.tiling(step, dense_tile=0), registers.shapes(isa)
-    kernels = [(mr, nv, 0) for mr, nv in shapes] + _paired(step, isa)
-    if not tiled.is_dense:
-        alike = {(nv, p): [(m, n) for m, n, q in kernels if (n, q) == (nv, p)] for _, nv, p in kernels}
-        kernels = [(mr, nv, p) for mr, nv, p in kernels if registers.worth_trying(mr, tiled, alike[nv, p])]
-    kept = tiled.kept / (conv.out_channels * conv.k)
-    found = list(_candidates(step, conv.m, isa, kernels, kept, int(tiled.is_dense)))
+    if conv.m[1] == 1:
+        yield from vertical.own(step, isa, threads)
+        return
+    kept, dense = products.kept(step), int(tables.tiling(step, dense_tile=0).is_dense)
+    found = list(_candidates(step, conv.m[0], isa, products.shapes(step, isa), kept, dense))
     # on few lanes or channels no shape promises much, and one must do
-    yield from found or _candidates(step, conv.m, isa, [(*shapes[0], 0)], kept, int(tiled.is_dense), anyhow=True)
-
-
-def _paired(step: Operands, isa: Isa) -> list[tuple[int, int, int]]:
-    """Kernels that take columns in pairs: (MR, NV, 1)."""
-    return [(mr, nv, 1) for mr, nv in pairs.shapes(isa)] if pairs.applies(step, isa) else []
+    yield from found or _candidates(step, conv.m[0], isa, [(*registers.shapes(isa)[0], 0)], kept, dense, anyhow=True)
 
 
 def _candidates(
@@ -166,16 +144,16 @@ def _candidates(
             if nv == 2 or anyhow:  # wider groups walk more planes than an in-order core has misses for
                 yield Candidate(name, params, _rank_in_order(conv, m, mr, nv, kept))
             continue
-        cut = _cut(conv, m, mr, nv, isa, bool(paired))
+        cut = products.cut(_lanes(conv, m), mr, nv, isa, bool(paired))
         vectors = -(-_lanes(conv, m) // isa.lanes)
         if nv > vectors and not anyhow:
             continue  # every position has weights of its own: a short block would read them for too few lanes
         channels = conv.in_channels * conv.out_channels
         turns = sum(cut.widths) * (pairs.work(mr) / mr if paired else 1) + cut.done * strips.lane_cost(mr, isa) / mr
-        products = (m + 2) ** 2 * channels * kept * turns * (1 + 0.5 / nv + 0.5 / mr)
+        work = (m + 2) ** 2 * channels * kept * turns * (1 + 0.5 / nv + 0.5 / mr)
         moves = (m + 2) ** 2 * (conv.in_channels + conv.out_channels) * vectors * 3
         # Unmeasured, the direct convolution is the safer choice: it reads a quarter of the weights.
-        yield Candidate(name, params, 6 * (products + moves))
+        yield Candidate(name, params, 6 * (work + moves))
 
 
 def _rank_in_order(conv: Conv2d, m: int, mr: int, lmul: int, kept: float) -> float:
@@ -187,15 +165,6 @@ def _rank_in_order(conv: Conv2d, m: int, mr: int, lmul: int, kept: float) -> flo
     column = max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul
     product_ = blocks * (conv.in_channels * kept * column + 5 * mr * lmul)
     return 1.19 * product_ + 7 * positions * (conv.in_channels + conv.out_channels) * lanes
-
-
-def _cut(conv: Conv2d, m: int, mr: int, nv: int, isa: Isa, paired: bool) -> strips.Strips:
-    """Of the product's lanes: with a tail where that takes fewer multiply-adds."""
-    lanes = _lanes(conv, m)
-    whole, tailed = strips.whole(lanes, nv, isa), strips.tailed(lanes, mr, nv, isa, paired)
-    if tailed is None or tailed.vectors * mr + tailed.done * strips.lane_cost(mr, isa) >= whole.vectors * mr:
-        return whole
-    return tailed
 
 
 def position(channels: int, plane: int) -> int:
@@ -210,6 +179,8 @@ def _lanes(conv: Conv2d, m: int) -> int:
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """Input transform, product, output transform."""
+    if "rows" in candidate.params:
+        return vertical.bind(step, candidate)
     conv, output, source = step.workload, step.output, step.inputs[0]
     assert isinstance(conv, Conv2d) and output is not None
     m, isa = candidate.params["winograd"], candidate.kernel.rsplit("__", 1)[1]
@@ -264,31 +235,6 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     )
 
 
-def _tiles(step: Operands, m: int, mr: int) -> tuple[Tile, ...]:
-    """What every position multiplies, position by position: tiles of ``mr`` rows of all channels, or those that the
-    zeros of transformed weights show. At each position a tile has the columns that it keeps there, one at least."""
-    conv = step.workload
-    assert isinstance(conv, Conv2d)
-    n2, ic, oc = (m + 2) ** 2, conv.in_channels, conv.out_channels
-    every = np.arange(ic, dtype=np.int32)
-    rows = np.array_split(np.arange(oc, dtype=np.int32), range(mr, oc, mr))
-    if not isinstance(conv, WinogradConv2d):
-        dense = transform(step.constants["weight"], m).reshape(oc, ic, n2)
-        return tuple(Tile(p * oc + r, every, np.ascontiguousarray(dense[r, :, p].T)) for p in range(n2) for r in rows)
-    tiled = tables.tiling(step, dense_tile=0)
-    if tiled.is_dense:
-        tiled = tables.tiling(step, dense_tile=mr)
-    found = []
-    for p in range(n2):
-        for tile in tiled.tiles:
-            at = slice(*np.searchsorted(tile.columns, (p * ic, (p + 1) * ic)))
-            columns, values = tile.columns[at] - np.int32(p * ic), tile.values[at]
-            if not len(columns):
-                columns, values = every[:1], np.zeros((1, len(tile.rows)), np.float32)
-            found.append(Tile(p * oc + tile.rows, columns, np.ascontiguousarray(values)))
-    return tuple(found)
-
-
 def _planes(tensor: Placed | None) -> Const | None:
     """Of a tensor in planes, where they begin."""
     return None if tensor is None or isinstance(tensor.layout, Panels) else u32(tensor.offsets)
@@ -297,67 +243,22 @@ def _planes(tensor: Placed | None) -> Const | None:
 def _product(
     step: Operands, m: int, shape: tuple[int, int], paired: bool, isa: Isa, plane: int, source_bytes: int
 ) -> dict[str, Field]:
-    """(m + 2)^2 products of [OC, IC] by [IC, tiles] as one convolution whose tiles each read one position's planes."""
+    """(m + 2)^2 products of [OC, IC] by [IC, tiles]."""
     conv = step.workload
     assert isinstance(conv, Conv2d)
-    mr, nv = shape
     ic, oc, n2 = conv.in_channels, conv.out_channels, (m + 2) ** 2
-    tiles = _tiles(step, m, mr)
-    tiled, bias = TiledWeights((n2 * oc, ic), tiles, n2), np.zeros(n2 * oc, np.float32)
-    order = np.concatenate([tile.rows for tile in tiles])
-    ring = registers.places(mr, nv, isa)
-    # A e_1 = (1, ..., 1): what is added at position (1, 1) comes out in every pixel
-    bias[(m + 3) * oc : (m + 4) * oc] = step.constants.get("bias", 0)
-    begun: Mapping[str, Field] = {"bias": f32(tables.beyond(bias[order], ring)), **pairs.NONE}
-    if paired:
-        assert step.rms is not None
-        # a position's inputs as large as those of a transform of independent pixels
-        gain = np.sqrt(np.square(matrices(m)[0]).sum(1))
-        rms = np.repeat(step.rms * np.outer(gain, gain).reshape(-1), len(tiles) // n2)
-        tiled, factors = pairs.scaled(tiled, rms)
-        begun = pairs.fields(tiled, factors, bias, mr, rms)
+    # a position's inputs as large as those of a transform of independent pixels
+    gain = np.sqrt(np.square(matrices(m)[0]).sum(1))
 
     def planes(count: int) -> npt.NDArray[np.int64]:
         return 4 * np.add.outer(np.arange(n2, dtype=np.int64) * position(count, plane), np.arange(count) * plane)
 
-    rows = planes(oc)
-    through: Mapping[str, Field] = panels.NONE
-    if isa.scalable:  # channels of a panel
-        offsets = np.arange(n2 * ic, dtype=np.int64).reshape(n2, ic)
-        through = {**panels.NONE, "source": Shared(0), "in_panels": n2 * ic}
-    else:
-        offsets = planes(ic)
-    filled = tables.tables(conv.key(), list(offsets), tiled, oc, ring)
-    cut = _cut(conv, m, mr, nv, isa, paired)
-    return {
-        "arena": Shared(0),
-        "offsets": Const(filled.offsets),
-        "weights": Const(filled.weights),
-        "rows": u32(tables.beyond(source_bytes + rows.reshape(-1)[order], ring)),
-        "residual": None,
-        "tiles": Const(filled.tiles),
-        "mask": Const(np.full(plane // 8 + 64, 255, np.uint8)),
-        "lead": Shared(0),
-        "lead_bytes": 0,
-        "starts": None,
-        "start_count": 0,
-        "tile_count": len(tiles),
-        "row_count": n2 * oc,
-        "lanes": _lanes(conv, m),
-        "plane": plane,
-        "strips": cut.count,
-        "tail": cut.tail,
-        # a tile's weights stay near while all its lanes pass; threads share out the many tiles
-        "strip_block": 0,
-        "packed": 0,
-        "prefetch": 0,
-        "fetch": 1,  # products go through all of the transformed output
-        "split_tiles": 1,
-        "low": -np.inf,
-        "high": np.inf,
-        **through,
-        **begun,
-    }
+    # channels of a panel where that is what stands there; A e_1 = (1, ..., 1), so position (1, 1) is one of ones
+    sources = np.arange(n2 * ic, dtype=np.int64).reshape(n2, ic) if isa.scalable else planes(ic)
+    where = products.Planes(
+        list(sources), source_bytes + planes(oc), m + 3, np.outer(gain, gain).reshape(-1), _lanes(conv, m), plane
+    )
+    return products.fields(step, (m, m), shape, paired, isa, where, n2 * ic if isa.scalable else 0)
 
 
 ROWS = (Operator("winograd_conv2d", (), lambda isa: (), own, bind),)

@@ -1,0 +1,152 @@
+"""What stands between the transforms of minimal filtering: a product at every position of a tile.
+
+All of them are one convolution with one row of tiles of weights after the other, each of which reads its own
+position's planes and writes sums of its own position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.kernels.call import Const, Field, Shared
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops import pairs, panels, registers, strips, tables
+from colonnade.kernels.ops.shared import f32, u32
+from colonnade.kernels.registry import Operands
+from colonnade.pattern import Tile, TiledWeights
+from colonnade.workload import Conv2d, WinogradConv2d, matrix
+from colonnade.workload.winograd import Size, transform
+
+
+def shapes(step: Operands, isa: Isa) -> list[tuple[int, int, int]]:
+    """Kernels for the products of weights that were pruned where they are multiplied: (MR, NV, in pairs?)."""
+    tiled, plain = tables.tiling(step, dense_tile=0), registers.shapes(isa)
+    kernels = [(mr, nv, 0) for mr, nv in plain] + paired(step, isa)
+    if not tiled.is_dense:
+        alike = {(nv, p): [(m, n) for m, n, q in kernels if (n, q) == (nv, p)] for _, nv, p in kernels}
+        kernels = [(mr, nv, p) for mr, nv, p in kernels if registers.worth_trying(mr, tiled, alike[nv, p])]
+    return kernels
+
+
+def kept(step: Operands) -> float:
+    """Share of the transformed weights."""
+    conv = step.workload
+    assert isinstance(conv, WinogradConv2d)
+    return tables.tiling(step, dense_tile=0).kept / (conv.out_channels * conv.k)
+
+
+def paired(step: Operands, isa: Isa) -> list[tuple[int, int, int]]:
+    """Kernels that take columns in pairs: (MR, NV, 1)."""
+    return [(mr, nv, 1) for mr, nv in pairs.shapes(isa)] if pairs.applies(step, isa) else []
+
+
+def cut(lanes: int, mr: int, nv: int, isa: Isa, paired: bool) -> strips.Strips:
+    """Of so many lanes: with a tail where that takes fewer multiply-adds."""
+    whole, tailed = strips.whole(lanes, nv, isa), strips.tailed(lanes, mr, nv, isa, paired)
+    if tailed is None or tailed.vectors * mr + tailed.done * strips.lane_cost(mr, isa) >= whole.vectors * mr:
+        return whole
+    return tailed
+
+
+def tiles(step: Operands, m: Size, positions: int, mr: int) -> tuple[Tile, ...]:
+    """What every position multiplies, position by position: tiles of ``mr`` rows of all its columns, or those that the
+    zeros of transformed weights show. At each position a tile has the columns that it keeps there, one at least."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d)
+    oc = conv.out_channels
+    rows = np.array_split(np.arange(oc, dtype=np.int32), range(mr, oc, mr))
+    if not isinstance(conv, WinogradConv2d):
+        dense = matrix(transform(step.constants["weight"], m)).reshape(oc, positions, -1)
+        every = np.arange(dense.shape[2], dtype=np.int32)
+        return tuple(
+            Tile(p * oc + r, every, np.ascontiguousarray(dense[r, p].T)) for p in range(positions) for r in rows
+        )
+    width = conv.k // positions
+    tiled = tables.tiling(step, dense_tile=0)
+    if tiled.is_dense:
+        tiled = tables.tiling(step, dense_tile=mr)
+    found = []
+    for p in range(positions):
+        for tile in tiled.tiles:
+            at = slice(*np.searchsorted(tile.columns, (p * width, (p + 1) * width)))
+            columns, values = tile.columns[at] - np.int32(p * width), tile.values[at]
+            if not len(columns):
+                columns, values = np.zeros(1, np.int32), np.zeros((1, len(tile.rows)), np.float32)
+            found.append(Tile(p * oc + tile.rows, columns, np.ascontiguousarray(values)))
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """Where the products of one step read and write; offsets in bytes from the arena of their call.
+
+    sources: of every position, of its columns. sums: of every position and output channel. ones: the position of which
+    the transform back makes the same pixel everywhere in a tile, for the bias. gains: of every position, how much
+    larger its inputs are than the layer's. lanes: of a product. plane: lanes from one plane of sums to the next.
+    """
+
+    sources: Sequence[npt.NDArray[np.int64]]
+    sums: npt.NDArray[np.int64]
+    ones: int
+    gains: npt.NDArray[np.float64]
+    lanes: int
+    plane: int
+
+
+def fields(
+    step: Operands, m: Size, shape: tuple[int, int], in_pairs: bool, isa: Isa, planes: Planes, in_panels: int = 0
+) -> dict[str, Field]:
+    """Of the convolution that multiplies. in_panels: rows of the panels that it reads, 0: it reads planes."""
+    conv = step.workload
+    assert isinstance(conv, Conv2d)
+    (mr, nv), oc, positions = shape, conv.out_channels, len(planes.sources)
+    found = tiles(step, m, positions, mr)
+    tiled = TiledWeights((positions * oc, len(planes.sources[0])), found, positions)
+    bias = np.zeros(positions * oc, np.float32)
+    order = np.concatenate([tile.rows for tile in found])
+    ring = registers.places(mr, nv, isa)
+    bias[planes.ones * oc : (planes.ones + 1) * oc] = step.constants.get("bias", 0)
+    begun: Mapping[str, Field] = {"bias": f32(tables.beyond(bias[order], ring)), **pairs.NONE}
+    if in_pairs:
+        assert step.rms is not None
+        rms = np.repeat(step.rms * planes.gains, len(found) // positions)
+        tiled, factors = pairs.scaled(tiled, rms)
+        begun = pairs.fields(tiled, factors, bias, mr, rms)
+    through: Mapping[str, Field] = panels.NONE
+    if in_panels:
+        through = {**panels.NONE, "source": Shared(0), "in_panels": in_panels}
+    filled = tables.tables(conv.key(), list(planes.sources), tiled, oc, ring)
+    strips = cut(planes.lanes, mr, nv, isa, in_pairs)
+    return {
+        "arena": Shared(0),
+        "offsets": Const(filled.offsets),
+        "weights": Const(filled.weights),
+        "rows": u32(tables.beyond(planes.sums.reshape(-1)[order], ring)),
+        "residual": None,
+        "tiles": Const(filled.tiles),
+        "mask": Const(np.full(planes.plane // 8 + 64, 255, np.uint8)),
+        "lead": Shared(0),
+        "lead_bytes": 0,
+        "starts": None,
+        "start_count": 0,
+        "tile_count": len(found),
+        "row_count": positions * oc,
+        "lanes": planes.lanes,
+        "plane": planes.plane,
+        "strips": strips.count,
+        "tail": strips.tail,
+        # a tile's weights stay near while all its lanes pass; threads share out the many tiles
+        "strip_block": 0,
+        "packed": 0,
+        "prefetch": 0,
+        "fetch": 1,  # products go through all of the transformed output
+        "split_tiles": 1,
+        "low": -np.inf,
+        "high": np.inf,
+        **through,
+        **begun,
+    }
