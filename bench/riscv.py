@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -41,7 +41,8 @@ from colonnade.plan import Step
 from colonnade.targets.model import Modelled as Target
 from colonnade.tune.job import Problem, Run, encode, problem
 from colonnade.tune.measure import Harness
-from colonnade.workload import RELU, Conv2d, Convert, ConvPool, Epilogue, Pool2d, unmatrix
+from colonnade.workload import RELU, Conv2d, Convert, ConvPool, Epilogue, Pool2d, WinogradConv2d, unmatrix
+from colonnade.workload.winograd import SIZES
 
 SUITE = "trixie"
 PACKAGES = ("libxnnpack0.20241108", "libxnnpack-dev", "libpthreadpool0", "libpthreadpool-dev", "libc6", "libgcc-s1")
@@ -104,9 +105,9 @@ def stem(conv: Conv2d, rng: np.random.Generator) -> Step:
     return Step("stem", ConvPool(conv, pool), (x,), y, constants)
 
 
-def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0) -> Step:
+def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0, winograd: str = "") -> Step:
     """The layer on placed planes, its halo beside them, or panels as wide as the frontend has them for such tiles;
-    ``sparsity`` of whole columns in tiles of ``tile`` rows gone."""
+    ``sparsity`` of whole columns in tiles of ``tile`` rows gone, behind a transform if one is named."""
     pad, s, k = layer.kernel // 2, layer.stride, layer.kernel
     conv = Conv2d(
         1,
@@ -119,6 +120,8 @@ def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0) -> Step:
         (pad, pad, pad, pad),
         epilogue=Epilogue(False, RELU),
     )
+    if winograd:
+        conv = WinogradConv2d(**{part.name: getattr(conv, part.name) for part in fields(conv)}, m=SIZES[winograd])
     if layer.kernel == 7:
         return stem(conv, np.random.default_rng(seed))
     out = conv.out_height
@@ -140,7 +143,7 @@ def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0) -> Step:
         pattern = ColumnPattern(sparsity, tile)
         for start in range(0, layer.oc, tile):
             rows[start : start + tile, rng.permutation(conv.k)[pattern.kept(conv.k) :]] = 0
-    constants = {"weight": unmatrix(rows, (layer.oc, layer.ic, k, k)), "bias": np.zeros(layer.oc, np.float32)}
+    constants = {"weight": unmatrix(rows, conv.weight_shape), "bias": np.zeros(layer.oc, np.float32)}
     return Step(layer.name, conv, (x,), y, constants)
 
 
@@ -316,6 +319,10 @@ def main() -> None:
     parser.add_argument("--model", default="x60")
     parser.add_argument("--sparsity", default="0,0.5,0.75,0.875")
     parser.add_argument("--tile", type=int, default=8, help="rows of a tile")
+    parser.add_argument(
+        "--winograd", default=[], type=lambda names: names.split(","), metavar="4x1",
+        help="3x3 layers lose their columns behind such a transform, where that is faster at the same sparsity",
+    )  # fmt: skip
     parser.add_argument("--layers", default="", help="only layers whose name contains one of these, comma-separated")
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--cores", type=int, default=1, help="that work together, with one L2 and one memory")
@@ -345,10 +352,20 @@ def main() -> None:
         def one(layer: Layer) -> tuple[Modelled, list[Modelled]]:
             sparse = [0.0 if layer.kernel == 7 else level for level in levels]  # the stem stays dense
             label = f"{layer} stalls" if options.stalls else f"{layer}"
+            kinds = ["", *options.winograd] if (layer.kernel, layer.stride) == (3, 1) else [""]
             mine = [
-                ours(model, step(layer, s, options.tile), f"{label} {s}", options.candidates, options.cores)
+                min(
+                    (
+                        ours(
+                            model, step(layer, s, options.tile, 0, kind), f"{label} {s} {kind}".strip(),
+                            options.candidates, options.cores,
+                        )
+                        for kind in kinds[: len(kinds) if s else 1]
+                    ),
+                    key=lambda made: made.cycles,
+                )
                 for s in sparse
-            ]
+            ]  # fmt: skip
             return peer(model, layer, root, program, source), mine
 
         for layer, (theirs, mine) in zip(chosen, pool.map(one, chosen), strict=True):

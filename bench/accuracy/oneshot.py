@@ -11,7 +11,8 @@ test images), each row with its paired difference from the dense network. --bund
 ends with an error if a single answer differs from torch's, but for ties: images on which torch's logits of the two
 answers are nearer to each other than single precision tells apart. The records count them.
 
-A method with +winograd prunes 3x3 convolutions at stride 1 behind the transform of F(2x2, 3x3), by the same sparsity.
+A method with +winograd prunes 3x3 convolutions at stride 1 behind the transform of F(2x2, 3x3), one with +winograd4x1
+behind that of F(4, 3) down columns, by the same sparsity.
 
 Rows that stand in FILE are not computed again, so a run that was stopped goes on; --keep holds pruned networks and the
 dense one's answers in DIR, from which other rows go on. --table prints what FILE holds.
@@ -45,7 +46,7 @@ RECONSTRUCTED = "+reconstruction"
 METHODS = (
     "unstructured", "2:4", "magnitude", "magnitude+grouping", "obs", "obs+grouping", "obs+grouping+reconstruction",
     "obs+grouping+balance", "obs+grouping+balance+reconstruction", "obs+grouping+winograd",
-    "obs+grouping+winograd+balance",
+    "obs+grouping+winograd+balance", "obs+grouping+winograd4x1", "obs+grouping+winograd4x1+balance",
 )  # fmt: skip
 NETWORKS = {
     "resnet18": "pqf_resnet18", "resnet50": "pqf_resnet50_large", "mobilenet_v2": "", "cifar_resnet20": "20",
@@ -163,6 +164,12 @@ def reestimate_(model: nn.Module, inputs: Tensor) -> None:
     model.eval()
 
 
+def transform(method: str) -> str:
+    """The tiles of pixels of the method's transform; "": it has none."""
+    part = next((part for part in method.split("+") if part.startswith("winograd")), None)
+    return "" if part is None else part.removeprefix("winograd") or "2x2"
+
+
 def pruned(task: Task, method: str, sparsity: float, tile: int, losses: Path | None = None) -> nn.Module:
     """losses: where those of single layers are kept, for balance."""
     model = copy.deepcopy(task.dense)
@@ -171,8 +178,8 @@ def pruned(task: Task, method: str, sparsity: float, tile: int, losses: Path | N
     else:
         name, *parts = method.split("+")
         pattern = cn.ColumnPattern(sparsity, tile)
-        if "winograd" in parts:
-            cn.winograd_(model)
+        if kind := transform(method):
+            cn.winograd_(model, kind)
         cn.sparsify_(
             model, balanced(task, model, pattern, name, losses) if "balance" in parts else pattern,
             task.calibration[:1],
@@ -362,7 +369,7 @@ def main() -> int:
             cn.reconstruct_(model, twin(task.dense), task.calibration, scheduled(options.schedule))
         else:
             start = time.perf_counter()
-            kind = "-winograd" if "winograd" in method else ""
+            kind = "".join(f"-{part}" for part in method.split("+") if part.startswith("winograd"))
             losses = f"{options.network}-losses{kind}-{tile}-{common['calibration']}-{options.seed}.pt"
             model = pruned(task, method, sparsity, tile, options.keep / losses if options.keep else None)
         seconds = time.perf_counter() - start
