@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Field, Scratch
+from colonnade.kernels.call import Const, Field, Scratch
 from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.structs import Member
 from colonnade.layout import LINE, Panels, Placed, Planes, round_up
 from colonnade.workload import Conv2d
@@ -40,6 +41,11 @@ NONE: dict[str, Field] = {
 def vectors(*tensors: Placed) -> set[int]:
     """The strips, in vector registers, of those that are in panels."""
     return {t.layout.vectors for t in tensors if isinstance(t.layout, Panels)}
+
+
+def planes(tensor: Placed | None) -> Const | None:
+    """Of a tensor in planes, where they begin."""
+    return None if tensor is None or isinstance(tensor.layout, Panels) else u32(tensor.offsets)
 
 
 def readable(conv: Conv2d, source: Placed, target: Planes) -> bool:

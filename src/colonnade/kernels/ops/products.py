@@ -120,7 +120,7 @@ def fields(
     if in_panels:
         through = {**panels.NONE, "source": Shared(0), "in_panels": in_panels}
     filled = tables.tables(conv.key(), list(planes.sources), tiled, oc, ring)
-    strips = cut(planes.lanes, mr, nv, isa, in_pairs)
+    split = cut(planes.lanes, mr, nv, isa, in_pairs)
     return {
         "arena": Shared(0),
         "offsets": Const(filled.offsets),
@@ -137,8 +137,8 @@ def fields(
         "row_count": positions * oc,
         "lanes": planes.lanes,
         "plane": planes.plane,
-        "strips": strips.count,
-        "tail": strips.tail,
+        "strips": split.count,
+        "tail": split.tail,
         # a tile's weights stay near while all its lanes pass; threads share out the many tiles
         "strip_block": 0,
         "packed": 0,

@@ -21,7 +21,7 @@ from colonnade.kernels.ops import filtering, pairs, panels, products, registers,
 from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, round_up
+from colonnade.layout import LINE, VECTOR_LANES, round_up
 from colonnade.workload import Conv2d, WinogradConv2d
 from colonnade.workload.filtering import ONE
 from colonnade.workload.winograd import TAPS, matrices
@@ -84,8 +84,9 @@ VERTICAL = Struct(
     ),
 )
 VECTOR = 16  # lanes of the widest fixed vector
-CHANNELS_AHEAD = 2  # whose rows an in-order core asks for
+CHANNELS_AHEAD = 1  # whose rows an in-order core asks for
 AHEAD = 4096  # bytes by which kernels look ahead of what they multiply
+HELD = 450 << 10  # bytes of transformed values that a second cache of 512 KB holds
 FAR = 512 << 10  # bytes of weights that do not stay near between two bands
 WEIGHTS = 8  # multiply-adds of a vector in whose time one vector of these weights comes
 NEAR = (96 << 10, 256 << 10, 512 << 10)  # bytes of a thread's room that bands are tried for
@@ -147,17 +148,17 @@ def _weights(conv: Conv2d, m: int, kept: float) -> float:
 
 
 def _rank_in_order(conv: Conv2d, m: int, band: int, mr: int, lmul: int, kept: float, threads: int) -> float:
-    """Cycles on a two-wide in-order core: the product, 4 a transformed value, or 7 where what is transformed does not
-    stay in a cache of 512 KB, and 0.15 for every byte of weights that passes (fitted to 17 modelled runs of four
-    layers, 64 channels at 56x56 to 512 at 7x7, to 10 %)."""
+    """Cycles on a two-wide in-order core: the product; a transformed value 3.5 to 4.5, the more of them there are at a
+    time, or 7 where they do not stay in a cache of 512 KB; and 0.15 for every byte of weights that passes (fitted to 17
+    modelled runs of four layers, 64 channels at 56x56 to 512 at 7x7, to 12 %)."""
     rows = _rows(conv, m)
     count = -(-rows // (band or rows))
     blocks = count * (m + 2) * -(-conv.out_channels // mr) * -(-_lanes(conv, band or rows) // (8 * lmul))
     column = max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul
     product_ = blocks * (TAPS * conv.in_channels * kept * column + 5 * mr * lmul)
     values = (m + 2) * (conv.in_channels + conv.out_channels) * rows * _span(conv)
-    far = 4 * values / count > 450 << 10
-    total = 1.1 * product_ + (7 if far else 4) * values + 0.15 * 4 * _weights(conv, m, kept) * count
+    held = 4 * values / count / HELD
+    total = 1.1 * product_ + (7 if held > 1 else 3.5 + held) * values + 0.15 * 4 * _weights(conv, m, kept) * count
     return total * _idle(count if band else 0, threads)
 
 
@@ -222,7 +223,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     through, _ = panels.fields(None, output, residual, 0, 0, False, isa)
     fields: dict[str, Field] = {
         **multiplied, "row_count": 0,  # nothing behind the last lane of sums is read
-        "base": Arena(), "sources": u32(source.offsets), "targets": _planes(output), "adds": _planes(residual),
+        "base": Arena(), "sources": u32(source.offsets), "targets": panels.planes(output),
+        "adds": panels.planes(residual),
         "zeros": Const(np.zeros(conv.width + VECTOR_LANES, np.float32)), "room": Scratch(), "lines": Scratch(),
         "halo": Arena(output.lead_offset), "halo_bytes": output.lead_bytes, "room_bytes": room + line,
         "line_bytes": room + line, "sums": sums, "pixels": room, "pixel_bytes": line, "part": 0, "images": conv.batch,
@@ -247,8 +249,3 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         Call(kernel, tables.CONV.name, multiplied, 0, room),
         Call(candidate.kernel, VERTICAL.name, {**apart, "part": 2}, line, room),
     )
-
-
-def _planes(tensor: Placed | None) -> Const | None:
-    """Of a tensor in planes, where they begin."""
-    return None if tensor is None or isinstance(tensor.layout, Panels) else u32(tensor.offsets)

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Arena, Call, Const, Field, Scratch, Shared
+from colonnade.kernels.call import Arena, Call, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import filtering, pairs, panels, products, registers, strips, tables, vertical
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, round_up
+from colonnade.layout import LINE, VECTOR_LANES, round_up
 from colonnade.workload import Conv2d, WinogradConv2d
 from colonnade.workload.winograd import matrices
 
@@ -219,7 +219,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     residual = step.inputs[1] if conv.epilogue.residual else None
     through, _ = panels.fields(None, output, residual, 0, 0, False, isa_named(isa))
     back: dict[str, Field] = {
-        **tiles, **lead(output), "arena": Arena(), "planes": _planes(output), "residual": _planes(residual),
+        **tiles, **lead(output), "arena": Arena(), "planes": panels.planes(output), "residual": panels.planes(residual),
         "tiles": Shared(source_bytes), "scratch": Scratch(), "channels": conv.out_channels,
         "position": back_position, "band": back_band, "together": together, "span": span, "shown": shown,
         "height": conv.out_height, "width": conv.out_width, "lanes": layout.lanes, "plane": layout.plane,
@@ -233,11 +233,6 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         Call(kernel, "cn_conv", _product(step, m, (mr, nv), paired, isa_named(isa), plane, source_bytes), 0, shared),
         Call(f"f32_winograd{m}_output_1v__{isa}", OUTPUT.name, back, scratch_out, shared),
     )
-
-
-def _planes(tensor: Placed | None) -> Const | None:
-    """Of a tensor in planes, where they begin."""
-    return None if tensor is None or isinstance(tensor.layout, Panels) else u32(tensor.offsets)
 
 
 def _product(
