@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colonnade.errors import UserError
 from colonnade.onnx_winograd import define
@@ -40,7 +40,9 @@ def export(
     left behind then. Weights above 2 GB stand in a second file, ``<path>.data``.
     """
     target = Path(path)
-    inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    given = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    # strides such as those of pixels with their channels inside would tie an open batch to the example's
+    inputs = tuple(value.contiguous() if isinstance(value, Tensor) else value for value in given)
     plain = remove_masks(copy.deepcopy(model)).eval()
     transformed = [module for module in plain.modules() if isinstance(module, WinogradConv2d)]
     for module in transformed:
@@ -63,10 +65,7 @@ def export(
             except OSError:
                 raise
             except Exception as error:
-                reason = str(error).strip().splitlines()
-                raise UserError(
-                    f"torch cannot export {type(model).__name__}: {reason[0] if reason else type(error).__name__}"
-                ) from error
+                raise UserError(f"torch cannot export {type(model).__name__}: {_reason(error)}") from error
             _define(written, sorted({module.size for module in transformed}))
             # Weights first: whoever sees the model finds them beside it.
             for part in sorted(Path(aside).iterdir(), key=lambda part: part == written):
@@ -74,6 +73,14 @@ def export(
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
     return target
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was raised first: the exporter says what it was about, not what went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _define(path: Path, sizes: list[str]) -> None:
