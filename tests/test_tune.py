@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from colonnade.targets import Local
 from colonnade.targets.peak import Peak
 from colonnade.tune import network as meeting
 from colonnade.tune import search, walks
-from colonnade.tune.database import Database, Record
+from colonnade.tune.database import Database, Place, Record
 from colonnade.tune.job import Run, problem
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.tune.network import HEATS, NETWORK, Standing, decide, rivals, siblings, standing
@@ -206,6 +207,17 @@ def test_being_stopped_keeps_all_but_the_candidate_in_flight(tmp_path: Path, how
     subject.tune(Model((sample(),)), 60)
     first_stage = rows(path)[: len({kernel for kernel, _, _ in rows(path)})]
     assert first_stage[: len(kept)] == kept and len({kernel for kernel, _, _ in first_stage}) == 10
+
+
+def test_a_new_database_that_another_is_writing_is_waited_for(tmp_path: Path) -> None:
+    """Who opens it at the same time holds it for a moment, and SQLite waits for nobody when the mode changes."""
+    other = sqlite3.connect(tmp_path / "t.db", isolation_level=None, check_same_thread=False)
+    other.execute("create table made (x)")
+    other.execute("begin immediate")
+    later = threading.Timer(0.3, other.rollback)
+    later.start()
+    assert Database(tmp_path / "t.db").records("", Place("", "", "", 1)) == []
+    later.join()
 
 
 def test_two_tuners_share_a_database(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from colonnade.kernels.registry import Candidate
 from colonnade.tune.measure import Measurement
 
 FORMAT = 1
+PATIENCE = 30.0  # seconds that others may keep the file locked
 SCHEMA = """
 create table if not exists measurement (
     id integer primary key,
@@ -63,7 +64,7 @@ class Database:
         self.path = path or default_path()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            self._connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
             version = self._connection.execute("pragma user_version").fetchone()[0]
             # in WAL mode this still survives the death of the process; only a power cut may lose the last rows
             self._connection.execute("pragma synchronous = normal")
@@ -72,10 +73,23 @@ class Database:
                     f"{self.path}: tuning records of format {version}, expected {FORMAT}; choose another --db"
                 )
             if version == 0:
-                self._connection.execute("pragma journal_mode = wal")
+                self._write_ahead()
                 self._connection.executescript(f"begin immediate; {SCHEMA} pragma user_version = {FORMAT}; commit;")
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"{self.path}: cannot be used as tuning database ({error}); choose another --db") from error
+
+    def _write_ahead(self) -> None:
+        """Change to WAL mode. SQLite waits for no lock here, where two who open a new file at once would wait for each
+        other, so that is done here."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._connection.execute("pragma journal_mode = wal")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
 
     def add(
         self, workload: str, place: Place, candidate: Candidate, source: str, stage: int, result: Measurement
