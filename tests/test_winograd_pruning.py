@@ -99,7 +99,7 @@ def test_columns_of_the_regression_give_the_output(size):
     row, column = (part.reshape(-1) for part in np.mgrid[0:7, 0:9])
     wide = np.pad(x[0].numpy(), ((0, 0), (1, my), (1, mx)))
     near = [[wide[:, row // my * my + i, column // mx * mx + j].T for j in range(mx + 2)] for i in range(my + 2)]
-    rows = (module.weight.detach().numpy() / sizes(m)).transpose(0, 2, 3, 1).reshape(7, -1)
+    rows = (module.weight.detach().numpy() / sizes(size)).transpose(0, 2, 3, 1).reshape(7, -1)
     found = columns(NumpyArrays(), near, m, row % my, column % mx) @ rows.T
     assert np.allclose(found.reshape(7, 9, 7), y, atol=1e-5 * np.abs(y).max())
 

@@ -18,7 +18,6 @@ from colonnade.pattern import ColumnPattern
 from colonnade.sparsify import allocate
 from colonnade.sparsify.allocate import Choice, PrunePlan
 from colonnade.sparsify.transformed import transformable
-from colonnade.workload.winograd import SIZES
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +27,7 @@ Progress = Callable[[str, float, str], None]  # stage, share done (0 .. 1), what
 SPARSITIES = (0.25, 0.5, 0.625, 0.75, 0.875)
 TILES = (2, 4, 8, 16)
 TILE_SPARSITY = 0.75  # at which tiles are compared
-# Transformed weights lose less at the same sparsity with tiles of 2x2 pixels, about as much with 4x1 and more with 4x4:
+# Transformed weights lose less at the same sparsity with tiles of 2x2, somewhat more with 4x1, and more with 4x4:
 # the time over that of weights as they are up to which they are worth looking at.
 PAYS = {"2x2": 1.1, "4x1": 1.0, "4x4": 0.85}
 LARGEST = 2304  # transformed columns of a layer whose losses are measured: of more it takes minutes a layer
@@ -86,7 +85,7 @@ def choices_of(
     first = {t.name: [ColumnPattern(TILE_SPARSITY, tile) for tile in settings.tiles] for t in targets}
     if settings.method == "obs":
         for t in targets:
-            sizes = [m for m in PAYS if transformable(model, t.node, t.tensor, SIZES[m], LARGEST)]
+            sizes = [m for m in PAYS if transformable(model, t.node, t.tensor, m, LARGEST)]
             first[t.name] += [ColumnPattern(TILE_SPARSITY, alike, winograd=m) for m in sizes]
     half = Place(**{**vars(where), "budget": where.budget / 2})
     coarse = layer_times(model, targets, first, half, lambda done, text: tell("layer times", done / 2, text))

@@ -30,7 +30,6 @@ from colonnade.tune.database import Database
 from colonnade.tune.search import decide, duel, times
 from colonnade.tune.tuner import Chooser, estimate, place
 from colonnade.tune.tuner import tune as measure
-from colonnade.workload.winograd import SIZES
 
 if TYPE_CHECKING:
     import onnx
@@ -133,7 +132,7 @@ def pruned_alike(model: onnx.ModelProto, layers: Sequence[Layer], pattern: Colum
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     if pattern.winograd:
-        layers = [layer for layer in layers if transformable(model, layer.node, layer.tensor, SIZES[pattern.winograd])]
+        layers = [layer for layer in layers if transformable(model, layer.node, layer.tensor, pattern.winograd)]
         outputs = {layer.node.output[0] for layer in layers}
         rewrite(copy, [node for node in copy.graph.node if node.output[0] in outputs], pattern.winograd)
     tensors = _tensors(copy)

@@ -24,7 +24,6 @@ from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import host_arrays
 from colonnade.sparsify.samples import Layer, Rectifier, Values
 from colonnade.sparsify.transformed import sizes
-from colonnade.workload.winograd import SIZES
 
 if TYPE_CHECKING:
     import onnx
@@ -46,7 +45,7 @@ class Target:
     def stored(self, weight: Floats) -> Floats:
         """A layer's weight as the file has it."""
         if name := size_of(self.node.domain, self.node.op_type):
-            return np.asarray(weight * sizes(SIZES[name]), np.float32)
+            return np.asarray(weight * sizes(name), np.float32)
         return weight.T if self.rows_last else weight
 
 
@@ -247,7 +246,7 @@ class OnnxChain:
                 offset = (offset - mean) * scale + shift
             common["rectifier"] = Rectifier(offset.astype(np.float32), most)
         if name := size_of(node.domain, node.op_type):
-            weight = (weight / sizes(SIZES[name])).astype(np.float32)
+            weight = (weight / sizes(name)).astype(np.float32)
             return Layer(target.name, weight, node.input[0], padding=(1, 1, 1, 1), winograd=name, **common)
         if node.op_type != "Conv":
             return Layer(target.name, weight, node.input[0], **common)

@@ -18,7 +18,6 @@ from colonnade.sparsify.onnx_layers import Constant, WeightedLayer, names_of, we
 from colonnade.sparsify.select import SCORES, as_matrix, from_matrix, select
 from colonnade.sparsify.sequential import Options, prune_chain
 from colonnade.sparsify.transformed import transformable
-from colonnade.workload.winograd import SIZES
 
 if TYPE_CHECKING:
     import onnx
@@ -207,7 +206,7 @@ def _transform(
     for layer in _fitted(source, model.graph, [layer for layer in layers if layer.reason is None]):
         node, weight = model.graph.node[layer.position], layer.weight
         if layer.name in sizes and weight is not None and len(weight.layers) == 1:
-            found += [layer] * transformable(model, node, weight.tensor, SIZES[sizes[layer.name]])
+            found += [layer] * transformable(model, node, weight.tensor, sizes[layer.name])
     if opset(model) < OPSET:
         raise UserError(f"{source} is of opset {opset(model)}: transformed weights need {OPSET}; export it again")
     refused = {name for name in sizes if name in own} - {layer.name for layer in found}

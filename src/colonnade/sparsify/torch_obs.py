@@ -26,7 +26,6 @@ from colonnade.sparsify.samples import Layer, Rectifier, Values
 from colonnade.sparsify.sequential import LayerResult, Options, prune_chain
 from colonnade.sparsify.transformed import sizes
 from colonnade.sparsify.winograd_torch import WinogradConv2d
-from colonnade.workload.winograd import SIZES
 
 Weighted = (nn.Conv1d, nn.Conv2d, nn.Linear)
 Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -362,7 +361,7 @@ def second_order_(
 
 def _sizes(module: nn.Module) -> Floats:
     """What weights in a `Layer` are divided by."""
-    return sizes(SIZES[module.size]) if isinstance(module, WinogradConv2d) else np.ones(1, np.float32)
+    return sizes(module.size) if isinstance(module, WinogradConv2d) else np.ones(1, np.float32)
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, int, int, int]:

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 4608  # of a layer: the time and memory of 512 channels' nine taps
 
 
-def sizes(m: Size) -> Floats:
+def sizes(name: str) -> Floats:
     """[m + 2, m' + 2]: the standard deviation of transformed weights of independent taps."""
+    m = SIZES[name]
     return np.outer(_rows(m[0]), _rows(m[1])).astype(np.float32)
 
 
@@ -41,17 +42,16 @@ def _rows(m: int) -> npt.NDArray[np.float64]:
 
 
 def transformable(
-    model: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.TensorProto, m: Size, most: int = MOST_COLUMNS
+    model: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.TensorProto, name: str, most: int = MOST_COLUMNS
 ) -> bool:
     """Can a node's weights be transformed, and have they no more than ``most`` columns then?"""
     stored = any(tensor.name == node.input[1] == weight.name for tensor in model.graph.initializer)
-    return stored and opset(model) >= OPSET and fits(node, weight) and weight.dims[1] * prod(seen(m)) <= most
+    return stored and opset(model) >= OPSET and fits(node, weight) and weight.dims[1] * prod(seen(SIZES[name])) <= most
 
 
 def variant(layer: Layer, name: str) -> Layer:
     """A 3x3 convolution with its weights transformed."""
-    m = SIZES[name]
-    weight = (transform(layer.weight, m) / sizes(m)).astype(np.float32)
+    weight = (transform(layer.weight, SIZES[name]) / sizes(name)).astype(np.float32)
     return replace(layer, weight=weight, winograd=name)
 
 

@@ -19,7 +19,7 @@ from colonnade.kernels.ops.shared import f32, u32
 from colonnade.kernels.registry import Operands
 from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d, WinogradConv2d, matrix
-from colonnade.workload.winograd import Size, transform
+from colonnade.workload.winograd import Size, matrices, transform
 
 
 def shapes(step: Operands, isa: Isa) -> list[tuple[int, int, int]]:
@@ -50,6 +50,17 @@ def cut(lanes: int, mr: int, nv: int, isa: Isa, paired: bool) -> strips.Strips:
     if tailed is None or tailed.vectors * mr + tailed.done * strips.lane_cost(mr, isa) >= whole.vectors * mr:
         return whole
     return tailed
+
+
+def turns(cut: strips.Strips, mr: int, nv: int, isa: Isa, paired: bool) -> float:
+    """Multiply-adds of a vector that a weight takes over all lanes, its share of what stands around them included."""
+    whole = sum(cut.widths) * (pairs.work(mr) / mr if paired else 1)
+    return (whole + cut.done * strips.lane_cost(mr, isa) / mr) * (1 + 0.5 / nv + 0.5 / mr)
+
+
+def gains(m: int) -> npt.NDArray[np.float64]:
+    """[m + 2]: how much larger than the layer's the inputs of a position are, as if pixels were independent."""
+    return np.asarray(np.sqrt(np.square(matrices(m)[0]).sum(1)))
 
 
 def tiles(step: Operands, m: Size, positions: int, mr: int) -> tuple[Tile, ...]:

@@ -17,18 +17,15 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import filtering, pairs, panels, products, registers, strips, tables
+from colonnade.kernels.ops import filtering, pairs, panels, products, registers, tables
 from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, round_up
 from colonnade.workload import Conv2d, WinogradConv2d
 from colonnade.workload.filtering import ONE
-from colonnade.workload.winograd import TAPS, matrices
+from colonnade.workload.winograd import SIZES, TAPS
 
-SIZES = (4,)  # m
-INTO: dict[int, filtering.Program] = {m: filtering.into(m, TAPS) for m in SIZES}
-BACK: dict[int, filtering.Program] = {m: filtering.back(m, TAPS) for m in SIZES}
 VERTICAL = Struct(
     "cn_vertical",
     "A cn_conv that multiplies between the transforms of minimal filtering down columns, in a thread's room.",
@@ -98,12 +95,12 @@ def variants(isa: Isa) -> Iterator[Variant]:
 
     shapes = [(mr, nv, "spconv") for mr, nv in registers.shapes(isa)]
     shapes += [(mr, nv, pairs.KIND) for mr, nv in pairs.shapes(isa)]
-    for m in SIZES:
+    for m in (m for m, n in SIZES.values() if n == 1):
         for mr, nv, kind in shapes:
             needed = conv.variant(mr, nv, isa, kind)
             params = {
-                "M": m, "N": m + 2, "NV": 1, "lines": filtering.lines, "B": INTO[m], "A": BACK[m],
-                "product": needed.symbol, "AHEAD": CHANNELS_AHEAD,
+                "M": m, "N": m + 2, "NV": 1, "lines": filtering.lines, "B": filtering.into(m, TAPS),
+                "A": filtering.back(m, TAPS), "product": needed.symbol, "AHEAD": CHANNELS_AHEAD,
             }  # fmt: skip
             yield Variant(_symbol(m, mr, nv, kind == pairs.KIND, isa.name), "vertical.c.in", params, (needed,))
 
@@ -130,9 +127,8 @@ def own(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         rows = _rows(conv, m)
         parts = -(-rows // (band or rows))
         cut = products.cut(_lanes(conv, band or rows), mr, nv, isa, bool(paired))
-        turns = sum(cut.widths) * (pairs.work(mr) / mr if paired else 1) + cut.done * strips.lane_cost(mr, isa) / mr
         weights = _weights(conv, m, kept)
-        work = weights * (1 + 0.5 / nv + 0.5 / mr) * turns * parts
+        work = weights * products.turns(cut, mr, nv, isa, bool(paired)) * parts
         moves = (m + 2) * (conv.in_channels + conv.out_channels) * (cut.vectors + (cut.tail > 0)) * parts * 4
         again = WEIGHTS * weights / isa.lanes * parts if 4 * weights > FAR else 0
         yield Candidate(name, params, (work + moves + again) * _idle(parts if band else 0, threads))
@@ -213,16 +209,14 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     room = round_up(sums + 4 * positions * sums_position, LINE) + AHEAD
     per_image = -(-conv.out_height // m)
     line = round_up(4 * (min(most, per_image) * m * layout.pitch + VECTOR), LINE)
-    # a position's inputs as large as those of a transform of independent pixels
-    gains = np.sqrt(np.square(matrices(m)[0]).sum(1))
     taps = [np.concatenate([read[p] + 4 * x for x in range(TAPS)]) for p in range(positions)]
-    where = products.Planes(taps, sums + written, ONE, gains, lanes, sums_plane)
+    where = products.Planes(taps, sums + written, ONE, products.gains(m), lanes, sums_plane)
     multiplied = products.fields(step, (m, 1), (mr, nv), paired, isa, where)
     last = products.cut(_lanes(conv, (rows - 1) % most + 1), mr, nv, isa, paired)
     residual = step.inputs[1] if conv.epilogue.residual else None
     through, _ = panels.fields(None, output, residual, 0, 0, False, isa)
     fields: dict[str, Field] = {
-        **multiplied, "row_count": 0,  # nothing behind the last lane of sums is read
+        **multiplied, "row_count": 0,  # these sums are no map: nothing behind their last lane is read
         "base": Arena(), "sources": u32(source.offsets), "targets": panels.planes(output),
         "adds": panels.planes(residual),
         "zeros": Const(np.zeros(conv.width + VECTOR_LANES, np.float32)), "room": Scratch(), "lines": Scratch(),

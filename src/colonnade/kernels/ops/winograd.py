@@ -17,15 +17,15 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import filtering, pairs, panels, products, registers, strips, tables, vertical
+from colonnade.kernels.ops import filtering, pairs, panels, products, registers, tables, vertical
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, round_up
 from colonnade.workload import Conv2d, WinogradConv2d
-from colonnade.workload.winograd import matrices
+from colonnade.workload.winograd import SIZES, TAPS
 
-SQUARE = (2, 4)  # m of tiles of m x m pixels
+SQUARE = tuple(m for m, n in SIZES.values() if m == n)  # tiles of m x m pixels
 
 TILES = (
     Member("images", "u32"),
@@ -92,7 +92,7 @@ def variants(isa: Isa) -> Iterator[Variant]:
     """The transforms of both tile sizes; the product between them is the convolution's own kernel."""
     for m in SQUARE:
         same: dict[str, object] = {"M": m, "N": m + 2, "NV": 1, "lines": filtering.lines}
-        into, back = {**same, "B": filtering.into(m, 3)}, {**same, "A": filtering.back(m, 3)}
+        into, back = {**same, "B": filtering.into(m, TAPS)}, {**same, "A": filtering.back(m, TAPS)}
         yield Variant(f"f32_winograd{m}_input_1v__{isa.name}", "winograd_input.c.in", into)
         yield Variant(f"f32_winograd{m}_output_1v__{isa.name}", "winograd_output.c.in", back)
 
@@ -149,8 +149,7 @@ def _candidates(
         if nv > vectors and not anyhow:
             continue  # every position has weights of its own: a short block would read them for too few lanes
         channels = conv.in_channels * conv.out_channels
-        turns = sum(cut.widths) * (pairs.work(mr) / mr if paired else 1) + cut.done * strips.lane_cost(mr, isa) / mr
-        work = (m + 2) ** 2 * channels * kept * turns * (1 + 0.5 / nv + 0.5 / mr)
+        work = (m + 2) ** 2 * channels * kept * products.turns(cut, mr, nv, isa, bool(paired))
         moves = (m + 2) ** 2 * (conv.in_channels + conv.out_channels) * vectors * 3
         # Unmeasured, the direct convolution is the safer choice: it reads a quarter of the weights.
         yield Candidate(name, params, 6 * (work + moves))
@@ -242,8 +241,7 @@ def _product(
     conv = step.workload
     assert isinstance(conv, Conv2d)
     ic, oc, n2 = conv.in_channels, conv.out_channels, (m + 2) ** 2
-    # a position's inputs as large as those of a transform of independent pixels
-    gain = np.sqrt(np.square(matrices(m)[0]).sum(1))
+    gain = products.gains(m)
 
     def planes(count: int) -> npt.NDArray[np.int64]:
         return 4 * np.add.outer(np.arange(n2, dtype=np.int64) * position(count, plane), np.arange(count) * plane)
