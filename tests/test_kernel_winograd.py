@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from kernel_harness import machine_has, need, run
 from test_kernel_panels import case_of
 
-from colonnade.kernels.isa import ISAS
-from colonnade.kernels.ops import filtering, winograd
+from colonnade.kernels.isa import ISAS, isa
+from colonnade.kernels.ops import filtering, winograd, winograd_rows
 from colonnade.kernels.registry import candidates
 from colonnade.pattern import ColumnPattern
 from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, Epilogue, WinogradConv2d
@@ -124,6 +124,37 @@ def test_down_columns_in_bands(isa, drawn, rows, seed, data):
     found = data.draw(st.sampled_from(candidates(case, isa, 1)))
     candidate = replace(found, params={**found.params, "rows": rows})
     run(case, candidate, isa, inputs, threads=data.draw(st.sampled_from([1, 2, 3])), tolerance=2e-4)
+
+
+@pytest.mark.parametrize("isa", [row for row in EVERYWHERE if row.values[0].scalable])
+@given(drawn=pruned(), band=st.integers(1, 5), seed=st.integers(0, 2**31), data=st.data())
+@settings(max_examples=20, deadline=None, phases=NO_SHRINK)
+def test_row_by_row_of_positions(isa, drawn, band, seed, data):
+    """Any number of rows of tiles at a time, over the ends of images, rows longer than registers, shared by threads."""
+    conv, pattern = replace(drawn[0], m=(2, 2), height=data.draw(st.integers(1, 24))), drawn[1]
+    into = data.draw(st.sampled_from([0, 1, 2]))
+    conv = replace(conv, epilogue=replace(conv.epilogue, residual=data.draw(st.booleans())))
+    case, inputs = case_of(conv, pattern, seed, (0, into, into), data.draw(st.integers(0, 2)))
+    found = data.draw(st.sampled_from([c for c in candidates(case, isa, 1) if "band" in c.params]))
+    candidate = replace(found, params={**found.params, "band": band})
+    run(case, candidate, isa, inputs, threads=data.draw(st.sampled_from([1, 2, 3])), tolerance=2e-4)
+
+
+def test_what_stands_in_memory_between_calls():
+    """A band's positions of one row, what is kept of the rows before, and no more, whatever the map's height."""
+    row = isa("rvv")
+    for size, channels in ((56, 64), (28, 128), (14, 256), (7, 512)):
+        conv = WinogradConv2d(1, channels, channels, size, size, (3, 3), padding=(1, 1, 1, 1), m=(2, 2))
+        case, _ = operands(conv, ColumnPattern(0.75, 8), 0)
+        found = [c for c in candidates(case, row, 1) if "band" in c.params and "8x2" in c.kernel]
+        assert len(found) == 2
+        for candidate, near in zip(sorted(found, key=lambda c: c.params["band"]), winograd_rows.NEAR, strict=True):
+            band, calls = candidate.params["band"], winograd.bind(case, candidate)
+            rows = (size + 1) // 2
+            bands = -(-rows // band)
+            assert len(calls) == 12 * bands and [c.fields["band"] for c in calls[::12]][:-1] == [band] * (bands - 1)
+            assert band * rows * (4 + 4 + 4) * channels * 4 <= near
+            assert {call.shared for call in calls} == {calls[0].shared}
 
 
 def test_how_many_rows_pass_together():

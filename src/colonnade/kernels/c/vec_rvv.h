@@ -171,6 +171,7 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     { \
         return __riscv_vfmacc_vf_f32m##L(acc, s, v, vl); \
     } \
+    VEC_INLINE vec##L##_t vec##L##_scale(vec##L##_t v, float s, size_t vl) { return __riscv_vfmul_vf_f32m##L(v, s, vl); } \
     VEC_INLINE vec##L##_t vec##L##_fmav(vec##L##_t acc, vec##L##_t a, vec##L##_t b, size_t vl) \
     { \
         return __riscv_vfmacc_vv_f32m##L(acc, a, b, vl); \
@@ -280,6 +281,8 @@ VEC_INLINE uint64_t vec_long_now(const uint64_t *p)
 VEC_INLINE void vec_touch(const void *p) { __asm__ volatile("lw zero, %0" : : "m"(*(const int *)p)); }
 VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop, which RVV 1.0 machines may lack */
 #define VEC_SPLIT(L) \
+    /* every lane's right neighbour, which the last of vl has too */ \
+    VEC_INLINE vec##L##_t vec##L##_after(vec##L##_t v, size_t vl) { return __riscv_vslidedown_vx_f32m##L(v, 1, vl); } \
     VEC_INLINE vec##L##_t vec##L##_next(vec##L##_t v, float last, size_t vl) { return __riscv_vfslide1down_vf_f32m##L(v, last, vl); } \
     VEC_INLINE void vec##L##_split2(const float *p, vec##L##_t *a, vec##L##_t *b, size_t vl) \
     { \

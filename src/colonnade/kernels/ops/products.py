@@ -17,6 +17,7 @@ from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops import pairs, panels, registers, strips, tables
 from colonnade.kernels.ops.shared import f32, u32
 from colonnade.kernels.registry import Operands
+from colonnade.layout import LINE, VECTOR_LANES
 from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d, WinogradConv2d, matrix
 from colonnade.workload.winograd import Size, matrices, transform
@@ -58,36 +59,53 @@ def turns(cut: strips.Strips, mr: int, nv: int, isa: Isa, paired: bool) -> float
     return (whole + cut.done * strips.lane_cost(mr, isa) / mr) * (1 + 0.5 / nv + 0.5 / mr)
 
 
+def cycles(blocks: int, columns: float, mr: int, lmul: int) -> float:
+    """Of a two-wide in-order core, for blocks of ``mr`` rows by a register group, each of so many kept columns: as
+    `costs.cost_in_order` counts them."""
+    return blocks * (columns * (max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul) + 5 * mr * lmul)
+
+
+def places(channels: int, plane: int, positions: int) -> tuple[int, npt.NDArray[np.int64]]:
+    """Lanes from one position to the next, and the bytes at which every plane begins, [positions, channels]. Behind the
+    last plane is room for what a vector writes beyond it."""
+    position = channels * plane + VECTOR_LANES
+    position += LINE // 4 if position % 1024 == 0 else 0
+    at = np.add.outer(np.arange(positions, dtype=np.int64) * position, np.arange(channels) * plane)
+    return position, 4 * at
+
+
 def gains(m: int) -> npt.NDArray[np.float64]:
     """[m + 2]: how much larger than the layer's the inputs of a position are, as if pixels were independent."""
     return np.asarray(np.sqrt(np.square(matrices(m)[0]).sum(1)))
 
 
-def tiles(step: Operands, m: Size, positions: int, mr: int) -> tuple[Tile, ...]:
-    """What every position multiplies, position by position: tiles of ``mr`` rows of all its columns, or those that the
-    zeros of transformed weights show. At each position a tile has the columns that it keeps there, one at least."""
+def tiles(step: Operands, m: Size, count: int, some: range, mr: int) -> tuple[Tile, ...]:
+    """What ``some`` of ``count`` positions multiply, one after the other: tiles of ``mr`` rows of all their columns, or
+    those that the zeros of transformed weights show. At each a tile has the columns that it keeps there, or one."""
     conv = step.workload
     assert isinstance(conv, Conv2d)
     oc = conv.out_channels
     rows = np.array_split(np.arange(oc, dtype=np.int32), range(mr, oc, mr))
     if not isinstance(conv, WinogradConv2d):
-        dense = matrix(transform(step.constants["weight"], m)).reshape(oc, positions, -1)
+        dense = matrix(transform(step.constants["weight"], m)).reshape(oc, count, -1)
         every = np.arange(dense.shape[2], dtype=np.int32)
         return tuple(
-            Tile(p * oc + r, every, np.ascontiguousarray(dense[r, p].T)) for p in range(positions) for r in rows
+            Tile(place * oc + r, every, np.ascontiguousarray(dense[r, p].T))
+            for place, p in enumerate(some)
+            for r in rows
         )
-    width = conv.k // positions
+    width = conv.k // count
     tiled = tables.tiling(step, dense_tile=0)
     if tiled.is_dense:
         tiled = tables.tiling(step, dense_tile=mr)
     found = []
-    for p in range(positions):
+    for place, p in enumerate(some):
         for tile in tiled.tiles:
             at = slice(*np.searchsorted(tile.columns, (p * width, (p + 1) * width)))
             columns, values = tile.columns[at] - np.int32(p * width), tile.values[at]
             if not len(columns):
                 columns, values = np.zeros(1, np.int32), np.zeros((1, len(tile.rows)), np.float32)
-            found.append(Tile(p * oc + tile.rows, columns, np.ascontiguousarray(values)))
+            found.append(Tile(place * oc + tile.rows, columns, np.ascontiguousarray(values)))
     return tuple(found)
 
 
@@ -96,16 +114,19 @@ class Planes:
     """Where the products of one step read and write; offsets in bytes from the arena of their call.
 
     sources: of every position, of its columns. sums: of every position and output channel. ones: the position of which
-    the transform back makes the same pixel everywhere in a tile, for the bias. gains: of every position, how much
-    larger its inputs are than the layer's. lanes: of a product. plane: lanes from one plane of sums to the next.
+    the transform back makes the same pixel everywhere in a tile, for the bias; None: it is not among these. gains: of
+    every position, how much larger its inputs are than the layer's. lanes: of a product. plane: lanes from one plane of
+    sums to the next. first, count: these positions begin with that one, of so many in a tile; 0: they are all.
     """
 
     sources: Sequence[npt.NDArray[np.int64]]
     sums: npt.NDArray[np.int64]
-    ones: int
+    ones: int | None
     gains: npt.NDArray[np.float64]
     lanes: int
     plane: int
+    first: int = 0
+    count: int = 0
 
 
 def fields(
@@ -115,12 +136,13 @@ def fields(
     conv = step.workload
     assert isinstance(conv, Conv2d)
     (mr, nv), oc, positions = shape, conv.out_channels, len(planes.sources)
-    found = tiles(step, m, positions, mr)
+    found = tiles(step, m, planes.count or positions, range(planes.first, planes.first + positions), mr)
     tiled = TiledWeights((positions * oc, len(planes.sources[0])), found, positions)
     bias = np.zeros(positions * oc, np.float32)
     order = np.concatenate([tile.rows for tile in found])
     ring = registers.places(mr, nv, isa)
-    bias[planes.ones * oc : (planes.ones + 1) * oc] = step.constants.get("bias", 0)
+    if planes.ones is not None:
+        bias[planes.ones * oc : (planes.ones + 1) * oc] = step.constants.get("bias", 0)
     begun: Mapping[str, Field] = {"bias": f32(tables.beyond(bias[order], ring)), **pairs.NONE}
     if in_pairs:
         assert step.rms is not None

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
@@ -150,8 +149,7 @@ def _rank_in_order(conv: Conv2d, m: int, band: int, mr: int, lmul: int, kept: fl
     rows = _rows(conv, m)
     count = -(-rows // (band or rows))
     blocks = count * (m + 2) * -(-conv.out_channels // mr) * -(-_lanes(conv, band or rows) // (8 * lmul))
-    column = max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul
-    product_ = blocks * (TAPS * conv.in_channels * kept * column + 5 * mr * lmul)
+    product_ = products.cycles(blocks, TAPS * conv.in_channels * kept, mr, lmul)
     values = (m + 2) * (conv.in_channels + conv.out_channels) * rows * _span(conv)
     held = 4 * values / count / HELD
     total = 1.1 * product_ + (7 if held > 1 else 3.5 + held) * values + 0.15 * 4 * _weights(conv, m, kept) * count
@@ -180,15 +178,6 @@ def _band(conv: Conv2d, m: int, near: int) -> int:
     return -(-rows // -(-rows // max(near // row, 1)))
 
 
-def _places(channels: int, plane: int, positions: int) -> tuple[int, npt.NDArray[np.int64]]:
-    """Lanes from one position to the next, and the bytes at which every plane begins, [positions, channels]. Behind the
-    last plane is room for what a vector writes beyond it."""
-    position = channels * plane + VECTOR_LANES
-    position += LINE // 4 if position % 1024 == 0 else 0
-    at = np.add.outer(np.arange(positions, dtype=np.int64) * position, np.arange(channels) * plane)
-    return position, 4 * at
-
-
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """One call, or both transforms and a call between them that multiplies."""
     conv, output, source = step.workload, step.output, step.inputs[0]
@@ -203,8 +192,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     sums_plane = round_up(lanes, LINE // 4)
     sums_plane += LINE // 4 if sums_plane % 1024 == 0 else 0
     in_plane += LINE // 4 if in_plane % 1024 == 0 else 0
-    in_position, read = _places(conv.in_channels, in_plane, positions)
-    sums_position, written = _places(conv.out_channels, sums_plane, positions)
+    in_position, read = products.places(conv.in_channels, in_plane, positions)
+    sums_position, written = products.places(conv.out_channels, sums_plane, positions)
     sums = round_up(4 * (positions * in_position + VECTOR_LANES), LINE)
     room = round_up(sums + 4 * positions * sums_position, LINE) + AHEAD
     per_image = -(-conv.out_height // m)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import filtering, pairs, panels, products, registers, tables, vertical
+from colonnade.kernels.ops import filtering, pairs, panels, products, registers, tables, vertical, winograd_rows
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -81,7 +81,7 @@ OUTPUT = Struct(
         Member("high", "f32"),
     ),
 )
-STRUCTS = (INPUT, OUTPUT)
+STRUCTS = (INPUT, OUTPUT, *winograd_rows.STRUCTS)
 BAND = 64  # tiles, about, that the input transform makes at a time: 8 KB of scratch, and few pages of panels
 RUN = 256  # lanes of a position, about, that the output transform reads in one go: 24 KB of scratch
 PIXELS = 1024  # that it puts side by side at a time
@@ -91,10 +91,19 @@ VECTOR = 16  # lanes of the widest fixed vector: rows in scratch are written, re
 def variants(isa: Isa) -> Iterator[Variant]:
     """The transforms of both tile sizes; the product between them is the convolution's own kernel."""
     for m in SQUARE:
+        if _by_rows(m, isa):
+            yield from winograd_rows.variants(isa)
+            continue
         same: dict[str, object] = {"M": m, "N": m + 2, "NV": 1, "lines": filtering.lines}
         into, back = {**same, "B": filtering.into(m, TAPS)}, {**same, "A": filtering.back(m, TAPS)}
         yield Variant(f"f32_winograd{m}_input_1v__{isa.name}", "winograd_input.c.in", into)
         yield Variant(f"f32_winograd{m}_output_1v__{isa.name}", "winograd_output.c.in", back)
+
+
+def _by_rows(m: int, isa: Isa) -> bool:
+    """Do rows of positions follow each other, or do all pass together? In-order cores with small caches are faster by
+    the former, others are not."""
+    return isa.scalable and m == winograd_rows.M
 
 
 def applies(step: Operands) -> bool:
@@ -137,6 +146,9 @@ def _candidates(
     worth it, too."""
     conv = step.workload
     assert isinstance(conv, Conv2d)
+    if _by_rows(m, isa):
+        yield from winograd_rows.candidates(step, isa, kernels, kept, dense)
+        return
     for mr, nv, paired in kernels:
         params = {"winograd": m, "dense": dense, "pairs": paired}
         name = f"f32_winograd{m}_{mr}x{nv}v__{isa.name}"
@@ -161,9 +173,10 @@ def _rank_in_order(conv: Conv2d, m: int, mr: int, lmul: int, kept: float) -> flo
     channels at 56x56 to 512 at 7x7, to 8 %)."""
     lanes, positions = _lanes(conv, m), (m + 2) ** 2
     blocks = positions * -(-conv.out_channels // mr) * -(-lanes // (8 * lmul))
-    column = max(mr * lmul, mr + 3.5) + 1 + 0.2 * lmul
-    product_ = blocks * (conv.in_channels * kept * column + 5 * mr * lmul)
-    return 1.19 * product_ + 7 * positions * (conv.in_channels + conv.out_channels) * lanes
+    return (
+        1.19 * products.cycles(blocks, conv.in_channels * kept, mr, lmul)
+        + 7 * positions * (conv.in_channels + conv.out_channels) * lanes
+    )
 
 
 def position(channels: int, plane: int) -> int:
@@ -180,6 +193,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """Input transform, product, output transform."""
     if "rows" in candidate.params:
         return vertical.bind(step, candidate)
+    if "band" in candidate.params:
+        return winograd_rows.bind(step, candidate)
     conv, output, source = step.workload, step.output, step.inputs[0]
     assert isinstance(conv, Conv2d) and output is not None
     m, isa = candidate.params["winograd"], candidate.kernel.rsplit("__", 1)[1]
