@@ -17,6 +17,8 @@ from colonnade.kernels.structs import Member
 from colonnade.layout import LINE, Panels, Placed, Planes, round_up
 from colonnade.workload import Conv2d
 
+TOGETHER = 16
+NEAREST = 16 << 10  # bytes of their pixels: half of a first cache
 ROWS_AHEAD = 32  # entries by which tables of rows reach beyond the last one, for kernels that look ahead
 
 MEMBERS = (
@@ -46,6 +48,12 @@ def vectors(*tensors: Placed) -> set[int]:
 def planes(tensor: Placed | None) -> Const | None:
     """Of a tensor in planes, where they begin."""
     return None if tensor is None or isinstance(tensor.layout, Panels) else u32(tensor.offsets)
+
+
+def together(output: Placed, size: int, isa: Isa) -> int:
+    """Channels whose pixels, ``size`` bytes each, are finished before they go into ``output``: into panels so many that
+    lines of a strip are written one behind the other, which spares cores of small caches to read them before."""
+    return max(1, min(TOGETHER, NEAREST // size)) if isa.scalable and isinstance(output.layout, Panels) else 1
 
 
 def readable(conv: Conv2d, source: Placed, target: Planes) -> bool:

@@ -36,7 +36,7 @@ VERTICAL = Struct(
         Member("adds", "const uint32_t *", "likewise of what is added"),
         Member("zeros", "const float *", "a row of the input outside of it"),
         Member("room", "char *", "room_bytes a thread: planes of transformed rows, from `sums` bytes on their sums"),
-        Member("lines", "char *", "line_bytes a thread: from `pixels` bytes on, pixels of a band"),
+        Member("lines", "char *", "line_bytes a thread: from `pixels` bytes on, pixels of a band and some channels"),
         Member("halo", "char *", "zero lanes in front of the output's first plane"),
         Member("halo_bytes", "u32"),
         Member("room_bytes", "u32"),
@@ -44,6 +44,8 @@ VERTICAL = Struct(
         Member("sums", "u32"),
         Member("pixels", "u32"),
         Member("pixel_bytes", "u32"),
+        Member("pixel_lanes", "u32", "from one channel's to the next one's"),
+        Member("pixel_channels", "u32", "whose pixels are made before they are written"),
         Member("part", "u32", "0: all of it; 1: the transform of the input alone, of all rows; 2: that of the sums"),
         Member("images", "u32"),
         Member("tile_rows", "u32", "of an image"),
@@ -197,7 +199,9 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     sums = round_up(4 * (positions * in_position + VECTOR_LANES), LINE)
     room = round_up(sums + 4 * positions * sums_position, LINE) + AHEAD
     per_image = -(-conv.out_height // m)
-    line = round_up(4 * (min(most, per_image) * m * layout.pitch + VECTOR), LINE)
+    pixels = round_up(min(most, per_image) * m * layout.pitch + VECTOR, LINE // 4)
+    together = panels.together(output, 4 * pixels, isa)
+    line = 4 * pixels * together
     taps = [np.concatenate([read[p] + 4 * x for x in range(TAPS)]) for p in range(positions)]
     where = products.Planes(taps, sums + written, ONE, products.gains(m), lanes, sums_plane)
     multiplied = products.fields(step, (m, 1), (mr, nv), paired, isa, where)
@@ -210,7 +214,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "adds": panels.planes(residual),
         "zeros": Const(np.zeros(conv.width + VECTOR_LANES, np.float32)), "room": Scratch(), "lines": Scratch(),
         "halo": Arena(output.lead_offset), "halo_bytes": output.lead_bytes, "room_bytes": room + line,
-        "line_bytes": room + line, "sums": sums, "pixels": room, "pixel_bytes": line, "part": 0, "images": conv.batch,
+        "line_bytes": room + line, "sums": sums, "pixels": room, "pixel_bytes": line, "pixel_lanes": pixels,
+        "pixel_channels": together, "part": 0, "images": conv.batch,
         "tile_rows": per_image, "band": most, "last_strips": last.count, "last_tail": last.tail, "span": _span(conv),
         "top": conv.padding[0], "left": conv.padding[1], "in_channels": conv.in_channels, "in_height": conv.height,
         "in_width": conv.width, "in_pitch": source.grid.pitch, "in_image_rows": source.grid.image_rows,

@@ -68,6 +68,8 @@ OUTPUT = Struct(
         *BAND,
         Member("position", "u32", "lanes from one position or column to the next"),
         Member("row", "u32", "of positions"),
+        Member("pixel_lanes", "u32", "of a channel's pixels in scratch"),
+        Member("pixel_channels", "u32", "whose pixels are made before they are written"),
         Member("height", "u32", "rows of pixels"),
         Member("width", "u32", "pixels of a row"),
         Member("lanes", "u32", "up to the last pixel"),
@@ -163,7 +165,9 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     shared = kept + round_up(4 * 2 * M * position, LINE) + AHEAD
     runs = most * -(-columns // LEAST)
     scratch_in = round_up(RUN * runs + 4 * (N * TOGETHER * plane + LMUL * VECTOR_LANES), LINE)
-    line = round_up(4 * (min(most, -(-conv.out_height // M)) * M * layout.pitch + M * VECTOR_LANES), LINE)
+    pixels = round_up(min(most, -(-conv.out_height // M)) * M * layout.pitch + M * VECTOR_LANES, LINE // 4)
+    together = panels.together(output, 4 * pixels, isa)
+    line = 4 * pixels * together
     sources = list(np.arange(N * ic, dtype=np.int64).reshape(N, ic))
     gain = np.outer(products.gains(M), products.gains(M))
     residual = step.inputs[1] if conv.epilogue.residual else None
@@ -171,6 +175,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     back: dict[str, Field] = {
         **lead(output), "arena": Arena(), "planes": panels.planes(output), "residual": panels.planes(residual),
         "tiles": Shared(sums), "kept": Shared(kept), "position": position, "scratch_bytes": line,
+        "pixel_lanes": pixels, "pixel_channels": together,
         "channels": conv.out_channels, "height": conv.out_height, "width": conv.out_width, "lanes": layout.lanes,
         "plane": layout.plane, "added": int(residual is not None),
         "strip_vectors": max(panels.vectors(output, *step.inputs), default=0),
