@@ -108,7 +108,7 @@ def test_data(photos: Path, arrays: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere.npz"], "no such folder or file"),
+        (["nowhere.npz"], "there is no such file"),
         (["{arrays}"], "no layer has zeros to hold"),
         (["{arrays}", "--distill", "0.5"], "--distill learns from the model before pruning"),
         (["{arrays}", "--sparsity", "2"], "sparsity"),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from colonnade import stored
 from colonnade.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -161,13 +162,10 @@ def calibration_inputs(
     """Inputs for pruning, by name: as `samples` (labels are dropped), or an .npz with an array for each model input."""
     path = Path(source)
     if path.suffix == ".npz" and not path.is_dir():
-        try:
-            with np.load(path, allow_pickle=False) as content:
-                arrays = {name: content[name] for name in content.files if name not in ("labels", "y")}
-        except FileNotFoundError:
-            raise UserError(f"{path}: there is no such file") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: not readable as arrays ({' '.join(str(error).split())})") from None
+        content = stored.arrays(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: one array without a name; expected an .npz")
+        arrays = {name: array for name, array in content.items() if name not in ("labels", "y")}
         sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
         if len(sizes) != 1 or not min(sizes):
             raise UserError(f"{path}: expected arrays of inputs, all with the same number of samples")
@@ -254,15 +252,9 @@ def _photos(folder: Path, preprocess: str | Mapping[str, Any] | None, limit: int
 def _stored(path: Path) -> Samples:
     if path.suffix not in ARRAYS:
         raise UserError(f"{path}: expected a folder of photos, an .npz or an .npy")
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return Samples(content)
-        arrays = {name: content[name] for name in content.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not readable as arrays ({' '.join(str(error).split())})") from None
+    arrays = stored.arrays(path)
+    if not isinstance(arrays, dict):
+        return Samples(arrays)
     labels = next((arrays.pop(name) for name in ("labels", "y") if name in arrays), None)
     inputs = next((arrays[name] for name in ("inputs", "x") if name in arrays), None)
     if inputs is None and len(arrays) == 1:

@@ -175,9 +175,8 @@ def _named(words: list[str], ports: dict[str, Any]) -> list[tuple[str, Path, Any
 
 def _load(path: Path, port: Any, preprocess: Any) -> npt.NDArray[Any]:
     """The array for one input, from an array's file or a photo."""
-    import numpy as np
-
     from colonnade.photo import SUFFIXES, load_photo
+    from colonnade.stored import arrays
 
     if path.suffix.lower() in SUFFIXES:
         if preprocess is None:
@@ -191,17 +190,8 @@ def _load(path: Path, port: Any, preprocess: Any) -> npt.NDArray[Any]:
         if photo.shape[1:] == shape[1:] and shape[0] != 1:
             raise UserError(f"{path}: the bundle takes {shape[0]} images at once and this is one; build with --batch 1")
         return photo.astype(port["dtype"])
-    try:
-        # A pickle inside could run anything.
-        loaded = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or 'not an array'})") from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: neither an array (.npy) nor a photo ({', '.join(SUFFIXES)})") from error
-    if not isinstance(loaded, np.ndarray):
-        loaded.close()
+    loaded = arrays(path)
+    if isinstance(loaded, dict):
         raise UserError(f"{path}: several arrays in one file; save each as .npy and give them by name")
     return loaded
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from colonnade import stored
 from colonnade.errors import UserError
 from colonnade.photo import SUFFIXES, center_view, normalized, open_photo
 
@@ -259,15 +260,10 @@ def open_data(
 
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if isinstance(content, np.ndarray):
-                raise ValueError("one array")
-            return {name: content[name] for name in content.files}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such folder or file") from error
-    except Exception as error:
-        raise UserError(f"{path}: expected a folder of photos, or an .npz file of plain arrays x and y") from error
+    found = stored.arrays(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a folder of photos, or an .npz file of arrays x and y")
+    return found
 
 
 def _pair(arrays: Mapping[str, npt.NDArray[Any]], suffix: str, path: Path) -> tuple[Tensor, Tensor]:
