@@ -25,6 +25,7 @@ from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.onnx_file import prune_file
 from colonnade.targets import Qemu
 from colonnade.targets.qemu import VLENS
+from colonnade.workload.winograd import SIZES
 from tests.zoo import SPARSITIES, ZOO, emulated, model_of, pruned
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason=MISSING)
@@ -70,6 +71,19 @@ def test_bottlenecks_in_panels(tmp_path, tile, vectors):
     steps = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["steps"]
     inner = [step["kernel"] for step in steps if step["params"].get("feed") == 2]
     assert len(inner) >= 5 and all(vectors in kernel for kernel in inner)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bottlenecks_behind_a_transform(tmp_path, size):
+    """3x3 convolutions whose transformed weights are pruned: what stands between the transforms depends on the vector
+    length, the bundle and the answers do not."""
+    onnx.save(bottlenecks(), tmp_path / "model.onnx")
+    seen = {"x": np.random.default_rng(1).standard_normal((8, 3, 22, 22)).astype(np.float32)}
+    pattern = ColumnPattern(0.5, 8, winograd=size)
+    prune_file(tmp_path / "model.onnx", tmp_path / "pruned.onnx", pattern, method="obs", calibration=seen)
+    compare(tmp_path / "pruned.onnx", tmp_path, 22)
+    steps = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["steps"]
+    assert sum(step["params"].get("winograd") == SIZES[size][0] for step in steps) >= 2
 
 
 @pytest.mark.slow
