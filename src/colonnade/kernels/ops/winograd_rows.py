@@ -186,6 +186,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "arena": Arena(), "planes": u32(source.offsets), "tiles": Shared(0), "scratch_bytes": scratch_in, "runs": runs,
         "channels": ic, "top": conv.padding[0], "left": conv.padding[1],
     }  # fmt: skip
+    known: dict[tuple[int, int], dict[str, Field]] = {}  # bands of one size multiply the same
     calls: list[Call] = []
     for begin in range(0, rows, most):
         count = min(most, rows - begin)
@@ -197,17 +198,17 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         for row, factors in enumerate(inputs(M, TAPS)):
             second, first = map(int, np.flatnonzero(factors))
             seen = {"first": first, "second": second, "factor": float(factors[second])}
-            ones = ONE if row == ONE else None
-            where = products.Planes(sources, sums + written, ones, gain[row], count * columns, plane, row * N, N * N)
-            multiplied = products.fields(step, (M, M), (mr, LMUL), False, isa, where, N * ic)
-            calls += [
-                Call(
-                    f"f32_winograd{M}_row_input_1v__{name}", INPUT.name, {**into, **tiles, **seen}, scratch_in, shared
-                ),
+            if (row, count) not in known:
+                ones = ONE if row == ONE else None
+                where = products.Planes(
+                    sources, sums + written, ones, gain[row], count * columns, plane, row * N, N * N
+                )
+                multiplied = products.fields(step, (M, M), (mr, LMUL), False, isa, where, N * ic)
                 # sums are no map: nothing behind their last lane is read
-                Call(registers.symbol(mr, LMUL, isa), tables.CONV.name, {**multiplied, "row_count": 0}, 0, shared),
-                Call(
-                    f"f32_winograd{M}_row_output_1v__{name}", OUTPUT.name, {**back, **tiles, "row": row}, line, shared
-                ),
+                known[row, count] = {**multiplied, "row_count": 0}
+            calls += [
+                Call(f"f32_winograd{M}_row_input_1v__{name}", INPUT.name, into | tiles | seen, scratch_in, shared),
+                Call(registers.symbol(mr, LMUL, isa), tables.CONV.name, known[row, count], 0, shared),
+                Call(f"f32_winograd{M}_row_output_1v__{name}", OUTPUT.name, back | tiles | {"row": row}, line, shared),
             ]
     return tuple(calls)
