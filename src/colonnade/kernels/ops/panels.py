@@ -17,7 +17,7 @@ from colonnade.kernels.structs import Member
 from colonnade.layout import LINE, Panels, Placed, Planes, round_up
 from colonnade.workload import Conv2d
 
-TOGETHER = 16
+TOGETHER = 16  # channels whose pixels are finished before they go into panels, at most
 NEAREST = 16 << 10  # bytes of their pixels: half of a first cache
 ROWS_AHEAD = 32  # entries by which tables of rows reach beyond the last one, for kernels that look ahead
 
