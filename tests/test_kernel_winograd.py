@@ -169,6 +169,21 @@ def test_how_many_rows_pass_together():
         assert calls[0].fields["band"] == (rows or 14)
 
 
+def test_small_maps_pass_in_one_call():
+    """On RISC-V all rows of a map at once where that is little, and by one thread: its weights come once."""
+    row = isa("rvv")
+    for size, channels, whole in ((56, 64, 0), (14, 256, 4), (7, 512, 2)):
+        conv = WinogradConv2d(1, channels, channels, size, size, (3, 3), padding=(1, 1, 1, 1), m=(4, 1))
+        case, _ = operands(conv, ColumnPattern(0.75, 8), 0)
+        one, two = ({c.params["rows"]: c for c in candidates(case, row, threads)} for threads in (1, 2))
+        rows = -(-size // 4)
+        assert (rows in one) == bool(whole)
+        if whole:
+            assert rows == whole and len(winograd.bind(case, one[rows])) == 1
+        if size == 14:
+            assert rows not in two
+
+
 def test_a_tile_computes_the_columns_that_it_keeps():
     """A quarter of the weights is a quarter of the products' work, and a position of which a tile keeps nothing costs
     one column."""

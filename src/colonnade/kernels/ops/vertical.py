@@ -84,9 +84,10 @@ VERTICAL = Struct(
 VECTOR = 16  # lanes of the widest fixed vector
 CHANNELS_AHEAD = 1  # whose rows an in-order core asks for
 AHEAD = 4096  # bytes by which kernels look ahead of what they multiply
-HELD = 450 << 10  # bytes of transformed values that a second cache of 512 KB holds
+HELD = 450 << 10  # bytes of transformed values: where so many pass together, each takes a cycle more
 FAR = 512 << 10  # bytes of weights that do not stay near between two bands
 WEIGHTS = 8  # multiply-adds of a vector in whose time one vector of these weights comes
+WHOLE = 1 << 20  # bytes of a map's transformed values, at most, that pass in one call
 NEAR = (96 << 10, 256 << 10, 512 << 10)  # bytes of a thread's room that bands are tried for
 
 
@@ -116,8 +117,10 @@ def own(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     conv = step.workload
     assert isinstance(conv, WinogradConv2d)
     m, kept, dense = conv.m[0], products.kept(step), int(tables.tiling(step, dense_tile=0).is_dense)
-    bands = sorted({_band(conv, m, near) for near in NEAR} | {0})
-    for (mr, nv, paired), band in product(products.shapes(step, isa), bands):
+    bands = {_band(conv, m, near) for near in NEAR} | {0}
+    if isa.scalable and threads == 1 and _bytes(conv, m, _rows(conv, m)) <= WHOLE:
+        bands.add(_rows(conv, m))  # weights pass once, and nobody waits between the calls
+    for (mr, nv, paired), band in product(products.shapes(step, isa), sorted(bands)):
         params = {"winograd": m, "rows": band, "dense": dense, "pairs": paired}
         name = _symbol(m, mr, nv, bool(paired), isa.name)
         if isa.scalable:
@@ -145,17 +148,17 @@ def _weights(conv: Conv2d, m: int, kept: float) -> float:
 
 
 def _rank_in_order(conv: Conv2d, m: int, band: int, mr: int, lmul: int, kept: float, threads: int) -> float:
-    """Cycles on a two-wide in-order core: the product; a transformed value 3.5 to 4.5, the more of them there are at a
-    time, or 7 where they do not stay in a cache of 512 KB; and 0.15 for every byte of weights that passes (fitted to 17
-    modelled runs of four layers, 64 channels at 56x56 to 512 at 7x7, to 12 %)."""
+    """Cycles on a two-wide in-order core: the product; a transformed value 3.5 to 7, the more where many pass;
+    0.2 for every byte of weights that passes (fitted to 34 modelled runs of four layers, 64 channels at 56x56 to 512 at
+    7x7, to 20 %). Three calls for a map that may pass in one take a little longer."""
     rows = _rows(conv, m)
     count = -(-rows // (band or rows))
     blocks = count * (m + 2) * -(-conv.out_channels // mr) * -(-_lanes(conv, band or rows) // (8 * lmul))
     product_ = products.cycles(blocks, TAPS * conv.in_channels * kept, mr, lmul)
     values = (m + 2) * (conv.in_channels + conv.out_channels) * rows * _span(conv)
-    held = 4 * values / count / HELD
-    total = 1.1 * product_ + (7 if held > 1 else 3.5 + held) * values + 0.15 * 4 * _weights(conv, m, kept) * count
-    return total * _idle(count if band else 0, threads)
+    a_value = min(3.5 + 4 * values / count / HELD, 7)
+    total = 1.1 * product_ + a_value * values + 0.2 * 4 * _weights(conv, m, kept) * count
+    return total * (_idle(count, threads) if band else 1.01)
 
 
 def _rows(conv: Conv2d, m: int) -> int:
@@ -175,9 +178,13 @@ def _lanes(conv: Conv2d, rows: int) -> int:
 
 def _band(conv: Conv2d, m: int, near: int) -> int:
     """Rows of tiles in bands as even as can be, of which what is transformed takes about ``near`` bytes."""
-    row = 4 * (m + 2) * (conv.in_channels + conv.out_channels) * _span(conv)
     rows = _rows(conv, m)
-    return -(-rows // -(-rows // max(near // row, 1)))
+    return -(-rows // -(-rows // max(near // _bytes(conv, m, 1), 1)))
+
+
+def _bytes(conv: Conv2d, m: int, rows: int) -> int:
+    """Of what is transformed of so many rows of tiles, on both sides."""
+    return 4 * (m + 2) * (conv.in_channels + conv.out_channels) * rows * _span(conv)
 
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
