@@ -84,7 +84,7 @@ VERTICAL = Struct(
 VECTOR = 16  # lanes of the widest fixed vector
 CHANNELS_AHEAD = 1  # whose rows an in-order core asks for
 AHEAD = 4096  # bytes by which kernels look ahead of what they multiply
-HELD = 450 << 10  # bytes of transformed values: where so many pass together, each takes a cycle more
+HELD = 450 << 10  # bytes of transformed values that a second cache of 512 KB holds
 FAR = 512 << 10  # bytes of weights that do not stay near between two bands
 WEIGHTS = 8  # multiply-adds of a vector in whose time one vector of these weights comes
 WHOLE = 1 << 20  # bytes of a map's transformed values, at most, that pass in one call
@@ -148,16 +148,16 @@ def _weights(conv: Conv2d, m: int, kept: float) -> float:
 
 
 def _rank_in_order(conv: Conv2d, m: int, band: int, mr: int, lmul: int, kept: float, threads: int) -> float:
-    """Cycles on a two-wide in-order core: the product; a transformed value 3.5 to 7, the more where many pass;
-    0.2 for every byte of weights that passes (fitted to 34 modelled runs of four layers, 64 channels at 56x56 to 512 at
-    7x7, to 20 %). Three calls for a map that may pass in one take a little longer."""
+    """Cycles on a two-wide in-order core: the product; a transformed value 3.5 to 4.5, the more of them there are at a
+    time, or 7 where they do not stay in a cache of 512 KB; and 0.15 for every byte of weights that passes (fitted to 17
+    modelled runs of four layers, 64 channels at 56x56 to 512 at 7x7, to 12 %). Three calls take longer than one."""
     rows = _rows(conv, m)
     count = -(-rows // (band or rows))
     blocks = count * (m + 2) * -(-conv.out_channels // mr) * -(-_lanes(conv, band or rows) // (8 * lmul))
     product_ = products.cycles(blocks, TAPS * conv.in_channels * kept, mr, lmul)
     values = (m + 2) * (conv.in_channels + conv.out_channels) * rows * _span(conv)
-    a_value = min(3.5 + 4 * values / count / HELD, 7)
-    total = 1.1 * product_ + a_value * values + 0.2 * 4 * _weights(conv, m, kept) * count
+    held = 4 * values / count / HELD
+    total = 1.1 * product_ + (7 if held > 1 else 3.5 + held) * values + 0.15 * 4 * _weights(conv, m, kept) * count
     return total * (_idle(count, threads) if band else 1.01)
 
 
