@@ -118,7 +118,7 @@ def test_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("missing.npz", "no such file"), ("empty", "no photos in it"), ("bad.npz", "neither arrays"),
+        ("missing.npz", "no such file"), ("empty", "no photos in it"), ("bad.npz", "neither an array"),
         ("text.txt", "expected a folder"), ("two.npz", "expected `inputs`"),
     ],
 )  # fmt: skip

@@ -95,7 +95,7 @@ def test_photo_prints_the_best_five(model: Path, bundle: Path, photo: Path, caps
         (["--input", "missing.npy"], "there is no such file"),
         (["--input", "other={array}"], "no input 'other'; its inputs: image"),
         (["--input", "{array}", "--input", "{array}"], "given twice"),
-        (["--input", "{text}"], "neither arrays (.npz) nor one (.npy)"),
+        (["--input", "{text}"], "neither an array (.npy) nor arrays (.npz) nor a photo ("),
         (["--input", "{pickle}"], "holds Python objects"),
         (["--input", "{wide}"], "shape (1, 3, 9, 9), expected (1, 3, 8, 8)"),
         (["--input", "{double}"], "type float64, expected float32"),

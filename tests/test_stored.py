@@ -50,7 +50,7 @@ def broken(folder: Path, kind: str) -> Path:
     [
         ("cut", "damaged or cut off"),
         ("damaged", "damaged or cut off"),
-        ("text", "neither arrays"),
+        ("text", "neither an array"),
         ("empty", "damaged or cut off"),
         ("objects", "holds Python objects"),
         ("missing", "there is no such file"),

@@ -190,7 +190,7 @@ def _load(path: Path, port: Any, preprocess: Any) -> npt.NDArray[Any]:
         if photo.shape[1:] == shape[1:] and shape[0] != 1:
             raise UserError(f"{path}: the bundle takes {shape[0]} images at once and this is one; build with --batch 1")
         return photo.astype(port["dtype"])
-    loaded = arrays(path)
+    loaded = arrays(path, f"a photo ({', '.join(SUFFIXES)})")
     if isinstance(loaded, dict):
         raise UserError(f"{path}: several arrays in one file; save each as .npy and give them by name")
     return loaded

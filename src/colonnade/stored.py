@@ -15,8 +15,8 @@ from colonnade.errors import UserError
 BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def arrays(path: Path) -> npt.NDArray[Any] | dict[str, npt.NDArray[Any]]:
-    """The array of an .npy, or those of an .npz by name.
+def arrays(path: Path, others: str = "") -> npt.NDArray[Any] | dict[str, npt.NDArray[Any]]:
+    """The array of an .npy, or those of an .npz by name. others: what else the file might have been, for the error.
 
     Raises ``UserError`` where there is no such file, or it is damaged, none of these, or holds Python objects, which
     could run anything.
@@ -30,10 +30,10 @@ def arrays(path: Path) -> npt.NDArray[Any] | dict[str, npt.NDArray[Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except BROKEN as error:
-        raise UserError(f"{path}: {_reason(path, error)}") from None
+        raise UserError(f"{path}: {_reason(path, error, others)}") from None
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: Path, error: Exception, others: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, ValueError) and "pickle" in str(error):
@@ -41,5 +41,5 @@ def _reason(path: Path, error: Exception) -> str:
             known = file.read(6) == b"\x93NUMPY" or zipfile.is_zipfile(path)
         if known:
             return "holds Python objects, which are not read; save arrays of numbers"
-        return "neither arrays (.npz) nor one (.npy), or cut off"
+        return f"neither an array (.npy) nor arrays (.npz){others and f' nor {others}'}, or cut off"
     return "damaged or cut off; save or copy it again"
