@@ -12,15 +12,47 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.call import Const, Field, Shared
+from colonnade.kernels.call import Arena, Const, Field, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops import pairs, panels, registers, strips, tables
-from colonnade.kernels.ops.shared import f32, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Operands
+from colonnade.kernels.structs import Member
 from colonnade.layout import LINE, VECTOR_LANES
 from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import Conv2d, WinogradConv2d, matrix
 from colonnade.workload.winograd import Size, matrices, transform
+
+PIXELS = (
+    Member("arena", "char *", "base of output and residual"),
+    Member("planes", "const uint32_t *", "offset of every channel's plane; null: it is in panels"),
+    Member("residual", "const uint32_t *", "likewise of the plane to add"),
+    *LEAD_MEMBERS,
+    Member("height", "u32", "rows of pixels"),
+    Member("width", "u32", "pixels of a row"),
+    Member("lanes", "u32", "up to the last pixel"),
+    Member("plane", "u32", "lanes of a whole plane, all of them written"),
+    Member("added", "u32", "is there a residual?"),
+    Member("strip_vectors", "u32", "registers of a strip of the panels"),
+    *(member for member in panels.MEMBERS if member.name.startswith(("out_", "add_"))),
+    Member("low", "f32"),
+    Member("high", "f32"),
+)  # of a transform back: where its pixels go, and what is added to them
+
+
+def pixels(step: Operands, isa: Isa) -> dict[str, Field]:
+    """The fields of ``PIXELS``."""
+    conv, output = step.workload, step.output
+    assert isinstance(conv, Conv2d) and output is not None
+    residual = step.inputs[1] if conv.epilogue.residual else None
+    through, _ = panels.fields(None, output, residual, 0, 0, False, isa)
+    return {
+        **lead(output), "arena": Arena(), "planes": panels.planes(output), "residual": panels.planes(residual),
+        "height": conv.out_height, "width": conv.out_width, "lanes": output.grid.lanes, "plane": output.grid.plane,
+        "added": int(residual is not None), "strip_vectors": max(panels.vectors(output, *step.inputs), default=0),
+        **{name: value for name, value in through.items() if name.startswith(("out_", "add_"))},
+        "low": float(conv.epilogue.activation.low), "high": float(conv.epilogue.activation.high),
+    }  # fmt: skip
 
 
 def shapes(step: Operands, isa: Isa) -> list[tuple[int, int, int]]:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops import filtering, pairs, panels, products, registers, tables, vertical, winograd_rows
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, u32
+from colonnade.kernels.ops import filtering, pairs, products, registers, tables, vertical, winograd_rows
+from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, round_up
@@ -60,25 +60,13 @@ OUTPUT = Struct(
     "cn_winograd_output",
     "Transformed tiles back into planes or panels: clip(residual + pixel).",
     (
-        Member("arena", "char *", "base of output and residual"),
-        Member("planes", "const uint32_t *", "offset of every channel's plane; null: it is in panels"),
-        Member("residual", "const uint32_t *", "likewise of the plane to add"),
         Member("tiles", "const float *"),
         Member("scratch", "char *", "scratch_bytes a thread"),
-        *LEAD_MEMBERS,
         *TILES,
         Member("together", "u32", "channels whose tiles are transformed at a time, where a band is all of a map"),
         Member("span", "u32", "lanes of these tiles in scratch"),
         Member("shown", "u32", "rows of tiles whose pixels stand in scratch together"),
-        Member("height", "u32", "rows of pixels"),
-        Member("width", "u32", "pixels of a row"),
-        Member("lanes", "u32", "up to the last pixel"),
-        Member("plane", "u32", "lanes of a whole plane, all of them written"),
-        Member("added", "u32", "is there a residual?"),
-        Member("strip_vectors", "u32", "registers of a strip of the panels"),
-        *(member for member in panels.MEMBERS if member.name.startswith(("out_", "add_"))),
-        Member("low", "f32"),
-        Member("high", "f32"),
+        *products.PIXELS,
     ),
 )
 STRUCTS = (INPUT, OUTPUT, *winograd_rows.STRUCTS)
@@ -230,17 +218,10 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "room": room, "scratch_bytes": scratch_in, "band": band, "fold": fold,
         "in_strips": n2 * conv.in_channels if scalable else 0, "strip_vectors": nv if scalable else 0,
     }  # fmt: skip
-    residual = step.inputs[1] if conv.epilogue.residual else None
-    through, _ = panels.fields(None, output, residual, 0, 0, False, isa_named(isa))
     back: dict[str, Field] = {
-        **tiles, **lead(output), "arena": Arena(), "planes": panels.planes(output), "residual": panels.planes(residual),
-        "tiles": Shared(source_bytes), "scratch": Scratch(), "channels": conv.out_channels,
-        "position": back_position, "band": back_band, "together": together, "span": span, "shown": shown,
-        "height": conv.out_height, "width": conv.out_width, "lanes": layout.lanes, "plane": layout.plane,
-        "scratch_bytes": scratch_out, "added": int(residual is not None),
-        "strip_vectors": max(panels.vectors(output, *step.inputs), default=0),
-        **{name: value for name, value in through.items() if name.startswith(("out_", "add_"))},
-        "low": float(conv.epilogue.activation.low), "high": float(conv.epilogue.activation.high),
+        **tiles, **products.pixels(step, isa_named(isa)), "tiles": Shared(source_bytes), "scratch": Scratch(),
+        "channels": conv.out_channels, "position": back_position, "band": back_band, "together": together, "span": span,
+        "shown": shown, "scratch_bytes": scratch_out,
     }  # fmt: skip
     return (
         Call(f"f32_winograd{m}_input_1v__{isa}", INPUT.name, into, scratch_in, shared),

@@ -16,7 +16,7 @@ from colonnade.kernels.call import Arena, Call, Field, Scratch, Shared
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import filtering, panels, products, registers, tables
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, u32
+from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, VECTOR_LANES, round_up
@@ -59,26 +59,14 @@ OUTPUT = Struct(
     "cn_winograd_row_output",
     "Sums of one row of positions, transformed back; behind the last row clip(residual + pixel) into planes or panels.",
     (
-        Member("arena", "char *", "base of output and residual"),
-        Member("planes", "const uint32_t *", "offset of every channel's plane; null: it is in panels"),
-        Member("residual", "const uint32_t *", "likewise of the plane to add"),
         Member("tiles", "const float *", "[position][channel][lane]"),
         Member("kept", "float *", "from row to row of positions: [2 rows][2 columns of pixels][channel][lane]"),
-        *LEAD_MEMBERS,
         *BAND,
         Member("position", "u32", "lanes from one position or column to the next"),
         Member("row", "u32", "of positions"),
         Member("pixel_lanes", "u32", "of a channel's pixels in scratch"),
         Member("pixel_channels", "u32", "whose pixels are made before they are written"),
-        Member("height", "u32", "rows of pixels"),
-        Member("width", "u32", "pixels of a row"),
-        Member("lanes", "u32", "up to the last pixel"),
-        Member("plane", "u32", "lanes of a whole plane, all of them written"),
-        Member("added", "u32", "is there a residual?"),
-        Member("strip_vectors", "u32", "registers of a strip of the panels"),
-        *(member for member in panels.MEMBERS if member.name.startswith(("out_", "add_"))),
-        Member("low", "f32"),
-        Member("high", "f32"),
+        *products.PIXELS,
     ),
 )
 STRUCTS = (INPUT, OUTPUT)
@@ -157,6 +145,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     isa = isa_named(name)
     mr = int(candidate.kernel.split("_")[2].split("x")[0])
     rows, columns, layout, ic = _rows(conv), _columns(conv), output.grid, conv.in_channels
+    per_image = rows // conv.batch
     plane = round_up(most * columns, 4)
     plane += LINE // 4 if plane % 1024 == 0 else 0
     position, written = products.places(conv.out_channels, plane, N)
@@ -165,22 +154,14 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     shared = kept + round_up(4 * 2 * M * position, LINE) + AHEAD
     runs = most * -(-columns // LEAST)
     scratch_in = round_up(RUN * runs + 4 * (N * TOGETHER * plane + LMUL * VECTOR_LANES), LINE)
-    pixels = round_up(min(most, -(-conv.out_height // M)) * M * layout.pitch + M * VECTOR_LANES, LINE // 4)
+    pixels = round_up(min(most, per_image) * M * layout.pitch + M * VECTOR_LANES, LINE // 4)
     together = panels.together(output, 4 * pixels, isa)
     line = 4 * pixels * together
     sources = list(np.arange(N * ic, dtype=np.int64).reshape(N, ic))
     gain = np.outer(products.gains(M), products.gains(M))
-    residual = step.inputs[1] if conv.epilogue.residual else None
-    through, _ = panels.fields(None, output, residual, 0, 0, False, isa)
     back: dict[str, Field] = {
-        **lead(output), "arena": Arena(), "planes": panels.planes(output), "residual": panels.planes(residual),
-        "tiles": Shared(sums), "kept": Shared(kept), "position": position, "scratch_bytes": line,
-        "pixel_lanes": pixels, "pixel_channels": together,
-        "channels": conv.out_channels, "height": conv.out_height, "width": conv.out_width, "lanes": layout.lanes,
-        "plane": layout.plane, "added": int(residual is not None),
-        "strip_vectors": max(panels.vectors(output, *step.inputs), default=0),
-        **{name: value for name, value in through.items() if name.startswith(("out_", "add_"))},
-        "low": float(conv.epilogue.activation.low), "high": float(conv.epilogue.activation.high),
+        **products.pixels(step, isa), "tiles": Shared(sums), "kept": Shared(kept), "position": position,
+        "scratch_bytes": line, "pixel_lanes": pixels, "pixel_channels": together, "channels": conv.out_channels,
     }  # fmt: skip
     into: dict[str, Field] = {
         "arena": Arena(), "planes": u32(source.offsets), "tiles": Shared(0), "scratch_bytes": scratch_in, "runs": runs,
@@ -191,7 +172,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     for begin in range(0, rows, most):
         count = min(most, rows - begin)
         tiles: dict[str, Field] = {
-            "images": conv.batch, "tile_rows": -(-conv.out_height // M), "tile_columns": columns, "begin": begin,
+            "images": conv.batch, "tile_rows": per_image, "tile_columns": columns, "begin": begin,
             "band": count, "pitch": layout.pitch, "image_rows": layout.image_rows, "tiles_plane": plane,
             "scratch": Scratch(),
         }  # fmt: skip
