@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import onnx
@@ -15,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import colonnade as cn
 from colonnade import accuracy
+from colonnade.bench.ours import Ours
+from colonnade.bench.run import random_inputs
 from colonnade.cli import run_verb
 from colonnade.cli_fit import NOT_MET, parse_latency
 from colonnade.demo.network import SmallResNet, digits
@@ -24,10 +28,12 @@ from colonnade.fitting.clock import Clock
 from colonnade.fitting.goal import Goal, Point, next_budget
 from colonnade.fitting.plans import Settings, falling
 from colonnade.fitting.road import split
-from colonnade.fitting.times import LayerTimes, Time, best_tiles
-from colonnade.pattern import ColumnPattern
+from colonnade.fitting.times import LayerTimes, Time, best_tiles, layer_times, pruned_alike
+from colonnade.fitting.within import merged, within
+from colonnade.pattern import ColumnPattern, discover
 from colonnade.sparsify.allocate import Choice, PrunePlan
-from colonnade.sparsify.onnx_file import prune_file
+from colonnade.sparsify.onnx_file import prune_file, read_targets
+from colonnade.workload.conv import matrix
 
 QUICK = (
     "--budget",
@@ -213,6 +219,72 @@ def test_a_layer_that_keeps_less_is_not_slower() -> None:
     assert [(c.seconds, c.source) for c in falling(row)] == [
         (1.0, "measured"), (1.0, "measured"), (0.2, "estimated"), (0.4, "measured")
     ]  # fmt: skip
+
+
+def test_times_alone_follow_what_the_network_made_of_their_neighbours() -> None:
+    def taps(s: float) -> ColumnPattern:
+        return ColumnPattern(s, 8)
+
+    def seconds(row: dict[ColumnPattern, Time]) -> list[tuple[float, str]]:
+        return [(round(time.seconds, 9), time.source) for time in row.values()]
+
+    alone = {0.25: 0.8, 0.5: 0.6, 0.625: 0.4, 0.75: 0.3, 0.875: 0.1}
+    row = {taps(s): Time(t, "measured") for s, t in alone.items()}
+    behind = ColumnPattern(0.5, 8, winograd="2x2")
+    guessed = {
+        taps(0.5): Time(0.1, "estimated"),
+        taps(0.625): Time(0.3, "measured"),
+        taps(0.875): Time(0.2, "estimated"),
+    }
+    lost = {taps(0.5): Time(0.7, "measured")}
+    pruned = {"a": {**row, behind: Time(0.5, "measured")}, "b": guessed, "lost": lost}
+    dense = {"a": Time(1.0, "measured"), "b": Time(2.0, "estimated"), "lost": Time(3.0, "measured")}
+    known = LayerTimes(dense, pruned, 9.0, ["c"])
+    network = {
+        taps(0.5): {"A": 0.9, "B": 0.5, "pool": 7.0}, taps(0.75): {"A": 0.3}, taps(0.375): {"A": 77.0},
+    }  # fmt: skip
+    found = merged(known, {"a": "A", "b": "B", "lost": "L"}, {"A": 1.1, "B": 2.2, "pool": 0.25, "copy": 0.125}, network)
+    assert found.dense == {"a": Time(1.1, "measured"), "b": Time(2.2, "measured"), "lost": Time(3.0, "measured")}
+    assert found.rest == 0.375 and found.untimed == ["c"]
+    # half: 1.5 times as long as alone, three quarters: as long; nothing is known of the transform
+    assert seconds(found.pruned["a"]) == [(s, "measured") for s in (1.2, 0.9, 0.5, 0.3, 0.1, 0.5)]
+    # what was seen beside an estimate says nothing of a measured time, but corrects another estimate
+    assert seconds(found.pruned["b"]) == [(0.5, "measured"), (0.3, "measured"), (1.0, "estimated")]
+    assert found.pruned["lost"] == lost
+
+
+@pytest.mark.slow
+def test_layers_are_timed_inside_the_network(trained: tuple[Path, Path, Path]) -> None:
+    model, _, db = trained
+    proto = onnx.load(str(model))
+    layers = read_targets(model, proto)
+    some = [ColumnPattern(s, 8) for s in (0.5, 0.75, 0.875)]
+    where = plans.place_of("local", 1, None, None, 1, db, "zig", 1.0, None)
+    alone = layer_times(proto, layers, {layer.name: some for layer in layers}, where)
+    found = within(proto, layers, alone, where)
+    bundle = cn.build(proto, out=db.parent / "whole", db=db)
+    whole = median(Ours(bundle, where.target, random_inputs(dict(bundle.manifest)), 1).block(1, 50)) / 1e9
+    assert 0.5 < found.total / whole < 2 and found.rest > 0
+    assert all(time.source == "measured" for row in found.pruned.values() for time in list(row.values())[:2])
+    assert all(time.seconds > 0 for row in found.pruned.values() for time in row.values())
+    assert sum(row[some[1]].seconds for row in found.pruned.values()) < found.total - found.rest
+    assert within(proto, layers, alone, replace(where, budget=0.0)) is alone
+
+
+def test_layers_are_timed_with_tiles_of_rows_from_anywhere(trained: tuple[Path, Path, Path]) -> None:
+    model, _, _ = trained
+    proto = onnx.load(str(model))
+    layers = read_targets(model, proto)
+    graph = pruned_alike(proto, layers, ColumnPattern(0.75, 8)).graph
+    made = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    apart = 0
+    for layer in layers:
+        rows = matrix(made[layer.tensor.name])
+        tiled = discover(rows, layer.groups)
+        assert not tiled.is_dense and all(tile.rows.size == 8 for tile in tiled.tiles)
+        assert {tile.columns.size for tile in tiled.tiles} == {math.ceil(0.25 * rows.shape[1])}
+        apart += sum(int(np.ptp(tile.rows)) >= 8 for tile in tiled.tiles)
+    assert apart >= len(layers)
 
 
 class Paced:

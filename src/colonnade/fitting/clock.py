@@ -20,17 +20,17 @@ class Clock:
 
     def __init__(self, dense: Runner) -> None:
         self.dense = dense
-        self.repeats = _repeats(dense)
+        self.repeats = repeats(dense)
         self.shares: dict[str, float] = {}
         self.quietest = _turn(dense, self.repeats)
 
     def look(self, name: str, runner: Runner) -> None:
         """Measure a network."""
-        found, repeats = [], _repeats(runner)
+        found, count = [], repeats(runner)
         for _ in range(TURNS):
             base = _turn(self.dense, self.repeats)
             self.quietest = min(self.quietest, base)
-            found.append(_turn(runner, repeats) / base)
+            found.append(_turn(runner, count) / base)
         self.shares[name] = median(found)
 
     def seconds(self, name: str) -> float:
@@ -39,7 +39,7 @@ class Clock:
         return self.shares.get(name, 1.0) * self.quietest
 
 
-def _repeats(runner: Runner) -> int:
+def repeats(runner: Runner) -> int:
     """Inferences of each turn, by a first look."""
     one = median(runner.block(1, 3)) / 1e9
     return max(LEAST, min(MOST, int(TURN_S / max(one, 1e-6))))

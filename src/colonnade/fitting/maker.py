@@ -23,7 +23,6 @@ from colonnade.sparsify.allocate import Choice, PrunePlan
 
 if TYPE_CHECKING:
     from colonnade.bundle import Bundle
-    from colonnade.targets import Target
 
 STATE = "point.json"
 BLOCKS = 3  # of each network, when they are timed in turns
@@ -175,7 +174,7 @@ class Maker:
         if stage not in self.bundles:
             self.tell(stage, 0.8, "building")
             self.bundles[stage] = build(
-                onnx_file, self.where.target.name, threads=self.where.threads, cpus=_cpus(self.where.target),
+                onnx_file, self.where.target.name, threads=self.where.threads, cpus=self.where.cpus,
                 isa=self.where.isa.name, batch=self.where.batch, out=path, tune=self.settings.budget > 0,
                 budget=self.settings.budget / 3, db=self.where.db, cc=self.where.toolchain.cc, force=True,
                 preprocess=self.preprocess, progress=lambda done, text: self.tell(stage, 0.8 + 0.1 * done, text),
@@ -249,12 +248,6 @@ class Maker:
         if self.clock is None:
             return list(points)
         return [replace(point, latency=self.clock.seconds(point.record["bundle"])) for point in points]
-
-
-def _cpus(target: Target) -> str | None:
-    """Cores that were chosen, as `build` takes them."""
-    chosen = target.probe().cpus
-    return ",".join(map(str, chosen)) if chosen else None
 
 
 def _kept(bundle: Bundle) -> float:

@@ -13,6 +13,7 @@ from colonnade import accuracy
 from colonnade.errors import UserError
 from colonnade.fitting.kept import digest, read_json, write_json
 from colonnade.fitting.times import ESTIMATED, Place, Time, best_tiles, layer_times
+from colonnade.fitting.within import within
 from colonnade.onnx_io import check_writable, graph_inputs, load_onnx
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify import allocate
@@ -103,6 +104,7 @@ def choices_of(
         for name, mine in kinds.items()
     }
     times = layer_times(model, targets, wanted, half, lambda done, text: tell("layer times", 0.5 + done / 2, text))
+    times = within(model, targets, times, where, lambda done, text: tell("in network", done, text))
 
     macs = sum(float(step.workload.macs) for step in load(model, batch=where.batch).steps)
     some = inputs_for(macs, len(targets), max(map(len, wanted.values())))

@@ -1,18 +1,21 @@
 """How long every layer takes at every pattern, from the tuner's records; what they lack is measured, within a budget.
 
-A layer's time depends on its pattern and not on which columns are kept, so the network is pruned by magnitude, without
-grouping rows, once for each pattern, and only the layers' workloads are looked at. The same records serve the build.
+A layer's time depends on its pattern and not on which columns are kept, so the network is pruned by magnitude, once for
+each pattern, and only the layers' workloads are looked at. The same records serve the build. Tiles are of rows from
+anywhere, as they are where rows are grouped by what they need: neighbours write to planes side by side, in half of the
+time where a layer has large outputs, and with them another kernel wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from colonnade.arranging import arranged
 from colonnade.bench import layouts
@@ -21,7 +24,7 @@ from colonnade.frontend import imported, load
 from colonnade.kernels.isa import Isa
 from colonnade.onnx_winograd import rewrite
 from colonnade.pattern import ColumnPattern
-from colonnade.plan import Plan, Step
+from colonnade.plan import Step
 from colonnade.sparsify.calibrate_onnx import Target as Layer
 from colonnade.sparsify.select import as_matrix, from_matrix, select
 from colonnade.sparsify.transformed import transformable
@@ -83,6 +86,12 @@ class Place:
     budget: float = 0.0
     batch: int | None = None
 
+    @property
+    def cpus(self) -> str | None:
+        """Cores that were chosen, as `build` takes them."""
+        chosen = self.target.probe().cpus
+        return ",".join(map(str, chosen)) if chosen else None
+
 
 def layer_times(
     model: onnx.ModelProto,
@@ -100,7 +109,7 @@ def layer_times(
     made = arranged(imported(model, batch=where.batch), machine, where.isa, where.db)
     whole = made.plan()
     steps = {step.name: step for step in whole.steps}
-    names = {name: step for name, step in step_names(layers, whole).items() if step is not None}
+    names = {name: step for name, step in step_names(layers, steps).items() if step is not None}
     own: dict[tuple[str, ColumnPattern], Step] = {}
     for pattern in dict.fromkeys(p for row in patterns.values() for p in row):
         copy = load(pruned_alike(model, layers, pattern), batch=where.batch, layout_costs=costs)
@@ -126,7 +135,7 @@ def layer_times(
 
 
 def pruned_alike(model: onnx.ModelProto, layers: Sequence[Layer], pattern: ColumnPattern) -> onnx.ModelProto:
-    """A copy of the model with every layer pruned by magnitude in tiles of neighbours; only for its times."""
+    """A copy of the model with every layer pruned by magnitude in tiles of rows from anywhere; only for its times."""
     import onnx
 
     copy = onnx.ModelProto()
@@ -140,9 +149,10 @@ def pruned_alike(model: onnx.ModelProto, layers: Sequence[Layer], pattern: Colum
         tensor = tensors[layer.tensor.name]
         stored = onnx.numpy_helper.to_array(tensor)
         rows_first = stored.T if layer.rows_last else stored
-        mask = from_matrix(
-            select(as_matrix(rows_first), pattern, groups=layer.groups, similar_rows=False).mask, rows_first.shape
-        )
+        order = _shuffled(len(rows_first), layer.groups)
+        chosen = select(as_matrix(rows_first[order]), pattern, groups=layer.groups, similar_rows=False)
+        mask = np.empty(rows_first.shape, bool)
+        mask[order] = from_matrix(chosen.mask, rows_first.shape)
         # Zeros that are there by accident would look like a pattern of their own.
         full = np.where(rows_first == 0, np.float32(1e-6), rows_first)
         kept = np.where(mask, full, np.float32(0)).astype(np.float32)
@@ -150,6 +160,13 @@ def pruned_alike(model: onnx.ModelProto, layers: Sequence[Layer], pattern: Colum
             onnx.numpy_helper.from_array(np.ascontiguousarray(kept.T if layer.rows_last else kept), tensor.name)
         )
     return copy
+
+
+def _shuffled(rows: int, groups: int) -> npt.NDArray[np.int64]:
+    """The rows in an order of no meaning, always the same; those of a convolution group stay among themselves."""
+    random = np.random.default_rng(0)
+    parts = np.split(np.arange(rows), groups)
+    return np.concatenate([random.permutation(part) for part in parts])
 
 
 def _tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -161,9 +178,9 @@ def _tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return found
 
 
-def step_names(layers: Sequence[Layer], plan: Plan) -> dict[str, str | None]:
-    """The step of the plan that computes each layer: it is called as the layer's weight or its node; None: unknown."""
-    known = {step.name for step in plan.steps}
+def step_names(layers: Sequence[Layer], known: Collection[str]) -> dict[str, str | None]:
+    """Of the `known` steps the one that computes each layer: it is called as the layer's weight or its node; None: no
+    step is."""
     found: dict[str, str | None] = {}
     for layer in layers:
         own = (layer.node.input[1].removesuffix(".weight"), layer.tensor.name.removesuffix(".weight"), layer.name)
