@@ -16,6 +16,7 @@ from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
 from colonnade.frontend.images import one_by_one
 from colonnade.frontend.importer import Importer
+from colonnade.frontend.ordering import order_channels
 from colonnade.frontend.parts import part
 from colonnade.frontend.registry import HANDLERS, TYPED
 from colonnade.frontend.shifting import shift
@@ -100,7 +101,7 @@ class Imported:
     def arrange(self, costs: LayoutCosts | None = None) -> Arranged:
         """Assign layouts by what moving data costs; ``LayoutCosts.of(isa)`` knows that of an ISA."""
         costs = costs or LayoutCosts()
-        steps = layouts.arrange(stems.join(self.importer.steps), costs)
+        steps = layouts.arrange(order_channels(stems.join(self.importer.steps)), costs)
         drafts = part(_needed(shift(steps, costs)))
         for draft in drafts:
             draft.workload = _with_sparsity(draft)
