@@ -216,6 +216,21 @@ def test_bottlenecks_through_panels(isa, batch):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_is_only_added_follows_what_it_is_added_to(isa, kernel):
+    """A chain of additions stands in panels as far as its end does."""
+    b = Builder()
+    x = b.op("Relu", b.conv(b.input("x", (2, 6, 7, 7)), 6, 12))
+    y = b.conv(x, 12, 10)
+    for _ in range(2):
+        y = b.op("Relu", b.op("Add", y, b.conv(x, 12, 10, 3, pads=(1, 1, 1, 1))))
+    model = b.build(b.conv(y, 10, 4, kernel, pads=[kernel // 2] * 4))
+    plan = check(model, isa, layout_costs=LayoutCosts(plane=1.0))
+    stored = [s.output.shape[1] for s in plan.steps if s.output is not None and isinstance(s.output.layout, Panels)]
+    assert stored == ([10, 10, 10] if kernel == 1 else [])
+
+
 def test_edges_that_stay_planes():
     """Read by anything but a pointwise convolution as a whole, a tensor is no edge; choices are independent."""
     b = Builder()

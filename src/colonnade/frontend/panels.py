@@ -1,4 +1,4 @@
-"""Which tensors could stand in panels instead of planes: those between convolutions, read by pointwise ones.
+"""Which tensors could stand in panels instead of planes: those between convolutions, read by pointwise ones or added.
 
 Both ends of an edge must agree, and what one step reads, writes and adds is best alike; so tensors that meet at a step
 are decided together: an ``Edges``. In a network of bottlenecks that is everything in a stage but what its 3x3
@@ -40,11 +40,13 @@ def edges(steps: list[Draft], windows: bool = False) -> list[Edges]:
         for index, value in enumerate(step.inputs):
             for tensor in value.read:
                 readers.setdefault(tensor, []).append((step, index, value))
-    found = [
-        step.output
-        for step in steps
-        if step.output is not None and _writes(step) and _all_read(step.output, readers.get(step.output, []), windows)
-    ]
+    able = [step.output for step in steps if step.output is not None and _writes(step)]
+    able = [tensor for tensor in able if _all_read(tensor, readers.get(tensor, []), windows)]
+    found = [tensor for tensor in able if any(index == 0 for _, index, _ in readers[tensor])]
+    for tensor in able[::-1]:  # what is only added to something that is in panels follows that
+        if tensor not in found and all(step.output in found for step, _, _ in readers[tensor]):
+            found.append(tensor)
+    found.sort(key=able.index)
     parent = {tensor: tensor for tensor in found}
 
     def root(tensor: Tensor) -> Tensor:
@@ -88,8 +90,8 @@ def _writes(step: Draft) -> bool:
 
 
 def _all_read(tensor: Tensor, readers: list[tuple[Draft, int, Value]], windows: bool) -> bool:
-    """Does every reader take the whole tensor, by pointwise convolution or as a residual, and one by the former?"""
-    return any(index == 0 for _, index, _ in readers) and all(
+    """Does every reader take the whole tensor, by pointwise convolution or as a residual, and is there one?"""
+    return bool(readers) and all(
         value.tensor is tensor and (index == 1 or _pointwise(step) or (windows and _strided(step)))
         and isinstance(step.workload, Conv2d) and not is_depthwise(step.workload)
         for step, index, value in readers
