@@ -30,7 +30,7 @@ from colonnade.sparsify.reconstruct import Schedule, reconstruct_
 from colonnade.sparsify.samples import Layer, Rectifier, Samples, gather
 from colonnade.sparsify.second_order import DAMPINGS, MOST_GAIN, choose_damping, solve, solve_each, unexplained
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
-from colonnade.sparsify.sequential import Options, prune_layer
+from colonnade.sparsify.sequential import Options, prune_layer, room
 from colonnade.sparsify.torch_model import export
 from colonnade.sparsify.torch_obs import TorchChain, ordered, second_order_, trace
 
@@ -260,6 +260,15 @@ def test_values_past_the_limit_wait_in_files_and_change_nothing(digits, monkeypa
     assert torch.equal(*answers)
     for store in stores:
         assert store._folder is None or not Path(store._folder.name).exists()
+
+
+def test_matrices_of_large_layers_leave_less_for_values():
+    def layer(channels):
+        return Layer("a", np.zeros((8, channels, 4, 4), np.float32), "x")
+
+    assert room(1 << 30, []) == room(1 << 30, [layer(16), layer(288)]) == 1 << 30
+    assert room(1 << 30, [layer(320), layer(16)]) == (1 << 30) - 20 * (5120**2 - 4608**2)
+    assert room(1 << 30, [layer(512)]) == 1 << 28
 
 
 def test_store_gives_back_what_it_was_given():

@@ -86,6 +86,13 @@ def test_which_modules_stay(model):
         winograd_(model, "3")
 
 
+@pytest.mark.parametrize("size, most", [("2x2", 512), ("4x1", 455), ("4x4", 227)])
+def test_how_many_channels_are_too_many(size, most):
+    layers = nn.Sequential(nn.Conv2d(most, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, most + 1, 3, padding=1))
+    layers.append(nn.Conv2d(most + 1, 16, 3, padding=1))
+    assert winograd_(layers, size) == ["0", "2"]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_columns_of_the_regression_give_the_output(size):
     """Weights over their sizes times the inputs of a pixel are what the module gives there, at edges too."""

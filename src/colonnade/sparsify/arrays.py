@@ -34,6 +34,7 @@ class Arrays(Protocol):
     def factor(self, matrix: Array) -> Array: ...
     def forward(self, lower: Array, right: Array) -> Array: ...
     def backward(self, lower: Array, right: Array) -> Array: ...
+    def inverse(self, lower: Array) -> Array: ...
 
 
 class NotPositive(ArithmeticError):
@@ -105,6 +106,11 @@ class NumpyArrays:
 
         return scipy.linalg.solve_triangular(lower, right, lower=True, trans=1, check_finite=False)
 
+    def inverse(self, lower: Array) -> Array:
+        """Of the matrix whose factor this is."""
+        half = self.forward(lower, np.eye(len(lower), dtype=lower.dtype))
+        return half.T @ half
+
 
 class HostArrays(NumpyArrays):
     """numpy's arrays with torch's products and factors, where torch is there and values are on the CPU.
@@ -157,6 +163,12 @@ class HostArrays(NumpyArrays):
     def backward(self, lower: Array, right: Array) -> Array:
         """X of lower.T @ X = right."""
         return self._solved(lower.T, right, upper=True)
+
+    def inverse(self, lower: Array) -> Array:
+        """Of the matrix whose factor this is: no other matrix of its size is made."""
+        import torch
+
+        return torch.cholesky_inverse(torch.from_numpy(lower)).numpy().T  # the same, row by row
 
     def _solved(self, triangle: Array, right: Array, upper: bool) -> Array:
         import torch
@@ -259,3 +271,9 @@ class TorchArrays:
         import torch
 
         return torch.linalg.solve_triangular(lower.mT, right, upper=True)
+
+    def inverse(self, lower: Array) -> Array:
+        """Of the matrix whose factor this is: no other matrix of its size is made."""
+        import torch
+
+        return torch.cholesky_inverse(lower).mT  # the same, row by row

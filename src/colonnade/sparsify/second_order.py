@@ -234,22 +234,22 @@ class _System:
         self.cross = precise(cross) / scale
         self.power = arrays.host(power) / scale
         self.weights = precise(arrays.load(np.asarray(weights, np.float32)))
-        self.eye = precise(arrays.eye(size))
-        self.precise = precise
+        self.size, self.precise = size, precise
         self.factors: dict[int, Array] = {}
         self.room = 0  # bytes, for factors
 
     def damp(self, damping: Damping) -> None:
         """A with damping. What the inputs leave open is decided by the dense weights."""
-        self.damped = self.covariance + damping.plain * self.eye
+        self.damped = self.covariance + 0
+        self.damped.reshape(-1)[:: self.size + 1] += damping.plain  # its diagonal; no other matrix of A's size is made
         self.pull = damping.plain * self.weights  # what the damping adds to the wanted outputs' covariance
         if damping.alike > 0 and self.taps > 1:
             self._add_alike(damping.alike)
         self.target = self.cross + self.pull
 
     def _add_alike(self, share: float) -> None:
-        """The damping that treats kernel positions alike, block by block: no other matrix of A's size is made."""
-        taps, size = self.taps, len(self.eye) // self.taps
+        """The damping that treats kernel positions alike, block by block for the same reason."""
+        taps, size = self.taps, self.size // self.taps
         parts = [slice(tap * size, (tap + 1) * size) for tap in range(taps)]
         channels = sum(self.covariance[part, part] for part in parts) / taps
         channels = channels * (share / max(float(channels.diagonal().sum()) / size, 1e-30))
@@ -266,11 +266,11 @@ class _System:
             self.damp(damping)
             try:
                 lower = self.arrays.factor(self.damped)
-                half = self.arrays.forward(lower, self.eye)
             except NotPositive:
                 damping = replace(damping, plain=max(10 * damping.plain, 1e-6))
                 continue
-            self.inverse = half.T @ half
+            self.inverse = self.arrays.inverse(lower)
+            del lower
             self.best = self.target @ self.inverse
             return
         raise NotPositive("the inputs' covariance is not positive however much damping it gets")

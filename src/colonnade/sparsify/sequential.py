@@ -24,9 +24,9 @@ from colonnade.sparsify.samples import SAMPLES_A_COLUMN, Layer, Samples, Values,
 from colonnade.sparsify.second_order import ROUNDS, Solution, choose_damping, solve
 from colonnade.sparsify.select import as_matrix, from_matrix
 
-# Bytes of calibration values that are held in memory; the rest waits in files. With the matrices of the largest layers
-# (K = 4,608) a process stays below 4 GB.
-MEMORY = 1 << 30
+# Bytes of calibration values that are held in memory; the rest waits in files. With the matrices of large layers
+# (K = 4,608) a process stays below 4 GB; those of larger ones take from these bytes, all but a quarter of them.
+MEMORY, LARGE, MATRICES = 1 << 30, 4608, 5
 # How much of the spread of its outputs a layer before a ReLU is given back (see `second_order.Solution.spread`).
 SPREAD = 1.0
 # How often a layer before a ReLU is fitted anew (see `samples.rectified`).
@@ -100,11 +100,17 @@ def prune_chain(
     given = chain.inputs()
     if not given:
         raise UserError("calibration holds no input: expected at least one batch of the model's inputs")
-    store = Store(chain.arrays, options.memory, len(given))
+    store = Store(chain.arrays, room(options.memory, chain.layers), len(given))
     try:
         return _prune(chain, given, patterns, options, store, progress)
     finally:
         store.close()
+
+
+def room(memory: int, layers: Sequence[Layer]) -> int:
+    """What of `memory` bytes is left for values beside the matrices of these layers."""
+    most = max((layer.columns for layer in layers), default=0)
+    return max(memory - 4 * MATRICES * max(most**2 - LARGE**2, 0), memory // 4)
 
 
 def _prune(

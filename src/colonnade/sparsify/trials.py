@@ -19,7 +19,7 @@ from colonnade.sparsify.held import Store
 from colonnade.sparsify.samples import Layer, Samples, Values, gather, usable_scale
 from colonnade.sparsify.second_order import choose_damping, solve_each, unexplained
 from colonnade.sparsify.select import as_matrix
-from colonnade.sparsify.sequential import MEMORY, SPREAD, Chain, advance, unscaled
+from colonnade.sparsify.sequential import MEMORY, SPREAD, Chain, advance, room, unscaled
 from colonnade.sparsify.transformed import variant
 
 GROUPED_FOR = 0.5  # the sparsity (or the next one there is) that rows are grouped and the damping is chosen for
@@ -54,7 +54,7 @@ def dense_walk(
 
     progress: hears (share done, layer).
     """
-    store = Store(chain.arrays, MEMORY, len(given))
+    store = Store(chain.arrays, room(MEMORY, chain.layers), len(given))
 
     def steps() -> Iterator[tuple[int, Layer, Store, Sequence[Values]]]:
         values = [store.put_all(chain.run(0, batch), {}) for batch in given]
