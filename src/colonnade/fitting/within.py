@@ -41,14 +41,13 @@ def within(
     where: Place,
     progress: Callable[[float, str], None] | None = None,
 ) -> LayerTimes:
-    """Times of layers as they are inside the network; `alone`, as they are, where nothing may be measured.
+    """Times of layers as they are inside the network; `alone` where nothing can or may be measured.
 
     Raises UserError for a model that cannot be built.
     """
-    if not where.budget or bool(getattr(where.target, "modelled", "")):
+    looked_at = sorted(_looked_at({pattern for row in alone.pruned.values() for pattern in row}), key=str)
+    if not looked_at or not where.budget or bool(getattr(where.target, "modelled", "")):
         return alone
-    patterns = {pattern for row in alone.pruned.values() for pattern in row}
-    looked_at = sorted(_looked_at(patterns), key=str)
     with tempfile.TemporaryDirectory(prefix="colonnade-") as room:
         network = _Network(_built(model, where, Path(room) / "dense"))
         found: dict[ColumnPattern, Mapping[str, float]] = {}
