@@ -16,26 +16,17 @@ from colonnade.pattern import discover
 from colonnade.plan import Plan
 from colonnade.workload import Conv2d, matrix
 from tests.models import Builder, onnxruntime_outputs
+from tests.test_parts import pruned
 
 PORTABLE = isa("portable")
 RNG = np.random.default_rng(3)
-
-
-def grouped(oc: int, ic: int, kernel: int = 1, tile: int = 8) -> np.ndarray:
-    """Weights with tiles of rows from anywhere, which keep three of every eight columns."""
-    rows = RNG.standard_normal((oc, ic * kernel * kernel)).astype(np.float32)
-    order = RNG.permutation(oc)
-    for first in range(0, oc, tile):
-        gone = RNG.permutation(rows.shape[1])[rows.shape[1] * 3 // 8 :]
-        rows[np.ix_(order[first : first + tile], gone)] = 0
-    return rows.reshape(oc, ic, kernel, kernel)
 
 
 class Net(Builder):
     """Builder of such convolutions."""
 
     def grouped(self, x: str, ic: int, oc: int, kernel: int = 1, stride: int = 1, relu: bool = True) -> str:
-        w, pad = self.constant(grouped(oc, ic, kernel)), [kernel // 2] * 4
+        w, pad = self.constant(pruned(RNG, oc, ic, kernel, 8)), [kernel // 2] * 4
         y = self.op("Conv", x, w, self.random(oc), pads=pad, strides=[stride, stride])
         return self.op("Relu", y) if relu else y
 
@@ -116,7 +107,7 @@ def test_transformed_weights_have_the_order_of_their_tiles(size: str) -> None:
     name = model.graph.node[0].input[1]
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
     rows = onnx.numpy_helper.to_array(tensor).copy()
-    mask = grouped(16, 8 * rows[0, 0].size).reshape(16, 8, *rows.shape[2:]) != 0
+    mask = pruned(RNG, 16, 8 * rows[0, 0].size, 1, 8).reshape(16, 8, *rows.shape[2:]) != 0
     tensor.CopyFrom(onnx.numpy_helper.from_array(np.where(mask, rows, 0).astype(np.float32), name))
     assert ordered(same(model))[0]
 

@@ -159,7 +159,6 @@ class Maker:
         )  # fmt: skip
 
     def _build(self, onnx_file: Path, at: Path, stage: str) -> Bundle:
-        from colonnade.api import build
         from colonnade.bundle import Bundle
 
         path = at / "bundle"
@@ -173,10 +172,8 @@ class Maker:
                 self.bundles[stage] = known
         if stage not in self.bundles:
             self.tell(stage, 0.8, "building")
-            self.bundles[stage] = build(
-                onnx_file, self.where.target.name, threads=self.where.threads, cpus=self.where.cpus,
-                isa=self.where.isa.name, batch=self.where.batch, out=path, tune=self.settings.budget > 0,
-                budget=self.settings.budget / 3, db=self.where.db, cc=self.where.toolchain.cc, force=True,
+            self.bundles[stage] = self.where.build(
+                onnx_file, path, tune=self.settings.budget > 0, budget=self.settings.budget / 3, force=True,
                 preprocess=self.preprocess, progress=lambda done, text: self.tell(stage, 0.8 + 0.1 * done, text),
             )  # fmt: skip
         return self.bundles[stage]

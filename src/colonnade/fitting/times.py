@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ from colonnade.tune.tuner import tune as measure
 
 if TYPE_CHECKING:
     import onnx
+
+    from colonnade.bundle import Bundle
 
 ESTIMATED = "estimated"
 # In tiles twice as large a layer keeps so many times the columns for the same loss, up to tiles of 8 rows and beyond
@@ -86,11 +88,15 @@ class Place:
     budget: float = 0.0
     batch: int | None = None
 
-    @property
-    def cpus(self) -> str | None:
-        """Cores that were chosen, as `build` takes them."""
+    def build(self, model: Path | onnx.ModelProto, out: Path, **options: Any) -> Bundle:
+        """A bundle for this place; options: more of those that `api.build` has."""
+        from colonnade.api import build
+
         chosen = self.target.probe().cpus
-        return ",".join(map(str, chosen)) if chosen else None
+        return build(
+            model, self.target.name, threads=self.threads, cpus=",".join(map(str, chosen)) if chosen else None,
+            isa=self.isa.name, batch=self.batch, out=out, db=self.db, cc=self.toolchain.cc, **options,
+        )  # fmt: skip
 
 
 def layer_times(

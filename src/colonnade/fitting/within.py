@@ -111,14 +111,10 @@ def _looked_at(patterns: Collection[ColumnPattern]) -> set[ColumnPattern]:
 
 
 def _built(model: onnx.ModelProto, where: Place, at: Path) -> Ours:
-    from colonnade.api import build
     from colonnade.bench.ours import Ours
     from colonnade.bench.run import random_inputs
 
-    bundle = build(
-        model, where.target.name, threads=where.threads, cpus=where.cpus, isa=where.isa.name, batch=where.batch, out=at,
-        db=where.db, cc=where.toolchain.cc,
-    )  # fmt: skip
+    bundle = where.build(model, at)
     return Ours(bundle, where.target, random_inputs(dict(bundle.manifest)), where.threads)
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from colonnade.frontend.draft import Draft, Tensor, Value, is_import, whole
 from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, is_depthwise, panels_for_strides
+from colonnade.frontend.ties import Ties
 from colonnade.layout import Layout, Panels, Planes, Rows
 from colonnade.workload import (
     Affine,
@@ -33,28 +34,20 @@ from colonnade.workload import (
 POINTWISE = (Affine, Binary, Unary, Lrn, ChannelNorm, ChannelSoftmax)  # read and write the same lanes of their planes
 
 
-class Regions:
-    """Union-find over tensors in planes, with the pitch and image rows that each region needs."""
+class Regions(Ties):
+    """Ties of tensors in planes, with the pitch and image rows that each region needs."""
 
     def __init__(self) -> None:
-        self._parent: dict[Tensor, Tensor] = {}
+        super().__init__()
         self._need: dict[Tensor, tuple[int, int]] = {}
-
-    def find(self, tensor: Tensor) -> Tensor:
-        """The representative of the tensor's region."""
-        while (parent := self._parent.setdefault(tensor, tensor)) is not tensor:
-            self._parent[tensor] = self._parent[parent]
-            tensor = self._parent[parent]
-        return tensor
 
     def tie(self, *tensors: Tensor) -> None:
         """All of them get one pitch and one number of image rows."""
-        roots = {self.find(tensor) for tensor in tensors if not tensor.is_rows}
-        first = next(iter(roots), None)
-        for root in roots:
-            assert first is not None
-            self.need(first, *self._need.get(root, (1, 1)))
-            self._parent[root] = first
+        planes = [tensor for tensor in tensors if not tensor.is_rows]
+        needs = [self._need.get(self.find(tensor), (1, 1)) for tensor in planes]
+        super().tie(*planes)
+        for tensor, need in zip(planes, needs, strict=True):
+            self.need(tensor, *need)
 
     def need(self, tensor: Tensor, pitch: int, rows: int) -> None:
         """At least these."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts, is_depthwise
+from colonnade.frontend.ties import Ties
 from colonnade.workload import Conv2d
 
 VECTORS = 2  # registers of a strip: every ISA has kernels of this width, and on RVV they are the best ones ...
@@ -47,20 +48,12 @@ def edges(steps: list[Draft], windows: bool = False) -> list[Edges]:
         if tensor not in found and all(step.output in found for step, _, _ in readers[tensor]):
             found.append(tensor)
     found.sort(key=able.index)
-    parent = {tensor: tensor for tensor in found}
-
-    def root(tensor: Tensor) -> Tensor:
-        while parent[tensor] is not tensor:
-            tensor = parent[tensor]
-        return tensor
-
+    ties = Ties()
     for step in steps:
-        met = [t for t in (step.output, *(v.tensor for v in step.inputs)) if t in parent]
-        for tensor in met[1:]:
-            parent[root(tensor)] = root(met[0])
+        ties.tie(*(t for t in (step.output, *(v.tensor for v in step.inputs)) if t is not None and t in found))
     groups: dict[Tensor, list[Tensor]] = {}
     for tensor in found:
-        groups.setdefault(root(tensor), []).append(tensor)
+        groups.setdefault(ties.find(tensor), []).append(tensor)
     result = []
     for tensors in groups.values():
         mine = frozenset(tensors)
