@@ -246,8 +246,8 @@ def test_times_alone_follow_what_the_network_made_of_their_neighbours() -> None:
     found = merged(known, {"a": "A", "b": "B", "lost": "L"}, {"A": 1.1, "B": 2.2, "pool": 0.25, "copy": 0.125}, network)
     assert found.dense == {"a": Time(1.1, "measured"), "b": Time(2.2, "measured"), "lost": Time(3.0, "measured")}
     assert found.rest == 0.375 and found.untimed == ["c"]
-    # half: 1.5 times as long as alone, three quarters: as long; nothing is known of the transform
-    assert seconds(found.pruned["a"]) == [(s, "measured") for s in (1.2, 0.9, 0.5, 0.3, 0.1, 0.5)]
+    # half: 1.5 times as long as alone, three quarters: as long; the transform, which was not seen, as the taps
+    assert seconds(found.pruned["a"]) == [(s, "measured") for s in (1.2, 0.9, 0.5, 0.3, 0.1, 0.75)]
     # what was seen beside an estimate says nothing of a measured time, but corrects another estimate
     assert seconds(found.pruned["b"]) == [(0.5, "measured"), (0.3, "measured"), (1.0, "estimated")]
     assert found.pruned["lost"] == lost
@@ -261,7 +261,7 @@ def test_layers_are_timed_inside_the_network(trained: tuple[Path, Path, Path]) -
     some = [ColumnPattern(s, 8) for s in (0.5, 0.75, 0.875)]
     where = plans.place_of("local", 1, None, None, 1, db, "zig", 1.0, None)
     alone = layer_times(proto, layers, {layer.name: some for layer in layers}, where)
-    found = within(proto, layers, alone, where)
+    found = within(proto, layers, alone, replace(where, budget=600.0))
     bundle = cn.build(proto, out=db.parent / "whole", db=db)
     whole = median(Ours(bundle, where.target, random_inputs(dict(bundle.manifest)), 1).block(1, 50)) / 1e9
     assert 0.5 < found.total / whole < 2 and found.rest > 0
@@ -269,6 +269,14 @@ def test_layers_are_timed_inside_the_network(trained: tuple[Path, Path, Path]) -
     assert all(time.seconds > 0 for row in found.pruned.values() for time in row.values())
     assert sum(row[some[1]].seconds for row in found.pruned.values()) < found.total - found.rest
     assert within(proto, layers, alone, replace(where, budget=0.0)) is alone
+    # out of time after the first: three quarters, and by it the others
+    told: list[str] = []
+    found = within(proto, layers, alone, replace(where, budget=1e-9), lambda done, text: told.append(text))
+    assert told == [f"all layers {some[1]}"]
+    for name, row in found.pruned.items():
+        half, seen = alone.pruned[name][some[0]], alone.pruned[name][some[1]]
+        if half.source == seen.source:  # a busy machine may not have measured both of them alone
+            assert row[some[0]].seconds == pytest.approx(half.seconds * row[some[1]].seconds / seen.seconds)
 
 
 def test_layers_are_timed_with_tiles_of_rows_from_anywhere(trained: tuple[Path, Path, Path]) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from colonnade.bench.ours import Ours
 
-LOOKED_AT = (0.5, 0.75)  # sparsities (or the next ones there are) at which a tile or transform is looked at
+LOOKED_AT = (0.75, 0.5)  # sparsities (or the next ones there are) at which a tile or transform is looked at
 
 Kind = tuple[int, int | None, str]
 Seconds = Mapping[str, float]  # by step
@@ -43,15 +45,20 @@ def within(
 ) -> LayerTimes:
     """Times of layers as they are inside the network; `alone` where nothing can or may be measured.
 
+    It takes about the place's budget; what is not looked at in that time goes by the tiles and transforms that were.
+
     Raises UserError for a model that cannot be built.
     """
-    looked_at = sorted(_looked_at({pattern for row in alone.pruned.values() for pattern in row}), key=str)
+    looked_at = _looked_at({pattern for row in alone.pruned.values() for pattern in row})
     if not looked_at or not where.budget or bool(getattr(where.target, "modelled", "")):
         return alone
     with tempfile.TemporaryDirectory(prefix="colonnade-") as room:
         network = _Network(_built(model, where, Path(room) / "dense"))
         found: dict[ColumnPattern, Mapping[str, float]] = {}
+        began = time.monotonic()
         for number, pattern in enumerate(looked_at):
+            if found and time.monotonic() - began > where.budget:
+                break
             if progress:
                 progress(number / len(looked_at), f"all layers {pattern}")
             at = Path(room) / f"{number}"
@@ -86,15 +93,17 @@ def merged(
 
 
 def _inside(pattern: ColumnPattern, alone: Mapping[ColumnPattern, Time], seen: Mapping[ColumnPattern, float]) -> Time:
-    """Of one layer: as it was seen, or its time alone times what became of that at the sparsities around."""
+    """Of one layer: as it was seen, or its time alone times what became of that at the sparsities around, of the same
+    tile and transform if they were seen, else of all that were."""
     if pattern in seen:
         return Time(seen[pattern], "measured")
-    around = sorted((p for p in seen if _kind(p) == _kind(pattern)), key=lambda p: p.sparsity)
-    around = [p for p in around if alone[p].source != ESTIMATED or alone[pattern].source == ESTIMATED]
-    if not around:
+    known = [p for p in seen if alone[p].source != ESTIMATED or alone[pattern].source == ESTIMATED]
+    alike = [p for p in known if _kind(p) == _kind(pattern)] or known
+    if not alike:
         return alone[pattern]
-    ratios = [seen[p] / alone[p].seconds for p in around]
-    ratio = float(np.interp(pattern.sparsity, [p.sparsity for p in around], ratios))
+    around = sorted({p.sparsity for p in alike})
+    ratios = [median(seen[p] / alone[p].seconds for p in alike if p.sparsity == sparsity) for sparsity in around]
+    ratio = float(np.interp(pattern.sparsity, around, ratios))
     return replace(alone[pattern], seconds=alone[pattern].seconds * ratio)
 
 
@@ -102,12 +111,13 @@ def _kind(pattern: ColumnPattern) -> Kind:
     return pattern.tile, pattern.group, pattern.winograd
 
 
-def _looked_at(patterns: Collection[ColumnPattern]) -> set[ColumnPattern]:
-    """Of every tile and transform the patterns next to LOOKED_AT."""
+def _looked_at(patterns: Collection[ColumnPattern]) -> list[ColumnPattern]:
+    """Of every tile and transform the patterns next to LOOKED_AT, those next to its first one before others."""
     kinds: dict[Kind, list[ColumnPattern]] = {}
     for pattern in sorted(patterns, key=str):
         kinds.setdefault(_kind(pattern), []).append(pattern)
-    return {min(row, key=lambda p: abs(p.sparsity - wanted)) for row in kinds.values() for wanted in LOOKED_AT}
+    rows = [[min(row, key=lambda p: abs(p.sparsity - wanted)) for row in kinds.values()] for wanted in LOOKED_AT]
+    return list(dict.fromkeys(chain(*rows)))
 
 
 def _built(model: onnx.ModelProto, where: Place, at: Path) -> Ours:
