@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from colonnade import targets
+from colonnade.errors import run_script
 from colonnade.frontend.panels import VECTORS
 from colonnade.kernels import registry
 from colonnade.kernels.isa import Isa, available
@@ -234,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

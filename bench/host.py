@@ -42,7 +42,7 @@ from colonnade.bench.record import beside_dense, layers
 from colonnade.bench.run import profiles, random_inputs
 from colonnade.build.toolchain import Toolchain
 from colonnade.bundle import Bundle, write_bundle
-from colonnade.errors import ColonnadeError
+from colonnade.errors import ColonnadeError, run_script
 from colonnade.frontend import imported
 from colonnade.pattern import ColumnPattern
 from colonnade.report.bundle import enrich
@@ -413,4 +413,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

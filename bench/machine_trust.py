@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from colonnade.build.toolchain import Toolchain
+from colonnade.errors import run_script
 from colonnade.machine import Instrument, read
 
 # model, loop (bench/machine_loops.c), bytes, published bytes a cycle, was it fitted?
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

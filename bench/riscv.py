@@ -30,6 +30,7 @@ import numpy as np
 import platformdirs
 
 from colonnade.build.toolchain import Toolchain
+from colonnade.errors import run_script
 from colonnade.frontend import panels
 from colonnade.kernels import registry, render
 from colonnade.kernels.call import Call, Const
@@ -437,4 +438,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ import colonnade as cn
 from colonnade import targets
 from colonnade.bench.ours import Ours
 from colonnade.bench.run import random_inputs
+from colonnade.errors import run_script
 from colonnade.machine import read
 
 
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from colonnade.errors import run_script
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SPARSITY = 0.75
@@ -115,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

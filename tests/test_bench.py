@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -249,3 +251,22 @@ def test_the_whole_bench_of_a_pruned_model(model: Path, tmp_path: Path) -> None:
     assert any("untuned" in note for note in found["notes"])
     assert json.loads(json.dumps(found)) == found
     assert len(table(found)) > 4
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "line"),
+    [
+        ("riscv_whole.py", ["nowhere.onnx"], "error: nowhere.onnx: no such file: expected an ONNX model"),
+        (
+            "riscv.py",
+            ["--model", "z80"],
+            "error: no machine model 'z80'; known: c908, x100, x280, x60, or the path of a .toml file",
+        ),
+    ],
+)
+def test_a_script_that_was_asked_for_what_is_not_there_says_so_in_a_line(
+    script: str, options: list[str], line: str
+) -> None:
+    at = Path(__file__).resolve().parent.parent / "bench" / script
+    done = subprocess.run([sys.executable, at, *options], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")

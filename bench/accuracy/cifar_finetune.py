@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import colonnade as cn
 from colonnade.accuracy import Accuracy
+from colonnade.errors import run_script
 from colonnade.sparsify.masks import mask_zeros_, masks, set_movable_mask
 
 METHODS = tuple(method for method in ONESHOT if "magnitude" in method or method in ("obs", "obs+grouping"))
@@ -368,4 +369,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 import colonnade as cn
 from colonnade.accuracy import Accuracy
+from colonnade.errors import run_script
 from colonnade.sparsify.balance import measured
 from colonnade.sparsify.joint import distance
 from colonnade.sparsify.masks import mask_zeros_
@@ -396,4 +397,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from colonnade.errors import ColonnadeError, UserError
+from colonnade.errors import ColonnadeError, UserError, say
 
 
 class Verb(NamedTuple):
@@ -105,11 +105,6 @@ def application(verb: str | None) -> typer.Typer:
     return app
 
 
-def _say(text: str) -> None:
-    # One line, whatever the text was made of.
-    print("error:", " ".join(text.split()), file=sys.stderr)
-
-
 def _explain(error: BaseException) -> tuple[str, int]:
     """The line for the user, and the exit code."""
     if isinstance(error, ColonnadeError):
@@ -139,7 +134,7 @@ def run_verb(argv: Sequence[str]) -> int:
         from difflib import get_close_matches
 
         near = get_close_matches(verb, VERBS)
-        _say(f"no such verb: {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}"))
+        say(f"no such verb: {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}"))
         return UserError.exit_code
     if verb is not None and not verbose:
         import logging
@@ -159,7 +154,7 @@ def run_verb(argv: Sequence[str]) -> int:
         if verbose:
             traceback.print_exc()
         text, code = _explain(error)
-        _say(text)
+        say(text)
     if code == 130:
         print("stopped", file=sys.stderr)
     return code
