@@ -35,6 +35,12 @@ class Isa:
         """Is the vector length known at run time only?"""
         return self.lanes == 0
 
+    @property
+    def group(self) -> int:
+        """Registers at a time of a body that runs along arrays. With one of them a core that issues in order waits for
+        every link of a chain, such as a polynomial's."""
+        return 4 if self.scalable else 1
+
 
 PORTABLE = "portable"
 

@@ -28,6 +28,14 @@ VEC_INLINE vec1_t vec1_add(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm
 VEC_INLINE vec1_t vec1_sub(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_sub_ps(a, b); }
 VEC_INLINE vec1_t vec1_mul(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_mul_ps(a, b); }
 VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_div_ps(a, b); }
+VEC_INLINE vec1_t vec1_over(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_div_ps(a, b); }
+VEC_INLINE vec1_t vec1_plus(vec1_t v, float s, size_t vl) { (void)vl; return _mm256_add_ps(v, _mm256_set1_ps(s)); }
+VEC_INLINE vec1_t vec1_scale(vec1_t v, float s, size_t vl) { (void)vl; return _mm256_mul_ps(v, _mm256_set1_ps(s)); }
+VEC_INLINE vec1_t vec1_link(vec1_t p, vec1_t x, float s, size_t vl) { (void)vl; return _mm256_fmadd_ps(p, x, _mm256_set1_ps(s)); }
+VEC_INLINE vec1_t vec1_at_least(vec1_t v, float s, size_t vl) { (void)vl; return _mm256_max_ps(_mm256_set1_ps(s), v); }
+VEC_INLINE vec1_t vec1_minus_abs(vec1_t v, size_t vl) { (void)vl; return _mm256_or_ps(v, _mm256_set1_ps(-0.0f)); }
+VEC_INLINE vec1_t vec1_where_below(vec1_t x, vec1_t a, float s, size_t vl) { (void)vl; return _mm256_blendv_ps(_mm256_set1_ps(s), a, x); }
+VEC_INLINE vec1_t vec1_power(vec1_t v, size_t vl) { (void)vl; return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(v), 23), _mm256_set1_epi32(127 << 23))); }
 VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; return _mm256_sqrt_ps(v); }
 VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_max_ps(a, b); }
 VEC_INLINE vec1_t vec1_min(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_min_ps(a, b); }
@@ -118,13 +126,6 @@ VEC_INLINE vec1_t vec1_next(vec1_t v, float last, size_t vl)
     (void)vl;
     const __m256 turned = _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
     return _mm256_blend_ps(turned, _mm256_set1_ps(last), 0x80);
-}
-VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl)
-{
-    (void)vl;
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 VEC_INLINE float vec1_sum(vec1_t v, size_t vl)
 {

@@ -47,6 +47,20 @@ VEC_INLINE vec1_t vec1_add(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm
 VEC_INLINE vec1_t vec1_sub(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_sub_ps(a, b); }
 VEC_INLINE vec1_t vec1_mul(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_mul_ps(a, b); }
 VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_div_ps(a, b); }
+/* a / b within two roundings, for b from 1 to 2^126 */
+VEC_INLINE vec1_t vec1_over(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_div_ps(a, b); }
+VEC_INLINE vec1_t vec1_plus(vec1_t v, float s, size_t vl) { (void)vl; return _mm512_add_ps(v, _mm512_set1_ps(s)); }
+VEC_INLINE vec1_t vec1_scale(vec1_t v, float s, size_t vl) { (void)vl; return _mm512_mul_ps(v, _mm512_set1_ps(s)); }
+/* p x + s, a link of a polynomial's chain; rounded once or twice */
+VEC_INLINE vec1_t vec1_link(vec1_t p, vec1_t x, float s, size_t vl) { (void)vl; return _mm512_fmadd_ps(p, x, _mm512_set1_ps(s)); }
+/* the larger one; a NaN stays a NaN */
+VEC_INLINE vec1_t vec1_at_least(vec1_t v, float s, size_t vl) { (void)vl; return _mm512_max_ps(_mm512_set1_ps(s), v); }
+/* -|v| */
+VEC_INLINE vec1_t vec1_minus_abs(vec1_t v, size_t vl) { (void)vl; return _mm512_or_ps(v, _mm512_set1_ps(-0.0f)); }
+/* a where x < 0, else s; for x = -0 and NaN either */
+VEC_INLINE vec1_t vec1_where_below(vec1_t x, vec1_t a, float s, size_t vl) { (void)vl; return _mm512_mask_mov_ps(_mm512_set1_ps(s), _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
+/* 2^n of whole numbers n from -127 (where it is 0) to 127, given n + 1.5 * 2^23 */
+VEC_INLINE vec1_t vec1_power(vec1_t v, size_t vl) { (void)vl; return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(v), 23), _mm512_set1_epi32(127 << 23))); }
 VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; return _mm512_sqrt_ps(v); }
 /* a NaN in the second operand stays a NaN */
 VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_max_ps(a, b); }
@@ -142,10 +156,6 @@ VEC_INLINE vec1_t vec1_next(vec1_t v, float last, size_t vl)
     (void)vl;
     return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(_mm512_set1_ps(last)), _mm512_castps_si512(v), 1));
 }
-/* to the nearest integer, ties to even */
-VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; return _mm512_roundscale_ps(v, 0); }
-/* v * 2^n for integers n in -126..127 */
-VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl) { (void)vl; return _mm512_scalef_ps(v, n); }
 VEC_INLINE float vec1_sum(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_add_ps(v); }
 VEC_INLINE float vec1_top(vec1_t v, size_t vl) { (void)vl; return _mm512_reduce_max_ps(v); }
 /* The rows of a tile in the lanes, n of them: rowsN_fma is acc + s * v, as above. */

@@ -29,6 +29,22 @@ VEC_INLINE vec1_t vec1_add(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a
 VEC_INLINE vec1_t vec1_sub(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] - b.at[i]); }
 VEC_INLINE vec1_t vec1_mul(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] * b.at[i]); }
 VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] / b.at[i]); }
+VEC_INLINE vec1_t vec1_over(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] / b.at[i]); }
+VEC_INLINE vec1_t vec1_plus(vec1_t v, float s, size_t vl) { (void)vl; VEC_EACH(v.at[i] + s); }
+VEC_INLINE vec1_t vec1_scale(vec1_t v, float s, size_t vl) { (void)vl; VEC_EACH(v.at[i] * s); }
+VEC_INLINE vec1_t vec1_link(vec1_t p, vec1_t x, float s, size_t vl) { (void)vl; VEC_EACH(p.at[i] * x.at[i] + s); }
+VEC_INLINE vec1_t vec1_at_least(vec1_t v, float s, size_t vl) { (void)vl; VEC_EACH(s > v.at[i] ? s : v.at[i]); }
+VEC_INLINE vec1_t vec1_minus_abs(vec1_t v, size_t vl) { (void)vl; VEC_EACH(-__builtin_fabsf(v.at[i])); }
+VEC_INLINE vec1_t vec1_where_below(vec1_t x, vec1_t a, float s, size_t vl) { (void)vl; VEC_EACH(x.at[i] < 0 ? a.at[i] : s); }
+VEC_INLINE float vec_power(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits << 23) + (127u << 23);
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+VEC_INLINE vec1_t vec1_power(vec1_t v, size_t vl) { (void)vl; VEC_EACH(vec_power(v.at[i])); }
 VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; VEC_EACH(__builtin_sqrtf(v.at[i])); }
 VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] > b.at[i] ? a.at[i] : b.at[i]); }
 VEC_INLINE vec1_t vec1_min(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(a.at[i] < b.at[i] ? a.at[i] : b.at[i]); }
@@ -70,18 +86,6 @@ VEC_INLINE void vec1_join4(float *p, vec1_t a, vec1_t b, vec1_t c, vec1_t d, siz
     for (int i = 0; i < 8; i++) p[4 * i] = a.at[i], p[4 * i + 1] = b.at[i], p[4 * i + 2] = c.at[i], p[4 * i + 3] = d.at[i];
 }
 VEC_INLINE vec1_t vec1_next(vec1_t v, float last, size_t vl) { (void)vl; VEC_EACH(i < 7 ? v.at[i + 1] : last); }
-/* |v| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction */
-VEC_INLINE vec1_t vec1_round(vec1_t v, size_t vl) { (void)vl; VEC_EACH((v.at[i] + 12582912.0f) - 12582912.0f); }
-VEC_INLINE vec1_t vec1_ldexp(vec1_t v, vec1_t n, size_t vl)
-{
-    (void)vl;
-    vec1_t power;
-    for (int i = 0; i < 8; i++) {
-        const uint32_t bits = n.at[i] > -127.0f ? (uint32_t)((int32_t)n.at[i] + 127) << 23 : 0; /* a NaN must not be cast */
-        memcpy(&power.at[i], &bits, 4);
-    }
-    VEC_EACH(v.at[i] * power.at[i]);
-}
 VEC_INLINE float vec1_sum(vec1_t v, size_t vl)
 {
     (void)vl;

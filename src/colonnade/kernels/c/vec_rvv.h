@@ -180,6 +180,38 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     VEC_INLINE vec##L##_t vec##L##_sub(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfsub_vv_f32m##L(a, b, vl); } \
     VEC_INLINE vec##L##_t vec##L##_mul(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfmul_vv_f32m##L(a, b, vl); } \
     VEC_INLINE vec##L##_t vec##L##_div(vec##L##_t a, vec##L##_t b, size_t vl) { return __riscv_vfdiv_vv_f32m##L(a, b, vl); } \
+    /* a division takes five cycles a lane on some cores: an estimate of 1 / b of 7 bits, a step of Newton's, and one more \
+     * for the quotient */ \
+    VEC_INLINE vec##L##_t vec##L##_over(vec##L##_t a, vec##L##_t b, size_t vl) \
+    { \
+        vec##L##_t r = __riscv_vfrec7_v_f32m##L(b, vl); \
+        r = __riscv_vfmul_vv_f32m##L(r, __riscv_vfrsub_vf_f32m##L(__riscv_vfmul_vv_f32m##L(b, r, vl), 2.0f, vl), vl); \
+        const vec##L##_t q = __riscv_vfmul_vv_f32m##L(a, r, vl); \
+        return __riscv_vfmacc_vv_f32m##L(q, r, __riscv_vfnmsac_vv_f32m##L(a, b, q, vl), vl); \
+    } \
+    /* a number in all lanes takes twice as long as an addition */ \
+    VEC_INLINE vec##L##_t vec##L##_link(vec##L##_t p, vec##L##_t x, float s, size_t vl) \
+    { \
+        return __riscv_vfadd_vf_f32m##L(__riscv_vfmul_vv_f32m##L(p, x, vl), s, vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_at_least(vec##L##_t v, float s, size_t vl) \
+    { \
+        return __riscv_vfmerge_vfm_f32m##L(v, s, __riscv_vmflt_vf_f32m##L##_b##RATIO(v, s, vl), vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_minus_abs(vec##L##_t v, size_t vl) \
+    { \
+        const vuint32m##L##_t bits = __riscv_vreinterpret_v_f32m##L##_u32m##L(v); \
+        return __riscv_vreinterpret_v_u32m##L##_f32m##L(__riscv_vor_vx_u32m##L(bits, 0x80000000u, vl)); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_where_below(vec##L##_t x, vec##L##_t a, float s, size_t vl) \
+    { \
+        return __riscv_vfmerge_vfm_f32m##L(a, s, __riscv_vmfge_vf_f32m##L##_b##RATIO(x, 0.0f, vl), vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_power(vec##L##_t v, size_t vl) \
+    { \
+        const vuint32m##L##_t bits = __riscv_vsll_vx_u32m##L(__riscv_vreinterpret_v_f32m##L##_u32m##L(v), 23, vl); \
+        return __riscv_vreinterpret_v_u32m##L##_f32m##L(__riscv_vadd_vx_u32m##L(bits, 127u << 23, vl)); \
+    } \
     VEC_INLINE vec##L##_t vec##L##_sqrt(vec##L##_t v, size_t vl) { return __riscv_vfsqrt_v_f32m##L(v, vl); } \
     VEC_INLINE vec##L##_t vec##L##_max(vec##L##_t a, vec##L##_t b, size_t vl) \
     { \
@@ -189,10 +221,6 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     { \
         return __riscv_vmerge_vvm_f32m##L(b, a, __riscv_vmflt_vv_f32m##L##_b##RATIO(a, b, vl), vl); \
     } \
-    VEC_INLINE vec##L##_t vec##L##_select(const uint8_t *bits, size_t lane, vec##L##_t v, size_t vl) \
-    { \
-        return __riscv_vmerge_vvm_f32m##L(vec##L##_splat(0.0f, vl), v, vec_mask##RATIO(bits, lane, vl), vl); \
-    } \
     /* bias and limits as scalars, a mask that stays in its register: for blocks whose sums fill all the others */ \
     VEC_INLINE vec##L##_mask_t vec##L##_holes(const uint8_t *bits, size_t lane, size_t vl) \
     { \
@@ -201,6 +229,10 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     VEC_INLINE vec##L##_t vec##L##_clear(vec##L##_t v, vec##L##_mask_t holes, size_t vl) \
     { \
         return __riscv_vfmerge_vfm_f32m##L(v, 0.0f, holes, vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_select(const uint8_t *bits, size_t lane, vec##L##_t v, size_t vl) \
+    { \
+        return vec##L##_clear(v, vec##L##_holes(bits, lane, vl), vl); \
     } \
     VEC_INLINE vec##L##_t vec##L##_plus(vec##L##_t v, float s, size_t vl) { return __riscv_vfadd_vf_f32m##L(v, s, vl); } \
     VEC_INLINE vec##L##_t vec##L##_clip(vec##L##_t v, float low, float high, size_t vl) \
@@ -222,17 +254,6 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     } \
     /* first, then v without its last lane */ \
     VEC_INLINE vec##L##_t vec##L##_push(vec##L##_t v, float first, size_t vl) { return __riscv_vfslide1up_vf_f32m##L(v, first, vl); } \
-    VEC_INLINE vec##L##_t vec##L##_round(vec##L##_t v, size_t vl) \
-    { \
-        const vint32m##L##_t whole = __riscv_vfcvt_x_f_v_i32m##L##_rm(v, __RISCV_FRM_RNE, vl); \
-        return __riscv_vfcvt_f_x_v_f32m##L(whole, vl); \
-    } \
-    VEC_INLINE vec##L##_t vec##L##_ldexp(vec##L##_t v, vec##L##_t n, size_t vl) \
-    { \
-        vint32m##L##_t power = __riscv_vadd_vx_i32m##L(__riscv_vfcvt_x_f_v_i32m##L(n, vl), 127, vl); \
-        power = __riscv_vsll_vx_i32m##L(power, 23, vl); \
-        return __riscv_vfmul_vv_f32m##L(v, __riscv_vreinterpret_v_i32m##L##_f32m##L(power), vl); \
-    } \
     VEC_INLINE float vec##L##_sum(vec##L##_t v, size_t vl) \
     { \
         const vfloat32m1_t zero = __riscv_vfmv_s_f_f32m1(0.0f, 1); \

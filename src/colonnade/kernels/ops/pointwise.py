@@ -103,17 +103,19 @@ def _planes(output: Placed) -> dict[str, Field]:
     }
 
 
-def _one(symbol: str, isa: Isa) -> Iterator[Candidate]:
-    yield Candidate(f"f32_{symbol}_1v__{isa.name}")
+def _symbol(name: str, isa: Isa, group: int) -> str:
+    """``f32_mul_1v__avx512``"""
+    return f"f32_{name}_{group}v__{isa.name}"
 
 
 def _affine_variants(isa: Isa) -> Iterator[Variant]:
     for body in ("affine", "affine_rows"):
-        yield Variant(f"f32_{body}_1v__{isa.name}", f"{body}.c.in", {"NV": 1})
+        yield Variant(_symbol(body, isa, isa.group), f"{body}.c.in", {"NV": isa.group})
 
 
 def _affine_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    return _one("affine_rows" if isinstance(operands.inputs[0].layout, Rows) else "affine", isa)
+    name = "affine_rows" if isinstance(operands.inputs[0].layout, Rows) else "affine"
+    return [Candidate(_symbol(name, isa, isa.group))]
 
 
 def _affine_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -144,16 +146,16 @@ def _affine_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 def _binary_variants(isa: Isa) -> Iterator[Variant]:
     for kind in KINDS:
-        yield Variant(f"f32_{kind}_1v__{isa.name}", "binary.c.in", {"NV": 1, "KIND": kind, "BROADCAST": 0})
-        yield Variant(f"f32_{kind}_broadcast_1v__{isa.name}", "binary.c.in", {"NV": 1, "KIND": kind, "BROADCAST": 1})
-        yield Variant(f"f32_{kind}_rows_1v__{isa.name}", "binary_rows.c.in", {"NV": 1, "KIND": kind})
+        for form, params in (("", {"BROADCAST": 0}), ("_broadcast", {"BROADCAST": 1}), ("_rows", {})):
+            body = "binary_rows.c.in" if form == "_rows" else "binary.c.in"
+            yield Variant(_symbol(kind + form, isa, isa.group), body, {"NV": isa.group, "KIND": kind, **params})
 
 
 def _binary_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     workload = operands.workload
     assert isinstance(workload, Binary)
     form = "_rows" if isinstance(operands.inputs[0].layout, Rows) else "_broadcast" if workload.broadcast else ""
-    return _one(workload.kind + form, isa)
+    return [Candidate(_symbol(workload.kind + form, isa, isa.group))]
 
 
 def _binary_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -189,11 +191,11 @@ def _binary_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 
 def _softmax_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(f"f32_softmax_1v__{isa.name}", "softmax.c.in", {"NV": 1})
+    yield Variant(_symbol("softmax", isa, 1), "softmax.c.in", {"NV": 1})
 
 
 def _softmax_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    return _one("softmax", isa)
+    return [Candidate(_symbol("softmax", isa, 1))]
 
 
 def _softmax_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

@@ -66,15 +66,21 @@ GLOBAL = Struct(
 )
 
 
+def _group(isa: Isa) -> int:
+    """Registers at a time: half of what arrays take, for rows of small maps do not fill more."""
+    return max(isa.group // 2, 1)
+
+
 def _pool_variants(isa: Isa) -> Iterator[Variant]:
     for kind in ("max", "avg"):
-        yield Variant(f"f32_{kind}pool_1v__{isa.name}", "pool.c.in", {"NV": 1, "KIND": kind, "MAX_LANES": MAX_LANES})
+        params = {"NV": _group(isa), "KIND": kind, "MAX_LANES": MAX_LANES}
+        yield Variant(f"f32_{kind}pool_{_group(isa)}v__{isa.name}", "pool.c.in", params)
 
 
 def _pool_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     pool = operands.workload
     assert isinstance(pool, Pool2d)
-    yield Candidate(f"f32_{pool.kind}pool_1v__{isa.name}")
+    yield Candidate(f"f32_{pool.kind}pool_{_group(isa)}v__{isa.name}")
 
 
 def _pool_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -133,13 +139,14 @@ def _factors(pool: Pool2d, axis: int) -> list[float]:
 
 def _global_variants(isa: Isa) -> Iterator[Variant]:
     for kind in ("max", "sum"):
-        yield Variant(f"f32_global{kind}_1v__{isa.name}", "pool_global.c.in", {"NV": 1, "KIND": kind})
+        params = {"NV": _group(isa), "KIND": kind}
+        yield Variant(f"f32_global{kind}_{_group(isa)}v__{isa.name}", "pool_global.c.in", params)
 
 
 def _global_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     pool = operands.workload
     assert isinstance(pool, GlobalPool)
-    yield Candidate(f"f32_global{'max' if pool.kind == 'max' else 'sum'}_1v__{isa.name}")
+    yield Candidate(f"f32_global{'max' if pool.kind == 'max' else 'sum'}_{_group(isa)}v__{isa.name}")
 
 
 def _global_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

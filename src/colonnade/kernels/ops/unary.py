@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from colonnade.kernels.call import Arena, Call, Field
-from colonnade.kernels.isa import Isa
+from colonnade.kernels.isa import Isa, isa
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, masks, same_places, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -93,12 +93,16 @@ SCALAR = {
 }  # fmt: skip
 
 
-def symbol(function: Function, isa: str) -> str:
+def _group(name: str, known: Isa) -> int:
+    return known.group if name in VECTOR else 1
+
+
+def symbol(function: Function, known: Isa) -> str:
     """``f32_silu_1v__avx512``"""
-    return f"f32_{function.name}_1v__{isa}"
+    return f"f32_{function.name}_{_group(function.name, known)}v__{known.name}"
 
 
-def call(x: Placed, y: Placed, function: Function, isa: str) -> Call:
+def call(x: Placed, y: Placed, function: Function, isa_name: str) -> Call:
     """``y = function(x)``; in place where both are one."""
     if isinstance(y.layout, Rows):
         fields: dict[str, Field] = {
@@ -113,18 +117,20 @@ def call(x: Placed, y: Placed, function: Function, isa: str) -> Call:
             "plane": y.planes.plane,
         }  # fmt: skip
     fields |= {"arena": Arena(), "in": u32(x.offsets), "out": u32(y.offsets), "a": function.a, "b": function.b}
-    return Call(symbol(function, isa), UNARY.name, fields)
+    return Call(symbol(function, isa(isa_name)), UNARY.name, fields)
 
 
-def _variants(isa: Isa) -> Iterator[Variant]:
+def _variants(known: Isa) -> Iterator[Variant]:
     for name in sorted({*VECTOR, *SCALAR}):
-        params = {"NV": 1, "NAME": name, "VECTOR": VECTOR.get(name, ""), "SCALAR": SCALAR.get(name, "")}
-        yield Variant(symbol(Function(name), isa.name), "unary.c.in", params)
+        params = {
+            "NV": _group(name, known), "NAME": name, "VECTOR": VECTOR.get(name, ""), "SCALAR": SCALAR.get(name, ""),
+        }  # fmt: skip
+        yield Variant(symbol(Function(name), known), "unary.c.in", params)
 
 
-def _candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+def _candidates(operands: Operands, known: Isa, threads: int) -> Iterable[Candidate]:
     assert isinstance(operands.workload, Unary)
-    yield Candidate(symbol(operands.workload.function, isa.name))
+    yield Candidate(symbol(operands.workload.function, known))
 
 
 def _bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

@@ -141,7 +141,7 @@ static int float_class(unsigned f6, unsigned vs1, int vv)
     if (f6 == 0x0e || f6 == 0x0f) return C_vslide;
     if (f6 == 0x10) return vv ? C_vftoscalar : C_vfromscalar;
     if (f6 == 0x12) return vs1 < 8 ? C_vfconvert : vs1 < 16 ? C_vwiden : C_vnarrow;
-    if (f6 == 0x13) return vs1 ? C_vfadd : C_vfsqrt;
+    if (f6 == 0x13) return vs1 ? C_vfsign : C_vfsqrt; /* estimates of 7 bits, classes: as long as a sign */
     if (f6 == 0x17) return C_vmove;
     if (f6 >= 0x18 && f6 <= 0x1f) return C_vcompare;
     if (f6 == 0x20 || f6 == 0x21) return C_vfdiv;
