@@ -152,8 +152,8 @@ REDUCTIONS = ("sum", "avg", "max", "min", "prod", "l1", "l2", "sumsq", "logsum",
 MATMUL_SHAPES = ((4, 2), (6, 2), (8, 1), (1, 4), (6, 4))  # (rows, vectors); the last one where there are 32 registers
 
 
-def _symbol(name: str, isa: Isa) -> str:
-    return f"f32_{name}_1v__{isa.name}"
+def _symbol(name: str, isa: Isa, group: int = 1) -> str:
+    return f"f32_{name}_{group}v__{isa.name}"
 
 
 def _at(x: Placed) -> Arena:
@@ -430,11 +430,11 @@ def _matmul_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 
 def _normalise_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("normalise", isa), "normalise.c.in", {"NV": 1})
+    yield Variant(_symbol("normalise", isa, isa.group), "normalise.c.in", {"NV": isa.group})
 
 
 def _normalise_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(_symbol("normalise", isa))
+    yield Candidate(_symbol("normalise", isa, isa.group))
 
 
 def _normalise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

@@ -103,19 +103,19 @@ def _planes(output: Placed) -> dict[str, Field]:
     }
 
 
-def _symbol(name: str, isa: Isa, group: int) -> str:
+def _symbol(name: str, isa: Isa) -> str:
     """``f32_mul_1v__avx512``"""
-    return f"f32_{name}_{group}v__{isa.name}"
+    return f"f32_{name}_{isa.group}v__{isa.name}"
 
 
 def _affine_variants(isa: Isa) -> Iterator[Variant]:
     for body in ("affine", "affine_rows"):
-        yield Variant(_symbol(body, isa, isa.group), f"{body}.c.in", {"NV": isa.group})
+        yield Variant(_symbol(body, isa), f"{body}.c.in", {"NV": isa.group})
 
 
 def _affine_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     name = "affine_rows" if isinstance(operands.inputs[0].layout, Rows) else "affine"
-    return [Candidate(_symbol(name, isa, isa.group))]
+    return [Candidate(_symbol(name, isa))]
 
 
 def _affine_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -148,14 +148,14 @@ def _binary_variants(isa: Isa) -> Iterator[Variant]:
     for kind in KINDS:
         for form, params in (("", {"BROADCAST": 0}), ("_broadcast", {"BROADCAST": 1}), ("_rows", {})):
             body = "binary_rows.c.in" if form == "_rows" else "binary.c.in"
-            yield Variant(_symbol(kind + form, isa, isa.group), body, {"NV": isa.group, "KIND": kind, **params})
+            yield Variant(_symbol(kind + form, isa), body, {"NV": isa.group, "KIND": kind, **params})
 
 
 def _binary_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     workload = operands.workload
     assert isinstance(workload, Binary)
     form = "_rows" if isinstance(operands.inputs[0].layout, Rows) else "_broadcast" if workload.broadcast else ""
-    return [Candidate(_symbol(workload.kind + form, isa, isa.group))]
+    return [Candidate(_symbol(workload.kind + form, isa))]
 
 
 def _binary_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -191,11 +191,11 @@ def _binary_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 
 def _softmax_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("softmax", isa, 1), "softmax.c.in", {"NV": 1})
+    yield Variant(_symbol("softmax", isa), "softmax.c.in", {"NV": isa.group})
 
 
 def _softmax_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    return [Candidate(_symbol("softmax", isa, 1))]
+    return [Candidate(_symbol("softmax", isa))]
 
 
 def _softmax_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
