@@ -119,6 +119,20 @@ def test_pixels_that_no_tap_reaches_hold_the_bias_even_beside_nan(isa):
     assert (result[0, :, 1::2] == case.constants["bias"][:, None, None]).all()
 
 
+@pytest.mark.parametrize("isa", [row for row in MACHINE if row.id.startswith("rvv")])
+@pytest.mark.parametrize("pattern", [None, ColumnPattern(0.25, 8)])
+def test_many_channels_come_in_blocks(isa, pattern):
+    """A phase with taps in several calls, one without any in one; limits apply to the last."""
+    conv = ConvTranspose2d(1, 248, 11, 6, 17, (2, 3), (2, 4), epilogue=Epilogue(False, RELU))
+    case, x = operands(conv, pattern, 0, 1)
+    found = [c for c in candidates(case, isa, 1) if c.params.get("blocks", 1) > 1]
+    assert found
+    for candidate in found[:4]:
+        calls = bind(case, candidate)
+        assert len(calls) == 6 * candidate.params["blocks"] + 2
+        run(case, candidate, isa, [x], threads=2, tolerance=TOLERANCE)
+
+
 @pytest.mark.parametrize("isa", MACHINE)
 @given(
     batch=st.integers(1, 3), channels=st.integers(1, 5), height=st.integers(1, 20), width=st.integers(1, 70),

@@ -14,7 +14,7 @@ import numpy as np
 
 from colonnade.layout import LINE
 from colonnade.pattern import Tile, TiledWeights
-from colonnade.workload import Conv2d
+from colonnade.workload import Conv2d, ConvTranspose2d
 
 
 def by_channel(tiled: TiledWeights, conv: Conv2d) -> TiledWeights:
@@ -30,7 +30,7 @@ def by_channel(tiled: TiledWeights, conv: Conv2d) -> TiledWeights:
     return replace(tiled, tiles=tuple(map(ordered, tiled.tiles)))
 
 
-def cut(tiled: TiledWeights, conv: Conv2d, count: int) -> list[TiledWeights]:
+def cut(tiled: TiledWeights, conv: Conv2d | ConvTranspose2d, count: int) -> list[TiledWeights]:
     """``count`` parts that add up to ``tiled``, each with the columns of about as many channels. A tile may keep none
     of a part's."""
     channels = conv.in_channels // conv.groups
@@ -89,7 +89,7 @@ def orders(
     what all of them read each has its own part of the weights. Of few strips each takes one, which its first cache
     keeps, and all walk over the same weights.
     """
-    weights = 4 * sum(tile.values.size for t in tiled for tile in t.tiles)
+    weights = 4 * max((sum(tile.values.size for tile in t.tiles) for t in tiled), default=0)  # of one call at a time
     least = min((len(tile.columns) for t in tiled for tile in t.tiles), default=0)
     parts = 1
     while parts < 8 and held >= parts * NEAR and least >= 2 * parts * FEWEST:

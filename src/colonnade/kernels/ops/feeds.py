@@ -58,7 +58,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
                 continue
             if readable:
                 yield from in_place(
-                    [tiled], lanes, mr, nv, dense, isa, threads, held=_held(step), reached=blocks.reach(conv, nv)
+                    [tiled], lanes, mr, nv, dense, isa, threads, held=read_bytes(step), reached=blocks.reach(conv, nv)
                 )
             packed += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
             if not readable and isa.scalable and windows.readable(conv, step.inputs[0], layout):
@@ -87,7 +87,7 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
         tiled = tables.tiling(step, dense_tile=mr if dense else 0)
         if not registers.worth_trying(mr, tiled, own):
             continue
-        feed, held = (2 if stored else 0), _held(step)
+        feed, held = (2 if stored else 0), read_bytes(step)
         reached = 0 if stored else blocks.reach(conv, nv)
         found = list(in_place([tiled], lanes, mr, nv, dense, isa, threads, feed, held, reached)) if direct else []
         if not stored and packing.packable(conv, source.planes):
@@ -97,7 +97,7 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
         yield from (c for c in found if not c.params["tail"])  # a tail belongs to no strip
 
 
-def _held(step: Operands) -> int:
+def read_bytes(step: Operands) -> int:
     """Bytes of the input."""
     source = step.inputs[0]
     if isinstance(source.layout, Panels):

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
+from colonnade.kernels.ops import blocks, feeds, pairs, panels, registers, strips, tables
 from colonnade.kernels.ops import conv as gather
-from colonnade.kernels.ops import feeds, pairs, panels, registers, strips, tables
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -64,7 +64,7 @@ def _candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             phases = [tiled for _, taps, tiled in _phases(step, mr if dense else 0) if taps]
             if phases and not registers.worth_trying(mr, phases[0], registers.shapes(isa)):
                 continue
-            yield from feeds.in_place(phases, lanes, mr, nv, dense, isa, threads)
+            yield from feeds.in_place(phases, lanes, mr, nv, dense, isa, threads, held=feeds.read_bytes(step))
 
 
 Tap = tuple[int, int, int, int]  # kh, kw, and the shift in rows and columns
@@ -108,7 +108,7 @@ def _tilings(weight: _Weight, dense_tile: int) -> tuple[tuple[tuple[int, int], t
 
 
 def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
-    """One ``cn_conv`` call a phase."""
+    """One ``cn_conv`` call a phase, or one a phase and block of K."""
     conv, output = step.workload, step.output
     assert isinstance(conv, ConvTranspose2d) and output is not None
     source, layout = step.inputs[0], output.planes
@@ -125,41 +125,44 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     calls: list[Call] = []
     key, per_group, ring = conv.key(), conv.out_channels // conv.groups, registers.places(mr, nv, isa)
     for phase, taps, tiled in _phases(step, mr if candidate.params["dense"] else 0):
-        filled = tables.tables(key, _offsets(conv, source, taps), tiled, per_group, ring)
-        if not taps:
-            filled.tiles["columns"] = 0
         order = np.concatenate([tile.rows for tile in tiled.tiles])
-        first = not calls
-        fields: dict[str, Field] = {
-            "arena": Arena(),
-            "offsets": Const(filled.offsets),
-            "weights": Const(filled.weights),
-            "bias": f32(tables.beyond(bias[order], ring)),
-            "rows": u32(tables.beyond(planes[order, stored.index(phase)], ring)),
-            "residual": None,
-            "tiles": Const(filled.tiles),
-            "mask": Const(layout.mask(phase)),
-            "lead": Arena(output.lead_offset),
-            "lead_bytes": output.lead_bytes if first else 0,
-            "starts": None,
-            "start_count": 0,
-            "tile_count": len(tiled.tiles),
-            "row_count": len(order),
-            "lanes": layout.lanes,
-            "plane": layout.plane,
-            "strips": cut.count,
-            "tail": cut.tail,
-            "strip_block": candidate.params["strip_block"],
-            "prefetch": candidate.params["prefetch"],
-            "fetch": candidate.params["fetch"],
-            "split_tiles": candidate.params["split_tiles"],
-            "packed": 0,
-            "low": float(conv.epilogue.activation.low),
-            "high": float(conv.epilogue.activation.high),
-            **panels.NONE,
-            **pairs.NONE,
-        }
-        calls.append(Call(candidate.kernel, tables.CONV.name, fields))
+        rows = planes[order, stored.index(phase)]
+        parts = blocks.cut(tiled, conv, candidate.params.get("blocks", 1)) if taps else [tiled]
+        for index, part in enumerate(parts):
+            first, last = index == 0, index + 1 == len(parts)
+            filled = tables.tables(key, _offsets(conv, source, taps), part, per_group, ring)
+            if not taps:
+                filled.tiles["columns"] = 0
+            fields: dict[str, Field] = {
+                "arena": Arena(),
+                "offsets": Const(filled.offsets),
+                "weights": Const(filled.weights),
+                "bias": f32(tables.beyond((bias if first else np.zeros_like(bias))[order], ring)),
+                "rows": u32(tables.beyond(rows, ring)),
+                "residual": None if first else u32(rows),  # sums go on from what stands in the output
+                "tiles": Const(filled.tiles),
+                "mask": Const(layout.mask(phase)),
+                "lead": Arena(output.lead_offset),
+                "lead_bytes": 0 if calls else output.lead_bytes,
+                "starts": None,
+                "start_count": 0,
+                "tile_count": len(tiled.tiles),
+                "row_count": len(order),
+                "lanes": layout.lanes,
+                "plane": layout.plane,
+                "strips": cut.count,
+                "tail": cut.tail,
+                "strip_block": candidate.params["strip_block"],
+                "prefetch": candidate.params["prefetch"],
+                "fetch": candidate.params["fetch"],
+                "split_tiles": candidate.params["split_tiles"],
+                "packed": 0,
+                "low": float(conv.epilogue.activation.low) if last else -np.inf,
+                "high": float(conv.epilogue.activation.high) if last else np.inf,
+                **panels.NONE,
+                **pairs.NONE,
+            }
+            calls.append(Call(candidate.kernel, tables.CONV.name, fields))
     return tuple(calls)
 
 
