@@ -11,10 +11,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
+from colonnade.kernels.call import Field
+from colonnade.kernels.ops import tables
+from colonnade.kernels.ops.shared import f32
 from colonnade.layout import LINE
 from colonnade.pattern import Tile, TiledWeights
-from colonnade.workload import Conv2d, ConvTranspose2d
+from colonnade.workload import NONE, Conv2d, ConvTranspose2d
 
 
 def by_channel(tiled: TiledWeights, conv: Conv2d) -> TiledWeights:
@@ -45,6 +49,18 @@ def cut(tiled: TiledWeights, conv: Conv2d | ConvTranspose2d, count: int) -> list
         replace(tiled, tiles=tuple(part(tile, first, end) for tile in tiled.tiles))
         for first, end in zip([0, *ends], ends, strict=False)
     ]
+
+
+def ends(
+    conv: Conv2d | ConvTranspose2d, bias: npt.NDArray[np.float32], ring: int, index: int, count: int
+) -> dict[str, Field]:
+    """What the call of block ``index`` of ``count`` begins and ends with: the first one with the bias (in the order of
+    rows, for a kernel with a ring of ``ring`` columns), the last one with the limits."""
+    limits = conv.epilogue.activation if index + 1 == count else NONE
+    return {
+        "bias": f32(tables.beyond(np.zeros_like(bias) if index else bias, ring)),
+        "low": float(limits.low), "high": float(limits.high),
+    }  # fmt: skip
 
 
 NEAR = 1 << 17  # bytes of input that tile after tile find in the second cache, whatever else passes through it

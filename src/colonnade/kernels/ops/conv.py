@@ -111,7 +111,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     shared = left.left(layout.lanes, nv) if left is not None else 0
     calls: list[Call] = []
     for index, part in enumerate(parts):
-        first, last = index == 0, index + 1 == len(parts)
+        first = index == 0
         window = windows.Window.of(conv, part, layout) if feed == 3 else None
         if window is not None:
             full, gathered = list(window.rows), window.bytes(layout.lanes, nv, params["strip_block"])
@@ -134,7 +134,6 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "arena": Arena(),
             "offsets": Const(filled.offsets),
             "weights": Const(filled.weights),
-            "bias": Const(tables.beyond((bias if first else np.zeros_like(bias))[order].astype(np.float32), ring)),
             "rows": u32(tables.beyond(panels.offsets(output, strip)[order], ring)),
             "residual": None if residual is None else u32(panels.offsets(residual, strip)[order]),
             "tiles": Const(filled.tiles),
@@ -145,17 +144,10 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "start_count": start_count,
             "tile_count": len(tiled.tiles),
             "row_count": len(order),
-            "lanes": layout.lanes,
-            "plane": layout.plane,
-            "strips": cut.count,
-            "tail": cut.tail,
-            "strip_block": params["strip_block"],
-            "prefetch": params["prefetch"],
             "fetch": fetched(step) if params["fetch"] else 0,
-            "split_tiles": params["split_tiles"],
             "packed": int(panel is not None or window is not None),
-            "low": float(conv.epilogue.activation.low) if last else -np.inf,
-            "high": float(conv.epilogue.activation.high) if last else np.inf,
+            **strips.fields(cut, layout.lanes, layout.plane, params),
+            **blocks.ends(conv, bias[order], ring, index, len(parts)),
             **through,
             **begun,
         }

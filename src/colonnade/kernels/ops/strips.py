@@ -8,8 +8,10 @@ number of rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from colonnade.kernels.call import Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
 
@@ -96,6 +98,14 @@ def tailed(lanes: int, mr: int, nv: int, isa: Isa, paired: bool = False) -> Stri
         if done:
             return Strips(count, vectors, tail, done)
     return None
+
+
+def fields(cut: Strips, lanes: int, plane: int, params: Mapping[str, int]) -> dict[str, Field]:
+    """What a call is told of the lanes of its output's planes, as ``cut``, and of the order in which it takes them."""
+    return {
+        "lanes": lanes, "plane": plane, "strips": cut.count, "tail": cut.tail, "strip_block": params["strip_block"],
+        "prefetch": params["prefetch"], "split_tiles": params["split_tiles"],
+    }  # fmt: skip
 
 
 def taken(candidate: Candidate, lanes: int, mr: int, nv: int, isa: Isa) -> Strips:

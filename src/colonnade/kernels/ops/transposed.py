@@ -18,7 +18,7 @@ from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import blocks, feeds, pairs, panels, registers, strips, tables
 from colonnade.kernels.ops import conv as gather
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed
@@ -128,18 +128,17 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         order = np.concatenate([tile.rows for tile in tiled.tiles])
         rows = planes[order, stored.index(phase)]
         parts = blocks.cut(tiled, conv, candidate.params.get("blocks", 1)) if taps else [tiled]
+        full = _offsets(conv, source, taps)
         for index, part in enumerate(parts):
-            first, last = index == 0, index + 1 == len(parts)
-            filled = tables.tables(key, _offsets(conv, source, taps), part, per_group, ring)
+            filled = tables.tables(key, full, part, per_group, ring)
             if not taps:
                 filled.tiles["columns"] = 0
             fields: dict[str, Field] = {
                 "arena": Arena(),
                 "offsets": Const(filled.offsets),
                 "weights": Const(filled.weights),
-                "bias": f32(tables.beyond((bias if first else np.zeros_like(bias))[order], ring)),
                 "rows": u32(tables.beyond(rows, ring)),
-                "residual": None if first else u32(rows),  # sums go on from what stands in the output
+                "residual": u32(rows) if index else None,  # sums go on from what stands in the output
                 "tiles": Const(filled.tiles),
                 "mask": Const(layout.mask(phase)),
                 "lead": Arena(output.lead_offset),
@@ -148,17 +147,10 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
                 "start_count": 0,
                 "tile_count": len(tiled.tiles),
                 "row_count": len(order),
-                "lanes": layout.lanes,
-                "plane": layout.plane,
-                "strips": cut.count,
-                "tail": cut.tail,
-                "strip_block": candidate.params["strip_block"],
-                "prefetch": candidate.params["prefetch"],
                 "fetch": candidate.params["fetch"],
-                "split_tiles": candidate.params["split_tiles"],
                 "packed": 0,
-                "low": float(conv.epilogue.activation.low) if last else -np.inf,
-                "high": float(conv.epilogue.activation.high) if last else np.inf,
+                **strips.fields(cut, layout.lanes, layout.plane, candidate.params),
+                **blocks.ends(conv, bias[order], ring, index, len(parts)),
                 **panels.NONE,
                 **pairs.NONE,
             }
