@@ -32,9 +32,11 @@ VEC_INLINE vec1_t vec1_over(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _m
 VEC_INLINE vec1_t vec1_plus(vec1_t v, float s, size_t vl) { (void)vl; return _mm256_add_ps(v, _mm256_set1_ps(s)); }
 VEC_INLINE vec1_t vec1_scale(vec1_t v, float s, size_t vl) { (void)vl; return _mm256_mul_ps(v, _mm256_set1_ps(s)); }
 VEC_INLINE vec1_t vec1_link(vec1_t p, vec1_t x, float s, size_t vl) { (void)vl; return _mm256_fmadd_ps(p, x, _mm256_set1_ps(s)); }
-VEC_INLINE vec1_t vec1_at_least(vec1_t v, float s, size_t vl) { (void)vl; return _mm256_max_ps(_mm256_set1_ps(s), v); }
-VEC_INLINE vec1_t vec1_minus_abs(vec1_t v, size_t vl) { (void)vl; return _mm256_or_ps(v, _mm256_set1_ps(-0.0f)); }
-VEC_INLINE vec1_t vec1_where_below(vec1_t x, vec1_t a, float s, size_t vl) { (void)vl; return _mm256_blendv_ps(_mm256_set1_ps(s), a, x); }
+VEC_INLINE vec1_t vec1_clip(vec1_t v, float low, float high, size_t vl) { (void)vl; return _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), v)); }
+VEC_INLINE vec1_t vec1_within(vec1_t v, float low, float high, size_t vl) { return vec1_clip(v, low, high, vl); }
+VEC_INLINE vec1_t vec1_unless_nan(vec1_t v, vec1_t x, size_t vl) { (void)vl, (void)x; return v; }
+VEC_INLINE vec1_t vec1_abs(vec1_t v, size_t vl) { (void)vl; return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+VEC_INLINE vec1_t vec1_below(vec1_t x, vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_blendv_ps(b, a, x); }
 VEC_INLINE vec1_t vec1_power(vec1_t v, size_t vl) { (void)vl; return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(v), 23), _mm256_set1_epi32(127 << 23))); }
 VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; return _mm256_sqrt_ps(v); }
 VEC_INLINE vec1_t vec1_max(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm256_max_ps(a, b); }

@@ -51,14 +51,17 @@ VEC_INLINE vec1_t vec1_div(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm
 VEC_INLINE vec1_t vec1_over(vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_div_ps(a, b); }
 VEC_INLINE vec1_t vec1_plus(vec1_t v, float s, size_t vl) { (void)vl; return _mm512_add_ps(v, _mm512_set1_ps(s)); }
 VEC_INLINE vec1_t vec1_scale(vec1_t v, float s, size_t vl) { (void)vl; return _mm512_mul_ps(v, _mm512_set1_ps(s)); }
-/* p x + s, a link of a polynomial's chain; rounded once or twice */
+/* p x + s, a link of a polynomial's chain */
 VEC_INLINE vec1_t vec1_link(vec1_t p, vec1_t x, float s, size_t vl) { (void)vl; return _mm512_fmadd_ps(p, x, _mm512_set1_ps(s)); }
-/* the larger one; a NaN stays a NaN */
-VEC_INLINE vec1_t vec1_at_least(vec1_t v, float s, size_t vl) { (void)vl; return _mm512_max_ps(_mm512_set1_ps(s), v); }
-/* -|v| */
-VEC_INLINE vec1_t vec1_minus_abs(vec1_t v, size_t vl) { (void)vl; return _mm512_or_ps(v, _mm512_set1_ps(-0.0f)); }
-/* a where x < 0, else s; for x = -0 and NaN either */
-VEC_INLINE vec1_t vec1_where_below(vec1_t x, vec1_t a, float s, size_t vl) { (void)vl; return _mm512_mask_mov_ps(_mm512_set1_ps(s), _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
+/* v, but low or high where it is beyond; a NaN that arithmetic made stays one */
+VEC_INLINE vec1_t vec1_clip(vec1_t v, float low, float high, size_t vl) { (void)vl; return _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), v)); }
+/* likewise, where a NaN may become a limit */
+VEC_INLINE vec1_t vec1_within(vec1_t v, float low, float high, size_t vl) { return vec1_clip(v, low, high, vl); }
+/* v, but NaN where x is and v came from x by `within` */
+VEC_INLINE vec1_t vec1_unless_nan(vec1_t v, vec1_t x, size_t vl) { (void)vl, (void)x; return v; }
+VEC_INLINE vec1_t vec1_abs(vec1_t v, size_t vl) { (void)vl; return _mm512_abs_ps(v); }
+/* a where x < 0, else b; for x = -0 and NaN either */
+VEC_INLINE vec1_t vec1_below(vec1_t x, vec1_t a, vec1_t b, size_t vl) { (void)vl; return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
 /* 2^n of whole numbers n from -127 (where it is 0) to 127, given n + 1.5 * 2^23 */
 VEC_INLINE vec1_t vec1_power(vec1_t v, size_t vl) { (void)vl; return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(v), 23), _mm512_set1_epi32(127 << 23))); }
 VEC_INLINE vec1_t vec1_sqrt(vec1_t v, size_t vl) { (void)vl; return _mm512_sqrt_ps(v); }

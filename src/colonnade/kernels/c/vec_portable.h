@@ -33,9 +33,12 @@ VEC_INLINE vec1_t vec1_over(vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(
 VEC_INLINE vec1_t vec1_plus(vec1_t v, float s, size_t vl) { (void)vl; VEC_EACH(v.at[i] + s); }
 VEC_INLINE vec1_t vec1_scale(vec1_t v, float s, size_t vl) { (void)vl; VEC_EACH(v.at[i] * s); }
 VEC_INLINE vec1_t vec1_link(vec1_t p, vec1_t x, float s, size_t vl) { (void)vl; VEC_EACH(p.at[i] * x.at[i] + s); }
-VEC_INLINE vec1_t vec1_at_least(vec1_t v, float s, size_t vl) { (void)vl; VEC_EACH(s > v.at[i] ? s : v.at[i]); }
-VEC_INLINE vec1_t vec1_minus_abs(vec1_t v, size_t vl) { (void)vl; VEC_EACH(-__builtin_fabsf(v.at[i])); }
-VEC_INLINE vec1_t vec1_where_below(vec1_t x, vec1_t a, float s, size_t vl) { (void)vl; VEC_EACH(x.at[i] < 0 ? a.at[i] : s); }
+VEC_INLINE float vec_clip(float v, float low, float high) { return low > v ? low : high < v ? high : v; }
+VEC_INLINE vec1_t vec1_clip(vec1_t v, float low, float high, size_t vl) { (void)vl; VEC_EACH(vec_clip(v.at[i], low, high)); }
+VEC_INLINE vec1_t vec1_within(vec1_t v, float low, float high, size_t vl) { return vec1_clip(v, low, high, vl); }
+VEC_INLINE vec1_t vec1_unless_nan(vec1_t v, vec1_t x, size_t vl) { (void)vl, (void)x; return v; }
+VEC_INLINE vec1_t vec1_abs(vec1_t v, size_t vl) { (void)vl; VEC_EACH(__builtin_fabsf(v.at[i])); }
+VEC_INLINE vec1_t vec1_below(vec1_t x, vec1_t a, vec1_t b, size_t vl) { (void)vl; VEC_EACH(x.at[i] < 0 ? a.at[i] : b.at[i]); }
 VEC_INLINE float vec_power(float x)
 {
     uint32_t bits;

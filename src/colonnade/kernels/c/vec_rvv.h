@@ -15,6 +15,7 @@
 #define VEC_INLINE static inline __attribute__((always_inline, unused))
 #define VEC_NOINLINE __attribute__((noinline, unused))
 #define VEC_MAX_LANES 0 /* a strip is one group: bodies multiply this by register number 0 alone */
+#define VEC_FROM_NAN 0x80400000u /* less the bits of a NaN */
 
 /* Bits of a mask from `lane` on. With LMUL 1 and VLEN 128 a strip has four lanes and may start inside a byte; the
  * window's 64 bits hold the 32 lanes of VLEN 1024, and longer strips start on whole bytes again. */
@@ -48,6 +49,12 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         vec##H##_t odd; \
         __asm__ volatile("vnsrl.wx %0, %1, %2" : "=&vr"(odd) : "vr"(v), "r"(by)); \
         return odd; \
+    } \
+    /* p[0], p[2], ..., vl of them: what lies between is read, nothing behind */ \
+    VEC_INLINE vec##H##_t vec##H##_load_second(const float *p, size_t vl) \
+    { \
+        const vuint32m##L##_t all = __riscv_vreinterpret_v_f32m##L##_u32m##L(__riscv_vle32_v_f32m##L(p, 2 * vl - 1)); \
+        return __riscv_vreinterpret_v_u32m##H##_f32m##H(__riscv_vnsrl_wx_u32m##H(__riscv_vreinterpret_v_u32m##L##_u64m##L(all), 0, vl)); \
     } \
     /* every second lane, from the first and from the second on; vl of each */ \
     VEC_INLINE void vec##L##_apart(vec##L##_t v, vec##H##_t *even, vec##H##_t *odd, size_t vl) \
@@ -189,23 +196,50 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         const vec##L##_t q = __riscv_vfmul_vv_f32m##L(a, r, vl); \
         return __riscv_vfmacc_vv_f32m##L(q, r, __riscv_vfnmsac_vv_f32m##L(a, b, q, vl), vl); \
     } \
-    /* a number in all lanes takes twice as long as an addition */ \
-    VEC_INLINE vec##L##_t vec##L##_link(vec##L##_t p, vec##L##_t x, float s, size_t vl) \
+    /* the larger one as integers: for a limit of 0, which keeps NaN */ \
+    VEC_INLINE vec##L##_t vec##L##_floor(vec##L##_t v, int32_t x, size_t vl) \
     { \
-        return __riscv_vfadd_vf_f32m##L(__riscv_vfmul_vv_f32m##L(p, x, vl), s, vl); \
+        const vint32m##L##_t whole = __riscv_vreinterpret_v_f32m##L##_i32m##L(v); \
+        return __riscv_vreinterpret_v_i32m##L##_f32m##L(__riscv_vmax_vx_i32m##L(whole, x, vl)); \
     } \
-    VEC_INLINE vec##L##_t vec##L##_at_least(vec##L##_t v, float s, size_t vl) \
+    /* the smaller one of v and a limit that is not negative, as integers counted from NaN on, which comes first then */ \
+    VEC_INLINE vec##L##_t vec##L##_ceiling(vec##L##_t v, float high, size_t vl) \
     { \
-        return __riscv_vfmerge_vfm_f32m##L(v, s, __riscv_vmflt_vf_f32m##L##_b##RATIO(v, s, vl), vl); \
+        uint32_t most; \
+        memcpy(&most, &high, sizeof most); \
+        vuint32m##L##_t bits = __riscv_vadd_vx_u32m##L(__riscv_vreinterpret_v_f32m##L##_u32m##L(v), VEC_FROM_NAN, vl); \
+        bits = __riscv_vsub_vx_u32m##L(__riscv_vminu_vx_u32m##L(bits, most + VEC_FROM_NAN, vl), VEC_FROM_NAN, vl); \
+        return __riscv_vreinterpret_v_u32m##L##_f32m##L(bits); \
     } \
-    VEC_INLINE vec##L##_t vec##L##_minus_abs(vec##L##_t v, size_t vl) \
+    /* for any limit, in twice the time */ \
+    VEC_INLINE vec##L##_t vec##L##_at_least(vec##L##_t v, float low, size_t vl) \
     { \
-        const vuint32m##L##_t bits = __riscv_vreinterpret_v_f32m##L##_u32m##L(v); \
-        return __riscv_vreinterpret_v_u32m##L##_f32m##L(__riscv_vor_vx_u32m##L(bits, 0x80000000u, vl)); \
+        return __riscv_vfmerge_vfm_f32m##L(v, low, __riscv_vmflt_vf_f32m##L##_b##RATIO(v, low, vl), vl); \
     } \
-    VEC_INLINE vec##L##_t vec##L##_where_below(vec##L##_t x, vec##L##_t a, float s, size_t vl) \
+    VEC_INLINE vec##L##_t vec##L##_at_most(vec##L##_t v, float high, size_t vl) \
     { \
-        return __riscv_vfmerge_vfm_f32m##L(a, s, __riscv_vmfge_vf_f32m##L##_b##RATIO(x, 0.0f, vl), vl); \
+        return __riscv_vfmerge_vfm_f32m##L(v, high, __riscv_vmfgt_vf_f32m##L##_b##RATIO(v, high, vl), vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_clip(vec##L##_t v, float low, float high, size_t vl) \
+    { \
+        if (low == 0.0f) v = vec##L##_floor(v, 0, vl); \
+        else if (low > -__builtin_inff()) v = vec##L##_at_least(v, low, vl); \
+        if (high < 0.0f) return vec##L##_at_most(v, high, vl); \
+        return high < __builtin_inff() ? vec##L##_ceiling(v, high, vl) : v; \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_within(vec##L##_t v, float low, float high, size_t vl) \
+    { \
+        if (low > -__builtin_inff()) v = __riscv_vfmax_vf_f32m##L(v, low, vl); \
+        return high < __builtin_inff() ? __riscv_vfmin_vf_f32m##L(v, high, vl) : v; \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_unless_nan(vec##L##_t v, vec##L##_t x, size_t vl) \
+    { \
+        return __riscv_vmerge_vvm_f32m##L(v, x, __riscv_vmfne_vv_f32m##L##_b##RATIO(x, x, vl), vl); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_abs(vec##L##_t v, size_t vl) { return __riscv_vfabs_v_f32m##L(v, vl); } \
+    VEC_INLINE vec##L##_t vec##L##_below(vec##L##_t x, vec##L##_t a, vec##L##_t b, size_t vl) \
+    { \
+        return __riscv_vmerge_vvm_f32m##L(b, a, __riscv_vmflt_vf_f32m##L##_b##RATIO(x, 0.0f, vl), vl); \
     } \
     VEC_INLINE vec##L##_t vec##L##_power(vec##L##_t v, size_t vl) \
     { \
@@ -226,6 +260,17 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     { \
         return __riscv_vmnot_m_b##RATIO(vec_mask##RATIO(bits, lane, vl), vl); \
     } \
+    /* the same in half of the time, where limits are 0 in holes and all ones elsewhere */ \
+    VEC_INLINE vec##L##_t vec##L##_limits(vec##L##_mask_t holes, size_t vl) \
+    { \
+        const vuint32m##L##_t all = __riscv_vmv_v_x_u32m##L(UINT32_MAX, vl); \
+        return __riscv_vreinterpret_v_u32m##L##_f32m##L(__riscv_vmerge_vxm_u32m##L(all, 0, holes, vl)); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_least(vec##L##_t v, vec##L##_t limits, size_t vl) \
+    { \
+        const vuint32m##L##_t x = __riscv_vreinterpret_v_f32m##L##_u32m##L(v), y = __riscv_vreinterpret_v_f32m##L##_u32m##L(limits); \
+        return __riscv_vreinterpret_v_u32m##L##_f32m##L(__riscv_vminu_vv_u32m##L(x, y, vl)); \
+    } \
     VEC_INLINE vec##L##_t vec##L##_clear(vec##L##_t v, vec##L##_mask_t holes, size_t vl) \
     { \
         return __riscv_vfmerge_vfm_f32m##L(v, 0.0f, holes, vl); \
@@ -235,17 +280,6 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         return vec##L##_clear(v, vec##L##_holes(bits, lane, vl), vl); \
     } \
     VEC_INLINE vec##L##_t vec##L##_plus(vec##L##_t v, float s, size_t vl) { return __riscv_vfadd_vf_f32m##L(v, s, vl); } \
-    VEC_INLINE vec##L##_t vec##L##_clip(vec##L##_t v, float low, float high, size_t vl) \
-    { \
-        v = __riscv_vfmerge_vfm_f32m##L(v, low, __riscv_vmflt_vf_f32m##L##_b##RATIO(v, low, vl), vl); \
-        return __riscv_vfmerge_vfm_f32m##L(v, high, __riscv_vmfgt_vf_f32m##L##_b##RATIO(v, high, vl), vl); \
-    } \
-    /* the larger one as integers: for a limit of 0, which keeps NaN */ \
-    VEC_INLINE vec##L##_t vec##L##_floor(vec##L##_t v, int32_t x, size_t vl) \
-    { \
-        const vint32m##L##_t whole = __riscv_vreinterpret_v_f32m##L##_i32m##L(v); \
-        return __riscv_vreinterpret_v_i32m##L##_f32m##L(__riscv_vmax_vx_i32m##L(whole, x, vl)); \
-    } \
     /* the larger one as integers: of numbers of which the larger one is positive, or both are of no interest */ \
     VEC_INLINE vec##L##_t vec##L##_larger(vec##L##_t a, vec##L##_t b, size_t vl) \
     { \

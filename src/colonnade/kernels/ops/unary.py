@@ -33,28 +33,28 @@ UNARY = Struct(
 
 # vector expressions of x, a, b and vl; @ stands for the register group
 VECTOR = {
-    "abs": "cn_abs@(x, vl)",
+    "abs": "vec@_abs(x, vl)",
     "celu": "vec@_fma(cn_rise@(x, vl), a, cn_fall@(vec@_div(x, vec@_splat(a, vl), vl), vl), vl)",
     "elu": "vec@_fma(cn_rise@(x, vl), a, cn_fall@(x, vl), vl)",
-    "erf": "cn_erf@(x, vl)",
+    "erf": "vec@_unless_nan(cn_erf@(x, vl), x, vl)",
     "exp": "cn_exp@(x, vl)",
-    "gelu": "vec@_mul(vec@_mul(vec@_splat(0.5f, vl), x, vl), vec@_add(vec@_splat(1.0f, vl), "
-    "cn_erf@(vec@_mul(vec@_splat(0.707106781f, vl), x, vl), vl), vl), vl)",
-    "gelu_tanh": "vec@_mul(vec@_mul(vec@_splat(0.5f, vl), x, vl), vec@_add(vec@_splat(1.0f, vl), "
-    "cn_tanh@(vec@_mul(x, vec@_fma(vec@_splat(0.797884561f, vl), 0.0356774081f, vec@_mul(x, x, vl), vl), vl), vl), "
-    "vl), vl)",
-    "hard_sigmoid": "cn_ramp@(x, a, b, vl)",
-    "hard_swish": "vec@_mul(x, cn_ramp@(x, 1.0f / 6, 0.5f, vl), vl)",
-    "leaky_relu": "vec@_fma(cn_rise@(x, vl), a, vec@_min(vec@_splat(0.0f, vl), x, vl), vl)",
+    "gelu": "vec@_mul(vec@_scale(x, 0.5f, vl), vec@_plus(cn_erf@(vec@_scale(x, 0.707106781f, vl), vl), 1.0f, vl), vl)",
+    "gelu_tanh": "vec@_mul(vec@_scale(x, 0.5f, vl), vec@_plus(cn_tanh@(vec@_mul(x, "
+    "cn_ramp@(vec@_mul(x, x, vl), 0.0356774081f, 0.797884561f, vl), vl), vl), 1.0f, vl), vl)",
+    "hard_sigmoid": "vec@_clip(cn_ramp@(x, a, b, vl), 0.0f, 1.0f, vl)",
+    "hard_swish": "vec@_mul(x, vec@_within(cn_ramp@(x, 1.0f / 6, 0.5f, vl), 0.0f, 1.0f, vl), vl)",
+    "leaky_relu": "vec@_below(x, vec@_scale(x, a, vl), x, vl)",
     "neg": "vec@_sub(vec@_splat(0.0f, vl), x, vl)",
     "reciprocal": "vec@_div(vec@_splat(1.0f, vl), x, vl)",
-    "selu": "vec@_mul(vec@_splat(b, vl), vec@_fma(cn_rise@(x, vl), a, cn_fall@(x, vl), vl), vl)",
-    "sigmoid": "cn_sigmoid@(x, vl)",
-    "silu": "vec@_mul(x, cn_sigmoid@(x, vl), vl)",
-    "softsign": "vec@_div(x, vec@_add(vec@_splat(1.0f, vl), cn_abs@(x, vl), vl), vl)",
+    "selu": "vec@_scale(vec@_fma(cn_rise@(x, vl), a, cn_fall@(x, vl), vl), b, vl)",
+    "sigmoid": "vec@_unless_nan(cn_logistic@(x, vl), x, vl)",
+    "silu": "vec@_mul(x, cn_logistic@(x, vl), vl)",
+    "softsign": "vec@_div(x, vec@_plus(vec@_abs(x, vl), 1.0f, vl), vl)",
     "square": "vec@_mul(x, x, vl)",
-    "tanh": "cn_tanh@(x, vl)",
+    "tanh": "vec@_unless_nan(cn_tanh@(x, vl), x, vl)",
 }
+# of these 0 makes another number, so lanes that are no pixels have to be cleared behind them
+OFF_ZERO = ("exp", "hard_sigmoid", "reciprocal", "sigmoid")
 
 
 def _rounded(kind: SmallFloat) -> str:
@@ -124,6 +124,7 @@ def _variants(known: Isa) -> Iterator[Variant]:
     for name in sorted({*VECTOR, *SCALAR}):
         params = {
             "NV": _group(name, known), "NAME": name, "VECTOR": VECTOR.get(name, ""), "SCALAR": SCALAR.get(name, ""),
+            "OFF_ZERO": name in OFF_ZERO,
         }  # fmt: skip
         yield Variant(symbol(Function(name), known), "unary.c.in", params)
 
