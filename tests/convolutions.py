@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -20,12 +22,23 @@ def halo(size: int, out: int, before: int, kernel: int, stride: int, dilation: i
 
 
 def places(
-    conv: Conv2d, extra: int = 0, all_phases: bool = False, shifted: bool = False
+    conv: Conv2d, extra: int = 0, all_phases: bool = False, shifted: bool = False, plain: bool = False
 ) -> tuple[Placed, Placed, Placed, int]:
     """Input, output and residual of ``conv`` one behind the other, and the bytes of all three.
 
     ``extra`` widens pitch and image rows beyond need, as a shared region does. ``shifted``: a plane of the input for
-    every column that a tap begins at, and no halo beside its rows."""
+    every column that a tap begins at, and no halo beside its rows. ``plain``: the input is not in phases."""
+    if plain and conv.stride != (1, 1):
+        apart = replace(conv, stride=(1, 1))  # its lanes are those of another convolution's output
+        x, _, _, at = places(apart, extra)
+        oh, ow = conv.out_height, conv.out_width
+        target = Planes(conv.batch, oh, ow, ow + extra, oh + extra, lead=extra * (ow + extra))
+        shape = (conv.batch, conv.out_channels, oh, ow)
+        y, r = (
+            place(name, shape, target, round_up(at, 64) + i * target.buffer_bytes(conv.out_channels))
+            for i, name in enumerate("yr")
+        )
+        return x, y, r, r.lead_offset + target.buffer_bytes(conv.out_channels)
     (kh, kw), (sy, sx), (dy, dx) = conv.kernel, conv.stride, conv.dilation
     oh, ow = conv.out_height, conv.out_width
     above, below = halo(conv.height, oh, conv.padding[0], kh, sy, dy)
@@ -62,11 +75,11 @@ def weights(conv: Conv2d, pattern: ColumnPattern | None, rng: np.random.Generato
 
 
 def operands(
-    conv: Conv2d, pattern: ColumnPattern | None, seed: int, extra: int = 0, shifted: bool = False
+    conv: Conv2d, pattern: ColumnPattern | None, seed: int, extra: int = 0, shifted: bool = False, plain: bool = False
 ) -> tuple[Case, list[np.ndarray]]:
     """A placed call and the arrays for its inputs."""
     rng = np.random.default_rng(seed)
-    x, y, r, size = places(conv, extra, shifted=shifted)
+    x, y, r, size = places(conv, extra, shifted=shifted, plain=plain)
     inputs = [rng.standard_normal(x.shape).astype(np.float32)]
     if conv.epilogue.residual:
         inputs.append(rng.standard_normal(r.shape).astype(np.float32))

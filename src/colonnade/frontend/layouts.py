@@ -4,7 +4,8 @@ A stride-1 convolution reads element ``k`` of lane ``l`` of its output at lane `
 left`` of its input: both must have the same pitch and image_rows. Pointwise operators, residuals and planes that one
 reader sees as one list are tied likewise. Ties are only ever lower bounds on pitch and rows, so a region (all that
 is tied together) takes the largest. A strided convolution reads a copy of its input stored as phases, and it is that
-copy that is tied to its output; the model's input is imported into phases directly.
+copy that is tied to its output; the model's input is imported into phases directly. A depthwise one of stride 2 takes
+every second pixel of planes as they are, which ties nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from colonnade.workload import (
     Lrn,
     Reach,
     Unary,
+    takes_every_second,
 )
 
 POINTWISE = (Affine, Binary, Unary, Lrn, ChannelNorm, ChannelSoftmax)  # read and write the same lanes of their planes
@@ -166,7 +168,7 @@ def insert_phases(steps: list[Draft]) -> list[Draft]:
     result: list[Draft] = []
     for step in steps:
         conv = step.workload
-        if isinstance(conv, Conv2d) and conv.stride != (1, 1) and not step.panels:
+        if isinstance(conv, Conv2d) and conv.stride != (1, 1) and not step.panels and not takes_every_second(conv):
             assert step.output is not None
             x = step.inputs[0]
             kept = {(py, px) for py in Reach.of(conv, 0).phases for px in Reach.of(conv, 1).phases}
@@ -269,6 +271,11 @@ def _reach(step: Draft) -> Reaches | None:
         return conv.reach(0), conv.reach(1), rows, columns
     if not isinstance(conv, Conv2d) or step.panels:
         return None
+    if takes_every_second(conv):
+        single = replace(conv, stride=(1, 1))
+        down, right = Reach.of(single, 0), Reach.of(single, 1)
+        rows, columns = 2 * conv.out_height - 1, 2 * conv.out_width - 1
+        return (down.before, down.after), (right.before, right.after), rows, columns
     down, right = Reach.of(conv, 0), Reach.of(conv, 1, step.inputs[0].tensors[0].shifted)
     return (down.before, down.after), (right.before, right.after), conv.out_height, conv.out_width
 

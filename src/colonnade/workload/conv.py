@@ -124,6 +124,12 @@ class Reach:
         return Reach(tuple(sorted({q % stride for q in taps})), max(0, -min(shifts)), max(0, max(shifts)))
 
 
+def takes_every_second(conv: Conv2d) -> bool:
+    """Has it kernels that take every second pixel of planes as they stand? A depthwise convolution reads a pixel once a
+    tap: a copy into phases would cost more than that."""
+    return 1 < conv.groups == conv.in_channels and conv.stride == (2, 2)
+
+
 def out_size(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:
     """Output pixels along one axis."""
     return (size + before + after - (kernel - 1) * dilation - 1) // stride + 1

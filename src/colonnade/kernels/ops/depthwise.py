@@ -17,8 +17,8 @@ from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import Placed
-from colonnade.workload import Conv2d
+from colonnade.layout import Placed, Planes
+from colonnade.workload import Conv2d, takes_every_second
 
 DWCONV = Struct(
     "cn_dwconv",
@@ -39,6 +39,7 @@ DWCONV = Struct(
         Member("weight_stride", "u32", "taps of a channel"),
         Member("images", "u32"),
         Member("image", "u32", "lanes from one image to the next"),
+        Member("in_image", "u32", "likewise of the input"),
         Member("height", "u32", "rows of an image"),
         Member("width", "u32", "lanes of a row to compute"),
         Member("pitch", "u32", "lanes from one row to the next, all of them written"),
@@ -51,25 +52,29 @@ DWCONV = Struct(
 TAP_COUNTS = (1, 2, 3, 5)  # lines that a kernel knows; a column of seven taps is one of five and one of two
 
 
-def symbol(rows: int, nv: int, isa: Isa) -> str:
-    """``f32_dwconv_4x2v__avx512``"""
-    return f"f32_dwconv_{rows}x{nv}v__{isa.name}"
+def symbol(rows: int, nv: int, isa: Isa, stride: int = 1) -> str:
+    """``f32_dwconv_4x2v__avx512``, or with a stride ``f32_dwconv2_4x2v__avx512``"""
+    return f"f32_dwconv{'' if stride == 1 else stride}_{rows}x{nv}v__{isa.name}"
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
-    """Every (R, NV) worth compiling for ``isa``."""
-    for rows, nv in _shapes(isa):
-        counts = [rows, *(p for p in (4, 2, 1) if p < rows)]
-        params = {"R": rows, "NV": nv, "row_counts": counts, "tap_counts": TAP_COUNTS}
-        yield Variant(symbol(rows, nv, isa), "dwconv.c.in", params)
+    """Every (R, NV) worth compiling for ``isa``, for both strides."""
+    for stride in (1, 2):
+        for rows, nv in _shapes(isa, stride):
+            counts = [rows, *(p for p in (4, 2, 1) if p < rows)]
+            params = {"R": rows, "NV": nv, "S": stride, "row_counts": counts, "tap_counts": TAP_COUNTS}
+            yield Variant(symbol(rows, nv, isa, stride), "dwconv.c.in", params)
 
 
-def _shapes(isa: Isa) -> list[tuple[int, int]]:
-    """(R, NV); beside the sums, one row of the strip and (fixed vectors) five weights must find registers."""
+def _shapes(isa: Isa, stride: int) -> list[tuple[int, int]]:
+    """(R, NV); beside the sums, one row of the strip and (fixed vectors) five weights must find registers. Maps of
+    images have 7, 14, 28 ... rows."""
+    if isa.scalable and stride == 2:  # a row of which every second lane is taken has twice as many registers
+        return [(8, 2), (7, 2), (4, 2), (2, 4), (8, 1), (7, 1)]
     if isa.scalable:
-        shapes = [(8, 2), (4, 4), (4, 2), (2, 4), (8, 1), (1, 8), (1, 2)]
+        shapes = [(8, 2), (7, 2), (4, 4), (4, 2), (2, 4), (8, 1), (7, 1), (1, 8), (1, 2)]
         return [(rows, nv) for rows, nv in shapes if (rows + 1) * nv < isa.registers]
-    shapes = [(8, 2), (6, 3), (4, 4), (4, 2), (2, 4), (8, 1), (4, 1), (1, 4), (1, 2)]
+    shapes = [(8, 2), (7, 2), (6, 3), (4, 4), (4, 2), (2, 4), (8, 1), (7, 1), (4, 1), (1, 4), (1, 2)]
     return [(rows, nv) for rows, nv in shapes if (rows + 1) * nv + 5 <= isa.registers]
 
 
@@ -78,23 +83,41 @@ def applies(conv: Conv2d) -> bool:
     return conv.groups > 1 and conv.groups == conv.in_channels
 
 
+def second(conv: Conv2d, source: Planes, target: Planes) -> bool:
+    """Can the kernels of stride 2 read ``source``: plain planes, with zeros wherever a tap of a pixel lies outside?"""
+    behind = [conv.dilation[i] * (conv.kernel[i] - 1) - conv.padding[i] for i in range(2)]
+    rows, columns = 2 * (target.rows - 1) + behind[0] + 1, 2 * (target.columns - 1) + behind[1] + 1
+    return (
+        takes_every_second(conv)
+        and source.phases == (1, 1)
+        and not source.shifted
+        and source.pitch >= max(source.columns + conv.padding[1], columns)
+        and source.image_rows >= max(source.rows + conv.padding[0], rows)
+        and source.lead >= conv.padding[0] * source.pitch + conv.padding[1]
+    )
+
+
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     """R x NV over the rows of an image, and single rows over the plane as one long row (``flat``)."""
     conv = step.workload
     assert isinstance(conv, Conv2d) and step.output is not None
     layout = step.output.planes
     taps = conv.kernel[0] * conv.kernel[1]
-    lines = len(_lines(conv))
+    stride = 1 if step.inputs[0].planes.phases == conv.stride else 2
+    lines = len(_lines(conv, (stride, stride)))
     lanes = isa.lanes or 8
-    for rows, nv in _shapes(isa):
-        for flat in (0, 1) if rows == 1 else (0,):
-            height, width = (1, layout.lanes) if flat else (layout.batch * layout.rows, layout.pitch)
+    # of a vector, and of a row of them: taking every second lane, a core that issues in order waits for them first
+    load, wait = (1, 0) if stride == 1 else (8, 5) if isa.scalable else (2, 0)
+    for rows, nv in _shapes(isa, stride):
+        for flat in (0, 1) if (rows, stride) == (1, 1) else (0,):
+            height, width = (1, layout.lanes) if flat else (layout.batch * layout.rows, layout.columns)
             vectors = -(-width // (lanes * (nv if isa.scalable else 1))) * (nv if isa.scalable else 1)
             blocks = -(-height // rows)
             # rows of a block overlap in what they load; a strip costs its calls, weights and limits
-            work = blocks * vectors * (rows * taps + lines * (rows + taps / lines - 1))
+            loads = lines * (stride * (rows - 1) + taps / lines)
+            work = blocks * (vectors * (rows * taps + loads * load) + -(-vectors // nv) * loads * wait)
             overhead = blocks * -(-vectors // nv) * (20 + 2 * taps)
-            yield Candidate(symbol(rows, nv, isa), {"flat": flat}, conv.out_channels * (work + overhead) / 1e3)
+            yield Candidate(symbol(rows, nv, isa, stride), {"flat": flat}, conv.out_channels * (work + overhead) / 1e3)
 
 
 @dataclass(frozen=True)
@@ -107,9 +130,9 @@ class _Line:
     taps: tuple[tuple[int, int], ...]
 
 
-def _lines(conv: Conv2d) -> list[_Line]:
-    """All taps, cut into lines of known lengths."""
-    (sy, sx), (dy, dx), (top, left) = conv.stride, conv.dilation, conv.padding[:2]
+def _lines(conv: Conv2d, phases: tuple[int, int]) -> list[_Line]:
+    """All taps, cut into lines of known lengths, of planes in that many phases."""
+    (sy, sx), (dy, dx), (top, left) = phases, conv.dilation, conv.padding[:2]
     columns: dict[tuple[int, int, int], dict[int, tuple[int, int]]] = {}
     for kh, kw in product(range(conv.kernel[0]), range(conv.kernel[1])):
         (row, py), (column, px) = divmod(kh * dy - top, sy), divmod(kw * dx - left, sx)
@@ -130,9 +153,9 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """One ``cn_dwconv`` call."""
     conv, output = step.workload, step.output
     assert isinstance(conv, Conv2d) and output is not None
-    layout = output.planes
+    layout, source = output.planes, step.inputs[0].planes
     flat = bool(candidate.params["flat"])
-    lines = _lines(conv)
+    lines = _lines(conv, source.phases)
     weight = step.constants["weight"].reshape(conv.out_channels, *conv.kernel)
     taps = [tap for line in lines for tap in line.taps]
     bias = step.constants.get("bias")
@@ -156,10 +179,11 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "weight_stride": len(taps),
         "images": 1 if flat else layout.batch,
         "image": layout.plane if flat else layout.image_rows * layout.pitch,
+        "in_image": source.image_rows * source.pitch,
         "height": 1 if flat else layout.rows,
-        "width": layout.lanes if flat else layout.pitch,
+        "width": layout.lanes if flat else layout.columns,
         "pitch": layout.plane if flat else layout.pitch,
-        "step": layout.pitch,
+        "step": source.pitch,
         "plane": layout.plane,
         "low": float(conv.epilogue.activation.low),
         "high": float(conv.epilogue.activation.high),

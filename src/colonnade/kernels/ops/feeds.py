@@ -44,7 +44,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         return
     source, layout = step.inputs[0].planes, step.output.planes
     readable = packing.direct(conv, source, layout)
-    if readable and depthwise.applies(conv) and not source.shifted:
+    if (readable and depthwise.applies(conv) and not source.shifted) or depthwise.second(conv, source, layout):
         yield from depthwise.candidates(step, isa, threads)
     if readable and winograd.applies(step):
         yield from winograd.candidates(step, isa, registers.shapes(isa))
