@@ -15,7 +15,7 @@ from colonnade.kernels.isa import ISAS
 from colonnade.kernels.registry import bind, candidates
 from colonnade.layout import Planes
 from colonnade.pattern import ColumnPattern
-from colonnade.workload import NONE, RELU, ConvTranspose2d, Epilogue, Interleave, matrix, unmatrix
+from colonnade.workload import NONE, RELU, ConvTranspose2d, Epilogue, Interleave, Repeat, matrix, unmatrix
 
 TOLERANCE = 2e-5  # of the largest magnitude
 MACHINE = [
@@ -149,3 +149,24 @@ def test_phases_become_planes(isa, batch, channels, height, width, phases, extra
     (candidate,) = candidates(case, isa, threads)
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     run(case, candidate, isa, [values], threads=threads, tolerance=0)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 5), height=st.integers(1, 20), width=st.integers(1, 70),
+    factors=st.tuples(st.integers(1, 4), st.integers(1, 4)), fewer=st.integers(0, 3), extra=st.integers(0, 3),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_pixels_are_repeated(isa, batch, channels, height, width, factors, fewer, extra, threads):
+    """Also where the last ones come less often."""
+    out = [max(size * factor - fewer % factor, 1) for size, factor in zip((height, width), factors, strict=True)]
+    shape = (batch, channels, out[0], out[1])
+    arranger = Arranger()
+    x = arranger.put("x", (batch, channels, height, width), Planes(batch, height, width, width + extra, height + extra))
+    y = arranger.put("y", shape, Planes(batch, *out, out[1] + extra, out[0] + extra, lead=extra))
+    case = arranger.case(Repeat(shape, factors), [x], y)
+    (candidate,) = candidates(case, isa, threads)
+    values = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
+    wanted = run(case, candidate, isa, [values], threads=threads, tolerance=0)
+    assert np.array_equal(wanted[..., 0, 0], values[..., 0, 0]) and wanted.shape == shape

@@ -146,6 +146,18 @@ def test_resize_in_a_network(mode: str, transform: str) -> None:
     down = b.op("Resize", y, "", "", b.constant(np.array([2, 4, 3, 5], np.int64)), **attributes)
     plan = check(b.build(b.conv(up, 4, 3, 3, pads=(1, 1, 1, 1)), b.conv(down, 4, 3, 1)))
     assert "convert" not in ops(plan)
+    # whole factors repeat pixels, where the transform says so
+    assert ("repeat" in ops(plan)) == (mode == "nearest" and transform == "asymmetric")
+
+
+@pytest.mark.parametrize("rounding", ["round_prefer_floor", "floor"])
+@pytest.mark.parametrize("scales, repeats", [((3, 2), True), ((1, 2), True), ((2.5, 2), False)])
+def test_whole_factors_repeat_pixels(scales: tuple[float, float], repeats: bool, rounding: str) -> None:
+    b = Builder()
+    y = b.conv(b.input("x", (2, 3, 6, 7)), 3, 4, 3, pads=(1, 1, 1, 1))
+    y = b.op("Resize", y, "", b.constant([1.0, 1, *scales]), mode="nearest", nearest_mode=rounding)
+    plan = check(b.build(b.conv(y, 4, 3, 3, pads=(1, 1, 1, 1))))
+    assert ("repeat" in ops(plan)) == (repeats and rounding == "round_prefer_floor")
 
 
 def test_fpn() -> None:

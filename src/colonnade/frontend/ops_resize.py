@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from colonnade.frontend.context import Unsupported, counting
 from colonnade.frontend.importer import Handler, Importer
-from colonnade.workload import Array, Elementwise, Lrn, Resample, digest
+from colonnade.workload import Array, Elementwise, Lrn, Repeat, Resample, digest
 from colonnade.workload.dense import FILL
 
 Table = npt.NDArray[np.int64]
@@ -123,6 +123,9 @@ def resize(importer: Importer, node: ir.Node) -> None:
             if not same[i]:
                 tables[i] = tables[i][nearest(ats[i], axis.size, rounding)]
                 tables[i] = np.where(inside[i], tables[i], FILL)
+        if not x.is_rows and (factors := _factors(x.shape, tables)) is not None:
+            importer.emit(node, Repeat(out, factors), [x], out)
+            return
         importer.take(node, x, tables, beyond)
         return
     x = importer.narrowed(x)
@@ -164,6 +167,14 @@ def resize(importer: Importer, node: ir.Node) -> None:
         name = node.outputs[0].name or ""
         pair = [importer.dense(importer.result(node), name), importer.brought(name, outside)]
         importer.dense_step(node, Elementwise("add", (out, outside.shape)), pair, out)
+
+
+def _factors(shape: tuple[int, ...], tables: list[Table]) -> tuple[int, int] | None:
+    """How often every row and column of [N, C, H, W] comes, where that is all that is done to it."""
+    n, c, sy, sx = factors = [-(-len(table) // size) for size, table in zip(shape, tables, strict=True)]
+    repeated = (one.repeat(factor) for one, factor in zip(counting(shape), factors, strict=True))
+    alike = all(np.array_equal(table, one[: len(table)]) for table, one in zip(tables, repeated, strict=True))
+    return (sy, sx) if (n, c) == (1, 1) and alike else None
 
 
 def _axes(importer: Importer, node: ir.Node, shape: tuple[int, ...], axes: list[int], old: bool) -> list[Axis]:

@@ -21,7 +21,7 @@ from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import is_depthwise
 from colonnade.frontend.ties import Ties
 from colonnade.pattern import discover
-from colonnade.workload import Conv2d, GlobalPool, Linear, Pool2d, matrix
+from colonnade.workload import Conv2d, GlobalPool, Linear, Pool2d, Repeat, matrix
 
 Order = npt.NDArray[np.int64]
 WEIGHTS = {"weight", "bias"}  # constants of a step that knows its channels by these alone
@@ -53,7 +53,7 @@ def _tied(step: Draft) -> list[Tensor] | None:
     read = [tensor for value in step.inputs if (tensor := _whole(value)) is not None]
     if output is None or step.channels is not None or step.external or not read or len(read) < len(step.inputs):
         return None
-    if isinstance(work, Pool2d | GlobalPool):
+    if isinstance(work, Pool2d | GlobalPool | Repeat):
         return read if len(read) == 1 and not step.constants else None
     if not set(step.constants) <= WEIGHTS:
         return None

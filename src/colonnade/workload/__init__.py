@@ -23,7 +23,7 @@ from colonnade.workload.pointwise import Affine, Binary, Softmax, Unary
 from colonnade.workload.pool import GlobalPool, MaxIndices, Pool2d
 from colonnade.workload.resample import Lrn, Resample
 from colonnade.workload.tokens import ChannelNorm, ChannelSoftmax, PlaneProduct, Reorder
-from colonnade.workload.transposed import ConvTranspose2d, Interleave
+from colonnade.workload.transposed import ConvTranspose2d, Interleave, Repeat
 from colonnade.workload.typed import Cast, TypedElementwise, TypedMatMul, TypedReduce
 from colonnade.workload.winograd import WinogradConv2d
 
@@ -31,7 +31,7 @@ __all__ = [
     "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "ChannelNorm",
     "ChannelSoftmax", "Constant", "Conv2d", "ConvPool", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue",
     "Function", "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "MaxIndices", "Normalise",
-    "PlaneProduct", "Pool2d", "Reach", "Reduce", "Reorder", "Resample", "Softmax", "Take", "TypedElementwise",
-    "TypedMatMul", "TypedReduce", "Unary", "WinogradConv2d", "Workload", "Zeros", "activation_of",
+    "PlaneProduct", "Pool2d", "Reach", "Reduce", "Reorder", "Repeat", "Resample", "Softmax", "Take",
+    "TypedElementwise", "TypedMatMul", "TypedReduce", "Unary", "WinogradConv2d", "Workload", "Zeros", "activation_of",
     "digest", "evaluate", "im2col", "matrix", "spread", "takes_every_second", "unmatrix",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Transposed convolution (upsampling), and the step that puts its phases together."""
+"""Transposed convolution (upsampling), the step that puts its phases together, and pixels that are repeated."""
 
 from __future__ import annotations
 
@@ -109,3 +109,20 @@ class Interleave(Workload):
     def reference(self, x: Array, *_: Any) -> Array:
         """The same values."""
         return np.ascontiguousarray(x, np.float32)
+
+
+@dataclass(frozen=True)
+class Repeat(Workload):
+    """Every pixel as often as its axis's factor: the nearest one, where a map grows by whole factors. ``shape`` is the
+    output's [N, C, H, W]; rows and columns beyond it are left out. It is what one plane makes as all phases."""
+
+    op: ClassVar[str] = "repeat"
+    shape: tuple[int, ...]
+    factors: tuple[int, int]
+    dtype: str = "f32"
+
+    def reference(self, x: Array, *_: Any) -> Array:
+        """[N, C, H, W]"""
+        height, width = self.shape[2:]
+        whole = x.repeat(self.factors[0], 2).repeat(self.factors[1], 3)
+        return np.ascontiguousarray(whole[:, :, :height, :width], np.float32)

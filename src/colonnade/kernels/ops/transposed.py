@@ -23,7 +23,7 @@ from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed
 from colonnade.pattern import TiledWeights, discover
-from colonnade.workload import ConvTranspose2d, Interleave
+from colonnade.workload import ConvTranspose2d, Interleave, Repeat
 
 INTERLEAVE = Struct(
     "cn_interleave",
@@ -165,28 +165,36 @@ def _offsets(conv: ConvTranspose2d, source: Placed, taps: tuple[Tap, ...]) -> li
     return [np.concatenate([mine + shift for shift in shifts]) for mine in planes]
 
 
+def _interleave(isa: Isa) -> str:
+    """``f32_interleave_2v__rvv``"""
+    return f"f32_interleave_{2 if isa.scalable else 1}v__{isa.name}"
+
+
 def _interleave_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(f"f32_interleave_1v__{isa.name}", "interleave.c.in", {"NV": 1})
+    yield Variant(_interleave(isa), "interleave.c.in", {"NV": 2 if isa.scalable else 1})
 
 
 def _interleave_candidates(step: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(f"f32_interleave_1v__{isa.name}")
+    yield Candidate(_interleave(isa))
 
 
 def _interleave_bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
-    (x,), y = step.inputs, step.output
-    assert isinstance(step.workload, Interleave) and y is not None
+    (x,), y, work = step.inputs, step.output, step.workload
+    assert isinstance(work, Interleave | Repeat) and y is not None
     source, target = x.planes, y.planes
-    assert source.phases == step.workload.phases and source.kept_phases is None and target.phases == (1, 1)
+    step_y, step_x = work.phases if isinstance(work, Interleave) else work.factors
+    assert source.phases == ((step_y, step_x) if isinstance(work, Interleave) else (1, 1))
+    assert source.kept_phases is None and target.phases == (1, 1)
+    planes = x.offsets if isinstance(work, Interleave) else np.repeat(x.offsets, step_y * step_x)
     fields: dict[str, Field] = {
         "arena": Arena(),
-        "in": u32(x.offsets),
+        "in": u32(planes),
         "out": u32(y.offsets),
         **lead(y),
         "channels": y.shape[1],
         "images": target.batch,
-        "step_y": source.phases[0],
-        "step_x": source.phases[1],
+        "step_y": step_y,
+        "step_x": step_x,
         "height": target.height,
         "width": target.width,
         "in_pitch": source.pitch,
@@ -202,4 +210,5 @@ def _interleave_bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
 ROWS: tuple[Operator, ...] = (
     Operator("conv_transpose2d", (tables.TILE, tables.CONV), _variants, _candidates, _bind),
     Operator("interleave", (INTERLEAVE,), _interleave_variants, _interleave_candidates, _interleave_bind),
+    Operator("repeat", (), lambda isa: (), _interleave_candidates, _interleave_bind),
 )
