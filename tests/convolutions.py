@@ -11,7 +11,7 @@ from kernel_harness import Case
 
 from colonnade.layout import Placed, Planes, place, round_up
 from colonnade.pattern import ColumnPattern
-from colonnade.workload import NONE, RELU, RELU6, Conv2d, Epilogue, matrix, unmatrix
+from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, Epilogue, Function, matrix, unmatrix
 
 
 def halo(size: int, out: int, before: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -90,8 +90,15 @@ def operands(
     return Case(conv, (x, r) if conv.epilogue.residual else (x,), y, size, constants), inputs
 
 
+LIMITS = [NONE, RELU, RELU6]
+# three that kernels apply themselves, one that they do not
+FUNCTIONS = [Activation(function=Function.of(name)) for name in ("silu", "hard_swish", "leaky_relu", "gelu")]
+
+
 @st.composite
-def convs(draw: st.DrawFn, max_channels: int = 70, max_size: int = 40, max_macs: int = 2_000_000) -> Conv2d:
+def convs(
+    draw: st.DrawFn, max_channels: int = 70, max_size: int = 40, max_macs: int = 2_000_000, functions: bool = False
+) -> Conv2d:
     """Convolutions of any kernel, stride, padding, dilation and group count that have an output."""
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     channels = st.integers(1, max_channels // groups)
@@ -112,7 +119,7 @@ def convs(draw: st.DrawFn, max_channels: int = 70, max_size: int = 40, max_macs:
         ),
         dilation=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
         groups=groups,
-        epilogue=Epilogue(draw(st.booleans()), draw(st.sampled_from([NONE, RELU, RELU6]))),
+        epilogue=Epilogue(draw(st.booleans()), draw(st.sampled_from(LIMITS + FUNCTIONS * functions))),
     )
     assume(conv.out_height > 0 and conv.out_width > 0 and conv.macs <= max_macs)
     return conv

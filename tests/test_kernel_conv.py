@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from convolutions import convs, operands, patterns, places, weights
+from convolutions import FUNCTIONS, convs, operands, patterns, places, weights
 from emulated import INSTALLED, MISSING, RVV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import Case, machine_has, run
 
 from colonnade.kernels.isa import ISAS
-from colonnade.kernels.ops import tables
+from colonnade.kernels.ops import tables, then
 from colonnade.kernels.registry import Candidate, bind, candidates
 from colonnade.layout import write_planes
 from colonnade.pattern import ColumnPattern
@@ -26,12 +26,17 @@ MACHINE = [
 ]
 
 
+ANY = convs(functions=True)
+
+
 def check(case: Case, inputs: list[np.ndarray], candidate: Candidate, isa, threads: int = 1) -> None:
     run(case, candidate, isa, inputs, threads=threads, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("isa", MACHINE)
-@given(conv=convs(), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
+@given(
+    conv=convs(functions=True), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data()
+)
 @settings(max_examples=60, deadline=None)
 def test_any_convolution_equals_its_definition(isa, conv, pattern, seed, extra, data):
     call, inputs = operands(conv, pattern, seed, extra, shifted=data.draw(st.sampled_from([False, False, True])))
@@ -42,13 +47,28 @@ def test_any_convolution_equals_its_definition(isa, conv, pattern, seed, extra, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", MACHINE)
-@given(conv=convs(), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
+@given(
+    conv=convs(functions=True), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data()
+)
 @settings(max_examples=600, deadline=None)
 def test_any_convolution_equals_its_definition_at_length(isa, conv, pattern, seed, extra, data):
     call, inputs = operands(conv, pattern, seed, extra, shifted=data.draw(st.sampled_from([False, False, True])))
     threads = data.draw(st.sampled_from([1, 2, 3]))
     candidate = data.draw(st.sampled_from(candidates(call, isa, threads)))
     check(call, inputs, candidate, isa, threads)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_functions_are_applied_by_the_kernels_that_know_them(isa, function):
+    """To every pixel once, whoever shares out what: tiles or strips, one or many at a time, blocks of columns."""
+    conv = Conv2d(1, 96, 40, 19, 23, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(True, function))
+    call, inputs = operands(conv, ColumnPattern(0.5, tile=8), seed=5)
+    found = [c for c in candidates(call, isa, 3) if "winograd" not in c.params]
+    for candidate in found[:40:3]:
+        apart = bind(call, candidate)[-1].struct == "cn_unary"
+        assert apart == (function.function.name not in then.FUNCTIONS)
+        check(call, inputs, candidate, isa, threads=3)
 
 
 @pytest.mark.parametrize("isa", MACHINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from convolutions import operands
+from convolutions import FUNCTIONS, LIMITS, operands
 from emulated import INSTALLED, MISSING, RVV
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from kernel_harness import machine_has, run
 from colonnade.kernels.isa import ISAS
 from colonnade.kernels.ops import depthwise
 from colonnade.kernels.registry import candidates
-from colonnade.workload import NONE, RELU, RELU6, Conv2d, Epilogue
+from colonnade.workload import RELU6, Conv2d, Epilogue
 
 TOLERANCE = 2e-5  # of the largest magnitude
 MACHINE = [
@@ -40,7 +40,7 @@ def depthwise_convs(draw: st.DrawFn) -> Conv2d:
         padding=(pads[0], pads[1], pads[2], pads[3]),
         dilation=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
         groups=channels,
-        epilogue=Epilogue(draw(st.booleans()), draw(st.sampled_from([NONE, RELU, RELU6]))),
+        epilogue=Epilogue(draw(st.booleans()), draw(st.sampled_from(LIMITS + FUNCTIONS))),
     )
     assume(conv.out_height > 0 and conv.out_width > 0 and conv.macs <= 1_000_000)
     return conv

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from convolutions import patterns
+from convolutions import FUNCTIONS, LIMITS, patterns
 from emulated import INSTALLED, MISSING, RVV
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ from colonnade.kernels.isa import ISAS
 from colonnade.kernels.registry import bind, candidates
 from colonnade.layout import Planes
 from colonnade.pattern import ColumnPattern
-from colonnade.workload import NONE, RELU, ConvTranspose2d, Epilogue, Interleave, Repeat, matrix, unmatrix
+from colonnade.workload import RELU, ConvTranspose2d, Epilogue, Interleave, Repeat, matrix, unmatrix
 
 TOLERANCE = 2e-5  # of the largest magnitude
 MACHINE = [
@@ -47,7 +47,7 @@ def transposed(draw: st.DrawFn) -> ConvTranspose2d:
         ),
         dilation=dilation,
         groups=groups,
-        epilogue=Epilogue(False, draw(st.sampled_from([NONE, RELU]))),
+        epilogue=Epilogue(False, draw(st.sampled_from(LIMITS + FUNCTIONS))),
     )
     assume(conv.out_height > 0 and conv.out_width > 0 and conv.macs <= 1_000_000)
     return conv

@@ -125,7 +125,7 @@ def bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     """The kernel calls that compute ``operands`` by ``candidate``, in order, a barrier between them."""
     calls = operator(operands.workload.op).bind(operands, candidate)
     function = activation_of(operands.workload).function
-    if function is None:
+    if function is None or calls[-1].fields.get("then"):
         return calls
     from colonnade.kernels.ops import unary
 

@@ -19,7 +19,8 @@ Array = npt.NDArray[np.float32]
 class Activation:
     """``function(clip(x, low, high))``: none, ReLU and ReLU6 are limits alone, one or two instructions a vector.
 
-    A function is computed in place right after the step's own calls (see ``kernels.registry.bind``).
+    A function is computed in place: by the kernel on what it has just stored (``kernels.ops.then``), or right after the
+    step's own calls (``kernels.registry.bind``).
     """
 
     low: float = -np.inf

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.kernels.call import Field
-from colonnade.kernels.ops import tables
+from colonnade.kernels.ops import tables, then
 from colonnade.kernels.ops.shared import f32
 from colonnade.layout import LINE
 from colonnade.pattern import Tile, TiledWeights
@@ -55,11 +55,11 @@ def ends(
     conv: Conv2d | ConvTranspose2d, bias: npt.NDArray[np.float32], ring: int, index: int, count: int
 ) -> dict[str, Field]:
     """What the call of block ``index`` of ``count`` begins and ends with: the first one with the bias (in the order of
-    rows, for a kernel with a ring of ``ring`` columns), the last one with the limits."""
+    rows, for a kernel with a ring of ``ring`` columns), the last one with the limits and the function."""
     limits = conv.epilogue.activation if index + 1 == count else NONE
     return {
         "bias": f32(tables.beyond(np.zeros_like(bias) if index else bias, ring)),
-        "low": float(limits.low), "high": float(limits.high),
+        "low": float(limits.low), "high": float(limits.high), **then.fields(limits.function),
     }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def reach(conv: Conv2d, lmul: int) -> int:
 
 
 def orders(
-    tiled: list[TiledWeights], count: int, feed: int, held: int, threads: int = 1, reached: int = 0
+    tiled: list[TiledWeights], count: int, feed: int, held: int, threads: int = 1, reached: int = 0, together: int = 1
 ) -> list[tuple[int, int]]:
     """(strips at a time, blocks of K) by what the caches of an in-order core show (modelled), the best first.
 
@@ -104,6 +104,8 @@ def orders(
     Cores of a cluster share their second cache: with tiles shared out they go from strip to strip side by side, and of
     what all of them read each has its own part of the weights. Of few strips each takes one, which its first cache
     keeps, and all walk over the same weights.
+
+    ``together``: strips that a function is applied to at a time (``ops.then``).
     """
     weights = 4 * max((sum(tile.values.size for tile in t.tiles) for t in tiled), default=0)  # of one call at a time
     least = min((len(tile.columns) for t in tiled for tile in t.tiles), default=0)
@@ -126,9 +128,9 @@ def orders(
             cut *= 2
         if weights <= cut * READ:
             close = threads > 1 and least >= 2 * FEWEST and weights <= SMALL
-            together = 4 if close or (cut == 1 and threads == 1) else 1
+            some = 4 if close or (cut == 1 and threads == 1) else 1
             half = [(-(-count // 2), cut)] if cut > 1 else []  # where the second cache holds half of what is said here
-            found = [(together, cut), *half, (1, 1), (4, 1), (0, 1)]
+            found = [(some, cut), *half, (1, 1), (4, 1), (0, 1)]
         else:
             found = [(-(-count // 2), min(parts, 4)), (0, parts), (0, 1), (1, 1)]
     elif feed in (2, 4):  # panels, by whoever they were written
@@ -143,4 +145,8 @@ def orders(
             found = [(2, two), (2, 1), (1, two), (4, 1)]
     else:
         found = [(1, 1), (4, 1), (0, 1), (8, min(parts, 2))]
+    if all(len(t.tiles) == 1 for t in tiled) and feed in (0, 2):
+        # strips of a single tile follow each other, in one run of a kernel or few
+        found = [(0 if together == 1 else 8 * together, found[0][1]), *found]
+    found = [(max(b, together) if b else b, n) for b, n in found]
     return list(dict.fromkeys((b, n) for b, n in found if b < count)) or [(0, 1)]

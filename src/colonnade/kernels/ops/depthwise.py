@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops import then
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
@@ -47,6 +48,7 @@ DWCONV = Struct(
         Member("plane", "u32", "lanes of a whole plane, all of them written"),
         Member("low", "f32"),
         Member("high", "f32"),
+        *then.MEMBERS,
     ),
 )
 TAP_COUNTS = (1, 2, 3, 5)  # lines that a kernel knows; a column of seven taps is one of five and one of two
@@ -62,7 +64,9 @@ def variants(isa: Isa) -> Iterator[Variant]:
     for stride in (1, 2):
         for rows, nv in _shapes(isa, stride):
             counts = [rows, *(p for p in (4, 2, 1) if p < rows)]
-            params = {"R": rows, "NV": nv, "S": stride, "row_counts": counts, "tap_counts": TAP_COUNTS}
+            params = {
+                "R": rows, "NV": nv, "S": stride, "row_counts": counts, "tap_counts": TAP_COUNTS, **then.PARAMS,
+            }  # fmt: skip
             yield Variant(symbol(rows, nv, isa, stride), "dwconv.c.in", params)
 
 
@@ -187,6 +191,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "plane": layout.plane,
         "low": float(conv.epilogue.activation.low),
         "high": float(conv.epilogue.activation.high),
+        **then.fields(conv.epilogue.activation.function),
     }
     return (Call(candidate.kernel, DWCONV.name, fields),)
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Const, Field, Shared
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops import pairs, panels, registers, strips, tables
+from colonnade.kernels.ops import pairs, panels, registers, strips, tables, then
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Operands
 from colonnade.kernels.structs import Member
@@ -212,6 +212,7 @@ def fields(
         "split_tiles": 1,
         "low": -np.inf,
         "high": np.inf,
+        **then.NONE,
         **through,
         **begun,
     }

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.kernels.ops import pairs, panels
+from colonnade.kernels.ops import pairs, panels, then
 from colonnade.kernels.ops.shared import Identity
 from colonnade.kernels.registry import Operands
 from colonnade.kernels.structs import Member, Struct
@@ -65,6 +65,7 @@ CONV = Struct(
         Member("packed", "u32", "is this the head of a cn_packed_conv?"),
         Member("low", "f32"),
         Member("high", "f32"),
+        *then.MEMBERS,
         *panels.MEMBERS,
         *pairs.MEMBERS,
     ),
