@@ -16,7 +16,7 @@ from colonnade.kernels.isa import ISAS
 from colonnade.kernels.registry import Candidate, bind, candidates
 from colonnade.layout import Layout, Panels, Placed, Planes, place
 from colonnade.pattern import ColumnPattern
-from colonnade.workload import RELU, Conv2d, Epilogue
+from colonnade.workload import NONE, RELU, RELU6, Affine, Conv2d, Epilogue
 
 TOLERANCE = 2e-5  # of the largest magnitude
 MACHINE = [
@@ -94,6 +94,27 @@ def test_every_kernel_of_some_vectors(isa, batch, size):
             assert candidate.params["feed"] == 2
             run(case, candidate, isa, inputs, threads=2, tolerance=TOLERANCE)
         assert len({c.kernel for c in tried.values()}) > 1
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 23), height=st.integers(1, 12), width=st.integers(1, 40),
+    extra=st.integers(0, 2), vectors=st.sampled_from([1, 2, 4]), limits=st.sampled_from([NONE, RELU, RELU6]),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_a_scale_and_shift_writes_panels(isa, batch, channels, height, width, extra, vectors, limits, threads):
+    """Any number of channels, strips that are not whole, halos that a shift must not reach, NaN that must stay."""
+    rng, shape, arranger = np.random.default_rng(0), (batch, channels, height, width), Arranger()
+    grid = Planes(batch, height, width, width + extra, height + extra)
+    x, y = arranger.put("x", shape, grid), arranger.put("y", shape, stored(grid, vectors))
+    constants = {role: rng.standard_normal(channels).astype(np.float32) for role in ("scale", "shift")}
+    case = arranger.case(Affine(shape, limits), [x], y, constants)
+    (candidate,) = candidates(case, isa, threads)
+    values = rng.standard_normal(shape).astype(np.float32) * 4
+    values[0, 0, 0, 0] = np.nan
+    result = run(case, candidate, isa, [values], threads=threads, tolerance=TOLERANCE)
+    assert np.isnan(result[0, 0, 0, 0]) and np.isnan(result).sum() == 1
 
 
 def test_strips_must_agree():

@@ -233,6 +233,22 @@ def test_what_is_only_added_follows_what_it_is_added_to(isa, kernel):
     assert stored == ([10, 10, 10] if kernel == 1 else [])
 
 
+@pytest.mark.parametrize("isa", MACHINE)
+def test_a_batch_norm_in_front_of_pointwise_convolutions_writes_panels(isa):
+    """As in a DenseNet: all maps so far, scaled, shifted and clipped, for one convolution each."""
+    b = Builder()
+    maps = [b.conv(b.input("x", (2, 3, 9, 11)), 3, 6, 3, pads=(1, 1, 1, 1))]
+    for _ in range(2):
+        wide = 6 * len(maps)
+        y = b.op("Concat", *maps, axis=1) if len(maps) > 1 else maps[0]
+        y = b.conv(b.op("Relu", b.batch_norm(y, wide)), wide, 8)
+        maps.append(b.conv(b.op("Relu", y), 8, 6, 3, pads=(1, 1, 1, 1)))
+    model = b.build(b.op("Concat", *maps, axis=1))
+    plan = check(model, isa, layout_costs=LayoutCosts(plane=1.0, scaled=9.0))
+    scaled = [s for s in plan.steps if isinstance(s.workload, Affine)]
+    assert len(scaled) == 2 and all(isinstance(s.output.layout, Panels) for s in scaled)
+
+
 def test_edges_that_stay_planes():
     """Read by anything but a pointwise convolution as a whole, a tensor is no edge; choices are independent."""
     b = Builder()

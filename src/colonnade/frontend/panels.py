@@ -1,4 +1,5 @@
-"""Which tensors could stand in panels instead of planes: those between convolutions, read by pointwise ones or added.
+"""Which tensors could stand in panels instead of planes: those between convolutions, read by pointwise ones or added,
+and what a scale and shift (a BatchNorm in front of its convolution) writes for such.
 
 Both ends of an edge must agree, and what one step reads, writes and adds is best alike; so tensors that meet at a step
 are decided together: an ``Edges``. In a network of bottlenecks that is everything in a stage but what its 3x3
@@ -11,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from colonnade.frontend.draft import Draft, Tensor, Value
-from colonnade.frontend.feeding import LayoutCosts, is_depthwise
+from colonnade.frontend.feeding import LayoutCosts, is_clip, is_depthwise
 from colonnade.frontend.ties import Ties
-from colonnade.workload import Conv2d
+from colonnade.workload import Affine, Conv2d
 
 VECTORS = 2  # registers of a strip: every ISA has kernels of this width, and on RVV they are the best ones ...
 WIDE, FEW = 4, 2  # ... but for tiles of so few rows, which are done with a column before the next one is there
@@ -73,6 +74,8 @@ def chosen(found: list[Edges], costs: LayoutCosts) -> frozenset[int]:
 def _writes(step: Draft) -> bool:
     """Can the step store panels?"""
     conv, output = step.workload, step.output
+    if isinstance(conv, Affine):
+        return is_clip(conv.activation) and output is not None and not output.is_rows and output.phases == (1, 1)
     return (
         isinstance(conv, Conv2d)
         and not is_depthwise(conv)
@@ -118,8 +121,7 @@ def _strided(step: Draft) -> bool:
 def _low(step: Draft) -> bool:
     """Are its tiles of few rows?"""
     conv = step.workload
-    assert isinstance(conv, Conv2d)
-    return 0 < conv.tile <= FEW
+    return isinstance(conv, Conv2d) and 0 < conv.tile <= FEW
 
 
 def _kept(steps: Iterable[Draft]) -> int:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from colonnade.kernels.call import Arena, Call, Field
+from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, extents, f32, lead, masks, same_places, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import Placed, Rows
+from colonnade.layout import Panels, Placed, Rows
 from colonnade.workload import Affine, Binary, Softmax
 
 PLANE_MEMBERS = (
@@ -22,6 +22,7 @@ PLANE_MEMBERS = (
     Member("planes", "u32"),
     Member("plane", "u32", "lanes of a whole plane, all of them written"),
 )
+VECTORS = (1, 2, 4)  # registers of a strip of panels
 LIMITS = (Member("low", "f32"), Member("high", "f32"))
 AFFINE = Struct(
     "cn_affine",
@@ -33,6 +34,21 @@ AFFINE = Struct(
         Member("scale", "const float *"),
         Member("shift", "const float *"),
         *PLANE_MEMBERS,
+        *LIMITS,
+    ),
+)
+AFFINE_PANELS = Struct(
+    "cn_affine_panels",
+    "Planes to panels: y = clip(x * scale + shift), one scale and shift a channel.",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("in", "const uint32_t *", "offset of every plane of x"),
+        Member("scale", "const float *"),
+        Member("shift", "const float *"),
+        Member("mask", "const uint8_t *", "a bit a lane: is it a pixel?"),
+        Member("out", "u32", "where the panels begin"),
+        Member("channels", "u32"),
+        Member("lanes", "u32", "up to the last pixel"),
         *LIMITS,
     ),
 )
@@ -111,9 +127,19 @@ def _symbol(name: str, isa: Isa) -> str:
 def _affine_variants(isa: Isa) -> Iterator[Variant]:
     for body in ("affine", "affine_rows"):
         yield Variant(_symbol(body, isa), f"{body}.c.in", {"NV": isa.group})
+    for nv in VECTORS:
+        yield Variant(_to_panels(nv, isa), "affine_panels.c.in", {"NV": nv})
+
+
+def _to_panels(nv: int, isa: Isa) -> str:
+    """``f32_affine_panels_2v__rvv``"""
+    return f"f32_affine_panels_{nv}v__{isa.name}"
 
 
 def _affine_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+    output = operands.output
+    if output is not None and isinstance(output.layout, Panels):
+        return [Candidate(_to_panels(output.layout.vectors, isa))]
     name = "affine_rows" if isinstance(operands.inputs[0].layout, Rows) else "affine"
     return [Candidate(_symbol(name, isa))]
 
@@ -133,6 +159,20 @@ def _affine_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "width": x.layout.width,
         }
         return (Call(candidate.kernel, AFFINE_ROWS.name, {**fields, **limits}),)
+    if isinstance(y.layout, Panels):
+        grid = y.layout.planes
+        assert (x.planes.pitch, x.planes.image_rows) == (grid.pitch, grid.image_rows) and x.planes.phases == (1, 1)
+        fields = {
+            "arena": Arena(),
+            "in": u32(x.offsets),
+            "scale": f32(scale),
+            "shift": f32(shift),
+            "mask": Const(grid.mask()),
+            "out": int(y.offsets[0]),
+            "channels": y.shape[1],
+            "lanes": grid.lanes,
+        }
+        return (Call(candidate.kernel, AFFINE_PANELS.name, {**fields, **limits}),)
     assert same_places(x, y), f"{x.name} and {y.name} must share one geometry"
     phases = len(y.planes.stored_phases)
     fields = {
@@ -211,7 +251,7 @@ def _softmax_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 
 ROWS: tuple[Operator, ...] = (
-    Operator("affine", (AFFINE, AFFINE_ROWS), _affine_variants, _affine_candidates, _affine_bind),
+    Operator("affine", (AFFINE, AFFINE_PANELS, AFFINE_ROWS), _affine_variants, _affine_candidates, _affine_bind),
     Operator("binary", (BINARY, BINARY_ROWS), _binary_variants, _binary_candidates, _binary_bind),
     Operator("softmax", (SOFTMAX,), _softmax_variants, _softmax_candidates, _softmax_bind),
 )
