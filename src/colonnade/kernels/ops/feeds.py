@@ -60,7 +60,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             if readable:
                 yield from in_place(
                     [tiled], lanes, mr, nv, dense, isa, threads, held=read_bytes(step), reached=blocks.reach(conv, nv),
-                    least=then.strips(conv, nv),
+                    together=then.strips(conv, nv),
                 )  # fmt: skip
             packed += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
             if not readable and isa.scalable and windows.readable(conv, step.inputs[0], layout):
@@ -91,9 +91,9 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
             continue
         feed, held = (2 if stored else 0), read_bytes(step)
         reached = 0 if stored else blocks.reach(conv, nv)
-        least = then.strips(conv, nv)
-        direct_ = in_place([tiled], lanes, mr, nv, dense, isa, threads, feed, held, reached, least=least)
-        found = list(direct_) if direct else []
+        together = then.strips(conv, nv)
+        ways = in_place([tiled], lanes, mr, nv, dense, isa, threads, feed, held, reached, together=together)
+        found = list(ways) if direct else []
         if not stored and packing.packable(conv, source.planes):
             found += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
         if not direct and isa.scalable and windows.readable(conv, source, output.grid):
@@ -121,18 +121,18 @@ def in_place(
     held: int = 0,
     reached: int = 0,
     kind: str = "spconv",
-    least: int = 1,
+    together: int = 1,
 ) -> Iterator[Candidate]:
     """The run-time dimensions of one kernel that reads its input in place; ``tiled`` of all its calls. ``held``: bytes
-    of the input, where the columns may be cut into blocks; ``reached``: see ``blocks.orders``; ``least``: strips that
-    should go together."""
+    of the input, where the columns may be cut into blocks; ``reached`` and ``together``: see
+    ``blocks.orders``."""
     distances = (0,) if isa.scalable else (0, 4, 8, 16)  # scalable kernels ask for lines in ways of their own
     tiles = min((len(t.tiles) for t in tiled), default=1)
     far = costs.far(tiled, lanes, isa)
     for index, (work, cut) in enumerate(costs.cuts(tiled, lanes, mr, nv, isa, kind == pairs.KIND)):
         orders = [(b, 1) for b in ((1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,))]
         if isa.scalable:
-            orders = blocks.orders(tiled, cut.count, feed, held, threads, reached, least)
+            orders = blocks.orders(tiled, cut.count, feed, held, threads, reached, together)
         fetches = (0,) if isa.scalable else (far, 1 - far)
         for order, ahead, split, fetch in product(orders, distances, (0, 1) if threads > 1 else (0,), fetches):
             block, parts = order
