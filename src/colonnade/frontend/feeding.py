@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from colonnade.frontend.draft import Draft, Tensor, Value, is_import
-from colonnade.workload import Activation, Affine, Conv2d, Reach, WinogradConv2d
+from colonnade.workload import Activation, Affine, Conv2d, Reach, WinogradConv2d, is_depthwise
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,6 @@ def gather_ns(step: Draft, costs: LayoutCosts, scaled: bool = False) -> float:
 def copy_ns(tensors: Iterable[tuple[int, ...]], costs: LayoutCosts) -> float:
     """What copies of tensors of these shapes cost."""
     return sum(2 * _bytes(shape) * costs.copy for shape in tensors)
-
-
-def is_depthwise(workload: object) -> bool:
-    """Depthwise convolutions have kernels that read planes in place only."""
-    return isinstance(workload, Conv2d) and 1 < workload.groups == workload.in_channels
 
 
 def _readers(steps: list[Draft], tensor: Tensor | None) -> list[Draft]:

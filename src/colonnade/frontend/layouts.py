@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from colonnade.frontend.draft import Draft, Tensor, Value, is_import, whole
-from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, is_depthwise, panels_for_strides
+from colonnade.frontend.feeding import LayoutCosts, copy_ns, fuse_prologues, gather_ns, panels_for_strides
 from colonnade.frontend.ties import Ties
 from colonnade.layout import Layout, Panels, Planes, Rows
 from colonnade.workload import (
@@ -30,6 +30,7 @@ from colonnade.workload import (
     Lrn,
     Reach,
     Unary,
+    is_depthwise,
     takes_every_second,
 )
 
@@ -272,9 +273,7 @@ def _reach(step: Draft) -> Reaches | None:
     if not isinstance(conv, Conv2d) or step.panels:
         return None
     if takes_every_second(conv):
-        single = replace(conv, stride=(1, 1))
-        down, right = Reach.of(single, 0), Reach.of(single, 1)
-        rows, columns = 2 * conv.out_height - 1, 2 * conv.out_width - 1
+        (down, rows), (right, columns) = Reach.plain(conv, 0), Reach.plain(conv, 1)
         return (down.before, down.after), (right.before, right.after), rows, columns
     down, right = Reach.of(conv, 0), Reach.of(conv, 1, step.inputs[0].tensors[0].shifted)
     return (down.before, down.after), (right.before, right.after), conv.out_height, conv.out_width

@@ -13,7 +13,7 @@ from colonnade.errors import UserError
 from colonnade.frontend import layouts, memory, panels, stems
 from colonnade.frontend.clean import CUT, clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
-from colonnade.frontend.feeding import LayoutCosts, is_depthwise
+from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.images import one_by_one
 from colonnade.frontend.importer import Importer
 from colonnade.frontend.ordering import order_channels
@@ -23,7 +23,7 @@ from colonnade.frontend.shifting import shift
 from colonnade.layout import Layout, Panels, Placed, Planes, Rows, place
 from colonnade.pattern import discover
 from colonnade.plan import Buffer, Plan, Port, Step
-from colonnade.workload import Conv2d, ConvTranspose2d, Linear, Workload, matrix
+from colonnade.workload import Conv2d, ConvTranspose2d, Linear, Workload, is_depthwise, matrix
 
 if TYPE_CHECKING:
     import onnx

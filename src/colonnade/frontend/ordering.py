@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.frontend.draft import Draft, Tensor, Value
-from colonnade.frontend.feeding import is_depthwise
 from colonnade.frontend.ties import Ties
 from colonnade.pattern import discover
-from colonnade.workload import Conv2d, GlobalPool, Linear, Pool2d, Repeat, matrix
+from colonnade.workload import Conv2d, GlobalPool, Linear, Pool2d, Repeat, is_depthwise, matrix
 
 Order = npt.NDArray[np.int64]
 WEIGHTS = {"weight", "bias"}  # constants of a step that knows its channels by these alone

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from colonnade.frontend.draft import Draft, Tensor, Value
-from colonnade.frontend.feeding import LayoutCosts, is_clip, is_depthwise
+from colonnade.frontend.feeding import LayoutCosts, is_clip
 from colonnade.frontend.ties import Ties
-from colonnade.workload import Affine, Conv2d
+from colonnade.workload import Affine, Conv2d, is_depthwise
 
 VECTORS = 2  # registers of a strip: every ISA has kernels of this width, and on RVV they are the best ones ...
 WIDE, FEW = 4, 2  # ... but for tiles of so few rows, which are done with a column before the next one is there

@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.frontend.draft import Draft, Tensor, whole
-from colonnade.frontend.feeding import is_depthwise
 from colonnade.pattern import discover
-from colonnade.workload import Conv2d, Convert, Pool2d, Workload, matrix
+from colonnade.workload import Conv2d, Convert, Pool2d, Workload, is_depthwise, matrix
 
 LARGE = 1 << 20  # bytes of a map that is cut: more than a second cache keeps beside all else
 PART = 384 << 10  # bytes of a part's map, but for ...

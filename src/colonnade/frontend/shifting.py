@@ -15,10 +15,10 @@ from itertools import product
 from math import prod
 
 from colonnade.frontend.draft import Draft, Tensor, whole
-from colonnade.frontend.feeding import LayoutCosts, is_depthwise
+from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.layouts import Regions, copy_step, imports, sizes
 from colonnade.layout import Planes
-from colonnade.workload import Conv2d, ConvTranspose2d, Reach, WinogradConv2d
+from colonnade.workload import Conv2d, ConvTranspose2d, Reach, WinogradConv2d, is_depthwise
 
 GAIN = 1.5  # what is saved over what the copies cost, at least
 # rows and columns of a map at most, and the share of a 3x3's columns kept past which Winograd's convolution, which

@@ -1,7 +1,7 @@
 """Operator calls and their numpy definitions: one file an operator family."""
 
 from colonnade.workload.base import NONE, RELU, RELU6, Activation, Array, Epilogue, Workload, activation_of, evaluate
-from colonnade.workload.conv import Conv2d, Reach, im2col, matrix, takes_every_second, unmatrix
+from colonnade.workload.conv import Conv2d, Reach, im2col, is_depthwise, matrix, takes_every_second, unmatrix
 from colonnade.workload.conv_pool import ConvPool
 from colonnade.workload.convert import Convert, Zeros
 from colonnade.workload.dense import (
@@ -33,5 +33,5 @@ __all__ = [
     "Function", "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "MaxIndices", "Normalise",
     "PlaneProduct", "Pool2d", "Reach", "Reduce", "Reorder", "Repeat", "Resample", "Softmax", "Take",
     "TypedElementwise", "TypedMatMul", "TypedReduce", "Unary", "WinogradConv2d", "Workload", "Zeros", "activation_of",
-    "digest", "evaluate", "im2col", "matrix", "spread", "takes_every_second", "unmatrix",
+    "digest", "evaluate", "im2col", "is_depthwise", "matrix", "spread", "takes_every_second", "unmatrix",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -123,11 +123,24 @@ class Reach:
         shifts = [q // stride for q in taps]
         return Reach(tuple(sorted({q % stride for q in taps})), max(0, -min(shifts)), max(0, max(shifts)))
 
+    @staticmethod
+    def plain(conv: Conv2d, axis: int) -> tuple[Reach, int]:
+        """Of planes that are in no phases, whatever the stride; and the pixels from the first output's place to the
+        last one's, both counted."""
+        out = (conv.out_height, conv.out_width)[axis]
+        return Reach.of(replace(conv, stride=(1, 1)), axis), (out - 1) * conv.stride[axis] + 1
+
+
+def is_depthwise(workload: object) -> bool:
+    """One input channel a group, also with several outputs a channel: such convolutions have kernels of their own,
+    which read planes in place only."""
+    return isinstance(workload, Conv2d) and 1 < workload.groups == workload.in_channels
+
 
 def takes_every_second(conv: Conv2d) -> bool:
     """Has it kernels that take every second pixel of planes as they stand? A depthwise convolution reads a pixel once a
     tap: a copy into phases would cost more than that."""
-    return 1 < conv.groups == conv.in_channels and conv.stride == (2, 2)
+    return is_depthwise(conv) and conv.stride == (2, 2)
 
 
 def out_size(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:

@@ -19,7 +19,7 @@ from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed, Planes
-from colonnade.workload import Conv2d, takes_every_second
+from colonnade.workload import Conv2d, Reach, takes_every_second
 
 DWCONV = Struct(
     "cn_dwconv",
@@ -82,22 +82,16 @@ def _shapes(isa: Isa, stride: int) -> list[tuple[int, int]]:
     return [(rows, nv) for rows, nv in shapes if (rows + 1) * nv + 5 <= isa.registers]
 
 
-def applies(conv: Conv2d) -> bool:
-    """One input channel a group: depthwise, also with several outputs a channel."""
-    return conv.groups > 1 and conv.groups == conv.in_channels
-
-
-def second(conv: Conv2d, source: Planes, target: Planes) -> bool:
+def second(conv: Conv2d, source: Planes) -> bool:
     """Can the kernels of stride 2 read ``source``: plain planes, with zeros wherever a tap of a pixel lies outside?"""
-    behind = [conv.dilation[i] * (conv.kernel[i] - 1) - conv.padding[i] for i in range(2)]
-    rows, columns = 2 * (target.rows - 1) + behind[0] + 1, 2 * (target.columns - 1) + behind[1] + 1
+    (down, rows), (right, columns) = Reach.plain(conv, 0), Reach.plain(conv, 1)
     return (
         takes_every_second(conv)
         and source.phases == (1, 1)
         and not source.shifted
-        and source.pitch >= max(source.columns + conv.padding[1], columns)
-        and source.image_rows >= max(source.rows + conv.padding[0], rows)
-        and source.lead >= conv.padding[0] * source.pitch + conv.padding[1]
+        and source.pitch >= max(source.columns + right.before, columns + right.after)
+        and source.image_rows >= max(source.rows + down.before, rows + down.after)
+        and source.lead >= down.before * source.pitch + right.before
     )
 
 

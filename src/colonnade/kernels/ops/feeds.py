@@ -24,7 +24,7 @@ from colonnade.kernels.ops import (
 from colonnade.kernels.registry import Candidate, Operands
 from colonnade.layout import Panels, Planes
 from colonnade.pattern import TiledWeights
-from colonnade.workload import Conv2d
+from colonnade.workload import Conv2d, is_depthwise
 
 PACKED_SHAPES = 2
 LEFT = 4  # the feed of windows that are left as panels
@@ -45,7 +45,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         return
     source, layout = step.inputs[0].planes, step.output.planes
     readable = packing.direct(conv, source, layout)
-    if (readable and depthwise.applies(conv) and not source.shifted) or depthwise.second(conv, source, layout):
+    if (readable and is_depthwise(conv) and not source.shifted) or depthwise.second(conv, source):
         yield from depthwise.candidates(step, isa, threads)
     if readable and winograd.applies(step):
         yield from winograd.candidates(step, isa, registers.shapes(isa))
@@ -70,7 +70,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             if registers.worth_trying(mr, tiled, pairs.shapes(isa)):
                 yield from in_place([tiled], lanes, mr, nv, dense, isa, threads, kind=pairs.KIND)
         best = sorted({c.rank for c in packed})[: 2 * PACKED_SHAPES]
-        if packing.packable(conv, source) and not (readable and depthwise.applies(conv)):
+        if packing.packable(conv, source) and not (readable and is_depthwise(conv)):
             yield from (c for c in packed if not readable or c.rank in best)
 
 
