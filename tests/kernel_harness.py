@@ -22,7 +22,7 @@ from emulated import INSTALLED, MISSING, RVV, Emulated, run_calls
 from colonnade.build.toolchain import Toolchain, host
 from colonnade.kernels import registry, render
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
-from colonnade.kernels.isa import Isa, available, isa
+from colonnade.kernels.isa import ISAS, Isa, available, isa
 from colonnade.layout import (
     LINE,
     Layout,
@@ -84,6 +84,18 @@ class Arranger:
         return Case(workload, tuple(inputs), output, max(self.end - LINE, 0), constants or {}, external)
 
 
+def machines() -> list[Isa]:
+    """Rows of this machine as if additions had pipes of their own; AVX-512 also as if load ports broadcast. The kernels
+    run wherever their instructions are."""
+    rows = [replace(row, adders=True) for row in ISAS if machine_has(row.name)]
+    return rows + [replace(row, broadcasts=True) for row in rows if row.broadcast_flags]
+
+
+def label(row: Isa) -> str:
+    """How a parameter of a test is called."""
+    return row.name + "-broadcasts" * row.broadcasts
+
+
 def machine_has(name: str) -> bool:
     """Can this machine run kernels of the ISA called ``name``?"""
     flags: set[str] = set()
@@ -106,10 +118,12 @@ def need(name: str) -> Isa:
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL:
-    """All kernels of one ISA, compiled once and kept in the build cache."""
-    target = isa(name)
-    files = render.library(target, registry.variants(target).values())
+def library(name: str, broadcasts: bool = False) -> ctypes.CDLL:
+    """All kernels of one ISA, compiled once and kept in the build cache; or those that ``broadcasts`` makes others."""
+    target = replace(isa(name), broadcasts=broadcasts)
+    every = registry.variants(target).values()
+    chosen = [v for v in every if not broadcasts or any(one.params.get("pairs") for one in (v, *v.needs))]
+    files = render.library(target, chosen)
     files["exports.c"] = (
         f"extern const char cn_kernels_{name}[];\n"
         '__attribute__((visibility("default"))) const void *cn_table(void) { return cn_kernels_' + name + "; }\n"
@@ -118,9 +132,15 @@ def library(name: str) -> ctypes.CDLL:
 
 
 @functools.cache
-def _kernels(name: str) -> dict[str, int]:
-    """Symbol → address, from the table that the library exports."""
-    export = library(name).cn_table
+def _kernels(target: Isa) -> dict[str, int]:
+    """Symbol → address; of a machine whose load ports broadcast, with the kernels that it has in another form."""
+    return _exported(target.name) | (_exported(target.name, True) if target.broadcasts else {})
+
+
+@functools.cache
+def _exported(name: str, broadcasts: bool = False) -> dict[str, int]:
+    """Likewise, from the table that a library exports."""
+    export = library(name, broadcasts).cn_table
     export.restype = ctypes.c_void_p
     table = export()
     found: dict[str, int] = {}
@@ -277,9 +297,7 @@ def _run_call(
             image[at : at + 8] = np.frombuffer(address.to_bytes(8, "little"), np.uint8)
         address, place = stack.enter_context(guarded(struct.size, LINE))
         place[:] = image
-        kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(
-            _kernels(target.name)[call.kernel]
-        )
+        kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(_kernels(target)[call.kernel])
         # either order is legal: one shows a thread that tramples on the next one's share, the other on the last one's
         for thread in reversed(range(threads)) if backwards else range(threads):
             kernel(address, thread, threads)

@@ -10,9 +10,8 @@ import pytest
 from emulated import INSTALLED, MISSING, RVV
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from kernel_harness import Arranger, Case, machine_has, need, run
+from kernel_harness import Arranger, Case, label, machine_has, machines, need, run
 
-from colonnade.kernels.isa import ISAS
 from colonnade.kernels.ops import filtering
 from colonnade.kernels.registry import candidates
 from colonnade.layout import Planes
@@ -21,7 +20,7 @@ from colonnade.workload import filtering as minimal
 from colonnade.workload.conv_pool import joinable
 
 # as if every machine added beside its multiply-adds: products by pairs too, where there are kernels for them
-MACHINE = [replace(row, adders=True) for row in ISAS if machine_has(row.name)]
+MACHINE = machines()
 NO_SHRINK = [p for p in Phase if p not in (Phase.shrink, Phase.explain)]
 
 
@@ -91,7 +90,7 @@ def case_of(work: ConvPool, seed: int, extra: int) -> tuple[Case, list[np.ndarra
     return place.case(work, [x], y, constants), [rng.standard_normal(x.shape, np.float32)]
 
 
-@pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", MACHINE, ids=label)
 @given(work=stems(), seed=st.integers(0, 2**31), extra=st.integers(0, 3), data=st.data())
 @settings(max_examples=30, deadline=None, phases=NO_SHRINK)
 def test_it_equals_the_definitions(isa, work, seed, extra, data):

@@ -13,7 +13,7 @@ from kernel_harness import Case, need, run
 from colonnade.arranging import sizes
 from colonnade.codegen.in_process import Program
 from colonnade.frontend import LayoutCosts, imported
-from colonnade.kernels import registry
+from colonnade.kernels import registry, render
 from colonnade.kernels.isa import Isa, available, isa
 from colonnade.kernels.ops import pairs
 from colonnade.kernels.registry import Candidate
@@ -25,10 +25,11 @@ from tests.models import export, onnxruntime_outputs
 TOLERANCE = 2e-5  # of the largest magnitude, as for every other convolution
 
 
-@pytest.fixture(scope="module")
-def machine() -> Isa:
-    """AVX-512 as if additions had pipes of their own; the kernels run wherever AVX-512 is."""
-    return replace(need("avx512"), adders=True)
+@pytest.fixture(scope="module", params=[False, True], ids=["operands", "broadcasts"])
+def machine(request: pytest.FixtureRequest) -> Isa:
+    """AVX-512 as if additions had pipes of their own, in either way of giving them scalars; the kernels run wherever
+    AVX-512 is."""
+    return replace(need("avx512"), adders=True, broadcasts=request.param)
 
 
 def paired(case: Case, machine: Isa, threads: int = 1) -> list[Candidate]:
@@ -105,8 +106,15 @@ def test_offered_only_where_they_gain(machine: Isa) -> None:
     with pytest.raises(AssertionError, match="how large"):
         registry.bind(case, paired(known, machine)[0])
     flags = frozenset(isa("avx512").flags)
-    assert [row.adders for row in available("x86_64", flags)][:1] == [False]
-    assert [row.adders for row in available("x86_64", flags | {"clzero"})][:1] == [True]
+    for more, shown in (
+        (set(), (False, False)),
+        ({"clzero"}, (True, False)),
+        ({"avx512_vp2intersect"}, (False, False)),
+    ):
+        row = available("x86_64", flags | more)[0]
+        assert (row.adders, row.broadcasts) == shown
+    row = available("x86_64", flags | {"clzero", "avx512_vp2intersect"})[0]
+    assert row.adders and row.broadcasts
     # the static ranking sees the gain
     assert pairs.KIND in registry.candidates(known, machine, 1)[0].kernel
 
@@ -117,6 +125,17 @@ def test_pipes_are_equally_busy(mr: int, taken: int) -> None:
     assert sum(pairs.rows(mr)) == taken
     turns = [max(2 * mr - n + (n > 0), 2 * n) for n in range(mr + 1)]
     assert 2 * pairs.work(mr) == min(turns)
+
+
+def test_how_scalars_come_to_the_adders() -> None:
+    """In registers for two plain rows where a broadcast takes a turn of them, for all rows where it takes none."""
+    plain, free = isa("avx512"), replace(isa("avx512"), broadcasts=True)
+    for mr in (4, 8, 12):
+        assert sum(pairs.spreads(mr, plain)) == min(2, mr - sum(pairs.rows(mr)))
+        assert not any(a and b for a, b in zip(pairs.spreads(mr, plain), pairs.rows(mr), strict=True))
+        assert all(pairs.spreads(mr, free))
+    bodies = [render.kernel(registry.variants(row)["f32_pairconv_8x2v__avx512"], row) for row in (plain, free)]
+    assert "_add_at" in bodies[0] and "vec1_add(x1, q7" in bodies[1]
 
 
 def test_a_network(machine: Isa) -> None:

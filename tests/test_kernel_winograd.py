@@ -12,7 +12,7 @@ from convolutions import operands
 from emulated import INSTALLED, MISSING, RVV
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_harness import machine_has, need, run
+from kernel_harness import label, machines, need, run
 from test_kernel_panels import case_of
 
 from colonnade.kernels.isa import ISAS, isa
@@ -23,7 +23,7 @@ from colonnade.workload import NONE, RELU, RELU6, Activation, Conv2d, Epilogue, 
 from colonnade.workload.winograd import SIZES, matrices, transform
 
 # as if every machine added beside its multiply-adds: products by pairs too, where there are kernels for them
-MACHINE = [replace(row, adders=True) for row in ISAS if machine_has(row.name)]
+MACHINE = machines()
 NO_SHRINK = [p for p in Phase if p not in (Phase.shrink, Phase.explain)]
 
 
@@ -80,7 +80,7 @@ def pruned(draw: st.DrawFn) -> tuple[WinogradConv2d, ColumnPattern | None]:
 
 
 EVERYWHERE = [
-    *(pytest.param(row, id=row.name) for row in MACHINE),
+    *(pytest.param(row, id=label(row)) for row in MACHINE),
     *(pytest.param(row, id=row.label, marks=pytest.mark.skipif(not INSTALLED, reason=MISSING)) for row in RVV),
 ]
 
@@ -196,7 +196,7 @@ def test_a_tile_computes_the_columns_that_it_keeps():
     assert tiles["columns"].tolist() == [4, 1] + [4, 16] * 15
 
 
-@pytest.mark.parametrize("isa", MACHINE, ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", MACHINE, ids=label)
 @given(conv=convs(), seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
 @settings(max_examples=40, deadline=None, phases=NO_SHRINK)
 def test_winograd_equals_the_definition(isa, conv, seed, extra, data):

@@ -47,7 +47,8 @@ RECONSTRUCTED = "+reconstruction"
 METHODS = (
     "unstructured", "2:4", "magnitude", "magnitude+grouping", "obs", "obs+grouping", "obs+grouping+reconstruction",
     "obs+grouping+balance", "obs+grouping+balance+reconstruction", "obs+grouping+winograd",
-    "obs+grouping+winograd+balance", "obs+grouping+winograd4x1", "obs+grouping+winograd4x1+balance",
+    "obs+grouping+winograd+balance", "obs+grouping+winograd+balance+reconstruction", "obs+grouping+winograd4x1",
+    "obs+grouping+winograd4x1+balance",
 )  # fmt: skip
 NETWORKS = {
     "resnet18": "pqf_resnet18", "resnet50": "pqf_resnet50_large", "mobilenet_v2": "", "cifar_resnet20": "20",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from colonnade.build.toolchain import Toolchain, host
 from colonnade.kernels import registry, render
 from colonnade.kernels.call import Arena, Call, Const, External
-from colonnade.kernels.isa import Isa, isa
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.registry import Candidate, Variant
 from colonnade.layout import LINE, round_up
 from colonnade.plan import Plan, Step
@@ -47,7 +49,8 @@ class Program:
         if lean:
             taken = compiled([v for s, v in registry.variants(isa).items() if s in symbols], isa)
         else:
-            taken = {s: kernels(_row_of(s, isa.name), isa.name)[s] for s in symbols}
+            one = replace(isa, adders=False)  # which changes no kernel, only which are offered
+            taken = {s: kernels(_row_of(s, isa.name), one)[s] for s in symbols}
         for step, calls in bound:
             for index, call in enumerate(calls):
                 kernel = taken[call.kernel]
@@ -127,7 +130,7 @@ def _aligned(size: int) -> npt.NDArray[np.uint8]:
 @functools.cache
 def _owners(name: str) -> dict[str, str]:
     """Operator by kernel symbol."""
-    return {v.symbol: op for op, row in reversed(registry.rows().items()) for v in row.variants(isa(name))}
+    return {v.symbol: op for op, row in reversed(registry.rows().items()) for v in row.variants(isa_named(name))}
 
 
 def _row_of(symbol: str, name: str) -> str:
@@ -135,9 +138,9 @@ def _row_of(symbol: str, name: str) -> str:
 
 
 @functools.cache
-def kernels(op: str, name: str) -> dict[str, Any]:
-    """Symbol → function, of all kernels of operator ``op`` for the ISA called ``name``."""
-    return compiled(registry.operator(op).variants(isa(name)), isa(name))
+def kernels(op: str, isa: Isa) -> dict[str, Any]:
+    """Symbol → function, of all kernels of operator ``op``."""
+    return compiled(registry.operator(op).variants(isa), isa)
 
 
 def compiled(variants: Iterable[Variant], target: Isa) -> dict[str, Any]:

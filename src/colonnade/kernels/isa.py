@@ -14,6 +14,7 @@ class Isa:
     file alone; the rest of a bundle stays at the architecture's baseline. ``flags``: the names by which
     ``/proc/cpuinfo`` (x86 ``flags``, RISC-V ``isa``) shows that the machine has it, all needed. ``adder_flags``:
     those by which it shows that additions have pipes of their own beside the multiply-adds'; ``adders``: has it?
+    ``broadcast_flags``, ``broadcasts``: likewise, that a scalar of memory reaches all lanes by the load ports alone.
     """
 
     name: str
@@ -24,6 +25,8 @@ class Isa:
     flags: tuple[str, ...]
     adder_flags: tuple[str, ...] = ()
     adders: bool = False
+    broadcast_flags: tuple[str, ...] = ()
+    broadcasts: bool = False
 
     @property
     def header(self) -> str:
@@ -47,7 +50,8 @@ PORTABLE = "portable"
 # best first: the first one that a machine has is its default
 ISAS: tuple[Isa, ...] = (
     Isa("avx512", "x86_64", 16, 32, ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx2", "fma"),
-        ("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"), ("clzero",)),  # AMD's, from Zen 4 on
+        ("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"),
+        adder_flags=("clzero",), broadcast_flags=("clzero", "avx512_vp2intersect")),  # AMD's: from Zen 4, from Zen 5 on
     Isa("avx2", "x86_64", 8, 16, ("avx2", "fma"), ("avx2", "fma")),
     Isa("rvv", "riscv64", 0, 32, ("v",), ("v",)),
     Isa("portable", "any", 8, 16, (), ()),
@@ -64,8 +68,12 @@ def isa(name: str) -> Isa:
 
 def available(arch: str, flags: frozenset[str]) -> list[Isa]:
     """What a machine of ``arch`` with these cpuinfo ``flags`` can run, best first."""
+
+    def shown(wanted: tuple[str, ...]) -> bool:
+        return bool(wanted) and set(wanted) <= flags
+
     return [
-        replace(row, adders=bool(row.adder_flags) and set(row.adder_flags) <= flags)
+        replace(row, adders=shown(row.adder_flags), broadcasts=shown(row.broadcast_flags))
         for row in ISAS
         if row.arch in (arch, "any") and set(row.flags) <= flags
     ]

@@ -103,7 +103,8 @@ OPS = "colonnade.kernels.ops"  # where binding is written down
 
 @cache
 def source_digest(op: str, symbol: str, isa: Isa) -> str:
-    """Digest of all that makes ``symbol``: its C, the primitives it includes, its structs, and how it is bound."""
+    """Digest of all that makes ``symbol``: its C and that of kernels it calls, the primitives they include, its
+    structs, and how it is bound."""
     row = registry.operator(op)
     variants = {v.symbol: v for v in row.variants(isa)}
     # a candidate without a kernel of its own name stands for all of its operator's
@@ -111,7 +112,7 @@ def source_digest(op: str, symbol: str, isa: Isa) -> str:
     module = inspect.getmodule(row.bind)
     helpers = [m for m in vars(module).values() if inspect.ismodule(m) and m.__name__.startswith(OPS)] if module else []
     parts = [
-        *(render.kernel(v, isa) for v in own),
+        *(render.kernel(each, isa) for v in own for each in (v, *v.needs)),
         (render.SOURCES / isa.header).read_text(),
         *(s.declaration() for s in row.structs),
         inspect.getsource(module) if module is not None else "",

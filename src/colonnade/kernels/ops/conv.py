@@ -61,7 +61,7 @@ def variant(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> Variant:
         "sideways": isa.scalable and registers.sideways(mr, nv),
         "asks": {m: registers.asks(m, rings[m][0]) for m in counts},
         "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa), "weights_ahead": WEIGHTS_FETCHED,
-        "pairs": {m: pairs.rows(m) for m in counts} if paired else {}, "least": f"{pairs.LEAST}f", **then.PARAMS,
+        **(pairs.params(counts, isa) if paired else pairs.UNPAIRED), "least": f"{pairs.LEAST}f", **then.PARAMS,
     }  # fmt: skip
     return Variant(registers.symbol(mr, nv, isa, kind), "spconv.c.in", params)
 

@@ -113,7 +113,7 @@ def variants(isa: Isa) -> Iterator[Variant]:
             "M": m, "N": minimal.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
             "rings": {c: (registers.ring(mr, nv)[0], registers.ring(c, nv)[1]) for c in counts},
             "lines": filtering.lines, "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN,
-            "pairs": {c: pairs.rows(c) for c in counts} if kind == PAIRED else {}, "W": 2 if isa.scalable else 1,
+            **(pairs.params(counts, isa) if kind == PAIRED else pairs.UNPAIRED), "W": 2 if isa.scalable else 1,
         }  # fmt: skip
         yield Variant(symbol(m, r, mr, nv, isa, kind), "conv_pool.c.in", params)
 

@@ -41,7 +41,9 @@ def cost(
         column = 0.0
         for rows in registers.heights(len(tile.rows), mr):
             turns = pairs.work(rows) if paired else rows
-            column += sum(turns * v + LOAD * (rows + v) + 1 for v in widths)
+            # load ports that do all of the broadcasting are as many as those that multiply
+            least = [rows + v if isa.broadcasts else 0 for v in widths]
+            column += sum(max(turns * v, m) + LOAD * (rows + v) + 1 for v, m in zip(widths, least, strict=True))
             if not cut.tail:
                 continue
             if rows == mr:

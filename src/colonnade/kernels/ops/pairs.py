@@ -8,6 +8,10 @@ made once for all of them; the sum of w1 w2 is known beforehand and goes into th
 their own (``Isa.adders``), these are idle in a convolution: with two thirds of the rows computed this way and one third
 as usual both kinds of pipes are busy, and 8 rows take 12 turns of a pipe where they took 16, 16 rows 22 for 32.
 
+How a scalar comes to an addition depends on the machine. Where a broadcast takes a turn of the adders, it is an operand
+in memory, once for every vector. Where the load ports broadcast (``Isa.broadcasts``) these are the ones to spare, since
+pipes are as wide as vectors there: a register for each scalar, and all vectors add it.
+
 What it costs is accuracy: x1 x2 cancels only up to rounding. The loss is least where x and w are of one size, so every
 row of weights is multiplied by the power of two that makes them so (and its sum by the inverse at the end): the error
 of a sum then grows by about the square root of its length. How large x is, a run of the model on sample inputs tells
@@ -17,7 +21,7 @@ smaller, are noticed by the sum of x1 x2, and the block is computed again as usu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +41,7 @@ MEMBERS = (
     Member("limit", "const float *", "likewise: the largest sum of products of inputs that is accurate enough"),
 )
 NONE: dict[str, Field] = {member.name: None for member in MEMBERS}
+UNPAIRED: dict[str, object] = {"pairs": {}}  # what bodies that take single columns are rendered with
 LARGER = 16.0  # inputs this many times as large as the sample's are still accurate enough: 2e-5 of a sum of 1,000
 SMALLER = 1 / 64  # likewise where all inputs of a block are so small
 LEAST = (SMALLER / LARGER) ** 2  # the smallest sum of products over the largest
@@ -64,6 +69,18 @@ def rows(mr: int) -> list[bool]:
     spread evenly; none where that gains nothing."""
     taken = (2 * mr + 1) // 3 if mr >= 4 else 0
     return [r * taken // mr != (r + 1) * taken // mr for r in range(mr)]
+
+
+def spreads(mr: int, isa: Isa) -> list[bool]:
+    """Whose scalars are broadcast into registers that all vectors take: where that costs no addition every row's, else
+    of two plain rows, for which the adders have turns left; it spares the loads of each vector."""
+    plain = [r for r, taken in enumerate(rows(mr)) if not taken][:2]
+    return [isa.broadcasts or r in plain for r in range(mr)]
+
+
+def params(counts: Sequence[int], isa: Isa) -> dict[str, object]:
+    """What bodies with blocks of so many rows are rendered with."""
+    return {"pairs": {mr: rows(mr) for mr in counts}, "spreads": {mr: spreads(mr, isa) for mr in counts}}
 
 
 def work(mr: int) -> float:
