@@ -115,8 +115,10 @@ def test_offered_only_where_they_gain(machine: Isa) -> None:
         assert (row.adders, row.broadcasts) == shown
     row = available("x86_64", flags | {"clzero", "avx512_vp2intersect"})[0]
     assert row.adders and row.broadcasts
-    # the static ranking sees the gain
+    # the static ranking sees the gain, and that few columns do not pay for the ends of a block
     assert pairs.KIND in registry.candidates(known, machine, 1)[0].kernel
+    few, _ = operands(Conv2d(1, 32, 64, 14, 14, (1, 1)), ColumnPattern(0.75, tile=8), seed=0)
+    assert pairs.KIND not in registry.candidates(replace(few, rms=1.0), machine, 1)[0].kernel
 
 
 @pytest.mark.parametrize("mr, taken", [(1, 0), (2, 0), (4, 3), (8, 5), (10, 7), (12, 8), (16, 11)])

@@ -7,6 +7,7 @@ from colonnade.kernels.ops import pairs, registers, strips
 from colonnade.pattern import TiledWeights
 
 FAR = 1 << 20  # bytes of an output from which on its lines are taken to be in no near cache when they are stored to
+PAIRED = 100.0  # multiply-adds that a block by pairs of columns takes beside its columns: it gains from 32 columns on
 LOAD = 0.25  # a load or broadcast over a multiply-add, behind which most of it is hidden: measured on 7x7 .. 56x56
 
 
@@ -38,8 +39,9 @@ def cost(
     widths = cut.widths
     total = 0.0
     for tile in tiled.tiles:
-        column = 0.0
+        column = ends = 0.0
         for rows in registers.heights(len(tile.rows), mr):
+            ends += PAIRED * len(widths) * paired
             turns = pairs.work(rows) if paired else rows
             # load ports that do all of the broadcasting are as many as those that multiply
             least = [rows + v if isa.broadcasts else 0 for v in widths]
@@ -50,7 +52,7 @@ def cost(
                 column += cut.done * strips.lane_cost(mr, isa) * (1 + LOAD) + LOAD
             else:  # a vector of its own
                 column += rows + LOAD * (rows + 1) + 1
-        total += len(tile.columns) * column
+        total += len(tile.columns) * column + ends
     return total
 
 
