@@ -72,7 +72,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     assert isinstance(conv, Conv2d) and output is not None
     source, layout = step.inputs[0], output.grid
     feed = candidate.params.get("feed", 0)
-    apart = feed in (1, 3, feeds.LEFT) or candidate.kernel.startswith("f32_dwconv2_")
+    apart = feed in (1, 3, feeds.LEFT) or depthwise.strided(candidate.kernel)
     for tensor in step.inputs[1:] if apart else step.inputs:
         if (tensor.grid.pitch, tensor.grid.image_rows) != (layout.pitch, layout.image_rows):
             raise ValueError(f"{conv.key()}: lanes {tensor.grid.key()} do not match output {layout.key()}")

@@ -51,34 +51,47 @@ DWCONV = Struct(
         *then.MEMBERS,
     ),
 )
+WINDOWS = (3, 5)  # rows and columns of taps that kernels of stride 2 know as a whole
 TAP_COUNTS = (1, 2, 3, 5)  # lines that a kernel knows; a column of seven taps is one of five and one of two
 
 
-def symbol(rows: int, nv: int, isa: Isa, stride: int = 1) -> str:
-    """``f32_dwconv_4x2v__avx512``, or with a stride ``f32_dwconv2_4x2v__avx512``"""
-    return f"f32_dwconv{'' if stride == 1 else stride}_{rows}x{nv}v__{isa.name}"
+def symbol(rows: int, nv: int, isa: Isa, stride: int = 1, window: int = 0) -> str:
+    """``f32_dwconv_4x2v__avx512``, with a stride ``f32_dwconv2_4x2v__avx512``, there for 3x3 ``f32_dwconv3x3s2_…``"""
+    what = f"{window}x{window}s2" if window else "" if stride == 1 else "2"
+    return f"f32_dwconv{what}_{rows}x{nv}v__{isa.name}"
+
+
+def strided(kernel: str) -> bool:
+    """Does it take every second pixel of planes as they stand?"""
+    return kernel.startswith("f32_dwconv") and kernel.split("_")[1].endswith("2")
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
-    """Every (R, NV) worth compiling for ``isa``, for both strides."""
-    for stride in (1, 2):
-        for rows, nv in _shapes(isa, stride):
-            counts = [rows, *(p for p in (4, 2, 1) if p < rows)]
+    """Every (R, NV) worth compiling for ``isa``, for both strides; for stride 2 and ``WINDOWS`` others."""
+    for stride, window in ((1, 0), (2, 0), *((2, taps) for taps in WINDOWS)):
+        for rows, nv in _shapes(isa, stride, window):
+            counts = [rows, *(p for p in (8, 4, 2, 1) if p < rows)]
             params = {
-                "R": rows, "NV": nv, "S": stride, "row_counts": counts, "tap_counts": TAP_COUNTS, **then.PARAMS,
+                "R": rows, "NV": nv, "S": stride, "WINDOW": window, "row_counts": counts, "tap_counts": TAP_COUNTS,
+                **then.PARAMS,
             }  # fmt: skip
-            yield Variant(symbol(rows, nv, isa, stride), "dwconv.c.in", params)
+            yield Variant(symbol(rows, nv, isa, stride, window), "dwconv.c.in", params)
 
 
-def _shapes(isa: Isa, stride: int) -> list[tuple[int, int]]:
-    """(R, NV); beside the sums, one row of the strip and (fixed vectors) five weights must find registers. Maps of
-    images have 7, 14, 28 ... rows."""
+def _shapes(isa: Isa, stride: int, window: int) -> list[tuple[int, int]]:
+    """(R, NV); beside the sums, one row of the strip and (fixed vectors) five weights must find registers, in windows
+    what is read of a row and nine weights, 15 for 5x5. Maps of images have 7, 14, 28 ... rows."""
+    if window:
+        shapes = [(7, 2), (6, 3), (4, 4), (2, 4), (8, 1), (7, 1), (4, 1)]
+        if isa.scalable or isa.registers < 32:  # every second pixel is one load; or there is no room for weights
+            return []
+        return [(rows, nv) for rows, nv in shapes if rows * nv + (14 if window == 3 else 18) <= isa.registers]
     if isa.scalable and stride == 2:  # a row of which every second lane is taken has twice as many registers
         return [(8, 2), (7, 2), (4, 2), (2, 4), (8, 1), (7, 1)]
     if isa.scalable:
         shapes = [(8, 2), (7, 2), (4, 4), (4, 2), (2, 4), (8, 1), (7, 1), (1, 8), (1, 2)]
         return [(rows, nv) for rows, nv in shapes if (rows + 1) * nv < isa.registers]
-    shapes = [(8, 2), (7, 2), (6, 3), (4, 4), (4, 2), (2, 4), (8, 1), (7, 1), (4, 1), (1, 4), (1, 2)]
+    shapes = [(14, 1), (8, 2), (7, 2), (6, 3), (4, 4), (4, 2), (2, 4), (8, 1), (7, 1), (4, 1), (1, 4), (1, 2)]
     return [(rows, nv) for rows, nv in shapes if (rows + 1) * nv + 5 <= isa.registers]
 
 
@@ -102,11 +115,13 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     layout = step.output.planes
     taps = conv.kernel[0] * conv.kernel[1]
     stride = 1 if step.inputs[0].planes.phases == conv.stride else 2
-    lines = len(_lines(conv, (stride, stride)))
-    lanes = isa.lanes or 8
+    runs = _lines(conv, step.inputs[0].planes.phases)
+    lines, lanes = len(runs), isa.lanes or 8
+    window = _window(runs) if stride == 2 else 0
+    window = window if _shapes(isa, stride, window) else 0
     # of a vector, and of a row of them: taking every second lane, a core that issues in order waits for them first
     load, wait = (1, 0) if stride == 1 else (8, 5) if isa.scalable else (2, 0)
-    for rows, nv in _shapes(isa, stride):
+    for rows, nv in _shapes(isa, stride, window):
         for flat in (0, 1) if (rows, stride) == (1, 1) else (0,):
             height, width = (1, layout.lanes) if flat else (layout.batch * layout.rows, layout.columns)
             vectors = -(-width // (lanes * (nv if isa.scalable else 1))) * (nv if isa.scalable else 1)
@@ -115,7 +130,8 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             loads = lines * (stride * (rows - 1) + taps / lines)
             work = blocks * (vectors * (rows * taps + loads * load) + -(-vectors // nv) * loads * wait)
             overhead = blocks * -(-vectors // nv) * (20 + 2 * taps)
-            yield Candidate(symbol(rows, nv, isa, stride), {"flat": flat}, conv.out_channels * (work + overhead) / 1e3)
+            name = symbol(rows, nv, isa, stride, window)
+            yield Candidate(name, {"flat": flat}, conv.out_channels * (work + overhead) / 1e3)
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,14 @@ def _lines(conv: Conv2d, phases: tuple[int, int]) -> list[_Line]:
             count = max(n for n in TAP_COUNTS if n <= run)
             lines.append(_Line((py, px), first, column, tuple(taps.pop(first + i) for i in range(count))))
     return lines
+
+
+def _window(lines: list[_Line]) -> int:
+    """Of so many by so many taps side by side in one plane, as kernels know them; 0: they are not."""
+    first, count = lines[0], len(lines)
+    wanted = [(first.phase, first.row, first.column + k, count) for k in range(count)]
+    found = [(line.phase, line.row, line.column, len(line.taps)) for line in lines]
+    return count if count in WINDOWS and found == wanted else 0
 
 
 def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
