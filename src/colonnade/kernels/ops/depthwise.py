@@ -115,9 +115,9 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     layout = step.output.planes
     taps = conv.kernel[0] * conv.kernel[1]
     stride = 1 if step.inputs[0].planes.phases == conv.stride else 2
-    runs = _lines(conv, step.inputs[0].planes.phases)
-    lines, lanes = len(runs), isa.lanes or 8
-    window = _window(runs) if stride == 2 else 0
+    lines = len(_lines(conv, (stride, stride)))
+    lanes = isa.lanes or 8
+    window = _window(_lines(conv, step.inputs[0].planes.phases)) if stride == 2 else 0
     window = window if _shapes(isa, stride, window) else 0
     # of a vector, and of a row of them: taking every second lane, a core that issues in order waits for them first
     load, wait = (1, 0) if stride == 1 else (8, 5) if isa.scalable else (2, 0)
