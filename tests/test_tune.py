@@ -36,7 +36,7 @@ from colonnade.tune.database import Database, Place, Record
 from colonnade.tune.job import Run, problem
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.tune.network import HEATS, NETWORK, Standing, decide, rivals, siblings, standing
-from colonnade.tune.tuner import Chooser, Tuner
+from colonnade.tune.tuner import Chooser, Tuner, source_digest
 from colonnade.tune.tuner import place as where
 from colonnade.workload import RELU, Binary
 
@@ -96,6 +96,15 @@ def library(sleep_ms: int = 0) -> dict[str, str]:
     source = source.replace("typedef struct { const char *symbol", f"{code}typedef struct {{ const char *symbol")
     source = source.replace("    {0, 0},", "".join(f'    {{"{n}", {n}}},\n' for n in bodies) + "    {0, 0},")
     return {**files, "kernels_portable.c": f"#include <stdio.h>\n#include <stdlib.h>\n#include <unistd.h>\n{source}"}
+
+
+def test_a_record_knows_the_kernels_that_a_kernel_calls() -> None:
+    """What was measured of a transform counts no longer where the product behind it is another one."""
+    plain, free = isa("avx512"), replace(isa("avx512"), broadcasts=True)
+    product, alike = "f32_pairconv_8x2v__avx512", "f32_vertical4_8x2v__avx512"
+    for symbol in (product, "f32_vertical4p_8x2v__avx512"):
+        assert source_digest("conv2d", symbol, plain) != source_digest("conv2d", symbol, free)
+    assert source_digest("conv2d", alike, plain) == source_digest("conv2d", alike, free)
 
 
 def bind(step: registry.Operands, candidate: Candidate) -> tuple[registry.Call, ...]:
