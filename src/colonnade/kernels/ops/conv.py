@@ -37,7 +37,6 @@ PACKED = Struct(
     (*tables.CONV.members, *packing.MEMBERS),
 )
 PLANES_ASKED = 128  # input planes whose next lanes are asked for ahead; of more of them the caches lose them again
-WEIGHTS_FETCHED = 1024  # bytes by which fixed-length kernels prefetch them: measured beside 512 and 2048
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
@@ -60,7 +59,7 @@ def variant(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> Variant:
         "limited": {m: registers.limited(m, nv, rings[m][0]) for m in counts},
         "sideways": isa.scalable and registers.sideways(mr, nv),
         "asks": {m: registers.asks(m, rings[m][0]) for m in counts},
-        "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa), "weights_ahead": WEIGHTS_FETCHED,
+        "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa),
         **(pairs.params(counts, isa) if paired else pairs.UNPAIRED), "least": f"{pairs.LEAST}f", **then.PARAMS,
     }  # fmt: skip
     return Variant(registers.symbol(mr, nv, isa, kind), "spconv.c.in", params)
@@ -136,6 +135,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "arena": Arena(),
             "offsets": Const(filled.offsets),
             "weights": Const(filled.weights),
+            "weights_ahead": filled.ahead,
             "rows": u32(tables.beyond(panels.offsets(output, strip)[order], ring)),
             "residual": None if residual is None else u32(panels.offsets(residual, strip)[order]),
             "tiles": Const(filled.tiles),

@@ -58,6 +58,7 @@ CONV = Struct(
         Member("tail", "u32", "last of the lanes, computed with rows in the lanes of a vector, or 0"),
         Member("strip_block", "u32", "strips that run through all tiles before the next ones start"),
         Member("prefetch", "u32", "kept columns to prefetch ahead; 0: none"),
+        Member("weights_ahead", "u32", "bytes of weights likewise, where a strip's length is known beforehand"),
         Member(
             "fetch", "u32", "lines to ask for before they are needed: 1 where sums are stored, 2 what is added, 3 both"
         ),
@@ -73,6 +74,10 @@ CONV = Struct(
 OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
 WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
 TILES_AHEAD = 5  # records, likewise
+# Bytes by which kernels of fixed vectors ask for weights. What a second cache does not keep comes from memory at every
+# inference, and 1 KB ahead are a hundred nanoseconds; 8 KB of a small layer's push out what is needed sooner.
+NEAR, FAR = 1 << 10, 8 << 10
+KEPT = 128 << 10  # bytes of weights that stay in a second cache while strips pass
 
 
 def tiling(step: Operands, dense_tile: int) -> TiledWeights:
@@ -132,6 +137,11 @@ class Tables:
     offsets: npt.NDArray[np.uint32]
     weights: npt.NDArray[np.float32]
     tiles: npt.NDArray[np.void]
+
+    @property
+    def ahead(self) -> int:
+        """Bytes by which weights are asked for."""
+        return FAR if self.weights.nbytes > KEPT else NEAR
 
 
 TILE_DTYPE = np.dtype(
