@@ -135,7 +135,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "arena": Arena(),
             "offsets": Const(filled.offsets),
             "weights": Const(filled.weights),
-            "weights_ahead": filled.ahead,
+            "weights_ahead": filled.ahead(layout.lanes),
             "rows": u32(tables.beyond(panels.offsets(output, strip)[order], ring)),
             "residual": None if residual is None else u32(panels.offsets(residual, strip)[order]),
             "tiles": Const(filled.tiles),

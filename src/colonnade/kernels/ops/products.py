@@ -190,7 +190,7 @@ def fields(
         "arena": Shared(0),
         "offsets": Const(filled.offsets),
         "weights": Const(filled.weights),
-        "weights_ahead": filled.ahead,
+        "weights_ahead": filled.ahead(planes.lanes),
         "rows": u32(tables.beyond(planes.sums.reshape(-1)[order], ring)),
         "residual": None,
         "tiles": Const(filled.tiles),

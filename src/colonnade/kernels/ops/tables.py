@@ -74,10 +74,12 @@ CONV = Struct(
 OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
 WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
 TILES_AHEAD = 5  # records, likewise
-# Bytes by which kernels of fixed vectors ask for weights. What a second cache does not keep comes from memory at every
-# inference, and 1 KB ahead are a hundred nanoseconds; 8 KB of a small layer's push out what is needed sooner.
-NEAR, FAR = 1 << 10, 8 << 10
-KEPT = 128 << 10  # bytes of weights that stay in a second cache while strips pass
+# Bytes by which kernels of fixed vectors ask for weights. 1 KB ahead are a hundred nanoseconds, too late for what comes
+# from memory. On a small map that is most of a layer's time; on a large one every strip but the first finds weights in
+# the second cache, and 8 KB of them push out what is needed sooner.
+ASKED, ASKED_EARLY = 1 << 10, 8 << 10
+FEW_LANES = 1024  # of a map, up to which weights are asked for early, ...
+MANY_BYTES = 128 << 10  # ... and of weights, from which on
 
 
 def tiling(step: Operands, dense_tile: int) -> TiledWeights:
@@ -138,10 +140,9 @@ class Tables:
     weights: npt.NDArray[np.float32]
     tiles: npt.NDArray[np.void]
 
-    @property
-    def ahead(self) -> int:
-        """Bytes by which weights are asked for."""
-        return FAR if self.weights.nbytes > KEPT else NEAR
+    def ahead(self, lanes: int) -> int:
+        """Bytes by which weights are asked for where they meet so many lanes."""
+        return ASKED_EARLY if self.weights.nbytes > MANY_BYTES and lanes <= FEW_LANES else ASKED
 
 
 TILE_DTYPE = np.dtype(

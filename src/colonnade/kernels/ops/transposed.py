@@ -137,7 +137,7 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
                 "arena": Arena(),
                 "offsets": Const(filled.offsets),
                 "weights": Const(filled.weights),
-                "weights_ahead": filled.ahead,
+                "weights_ahead": filled.ahead(layout.lanes),
                 "rows": u32(tables.beyond(rows, ring)),
                 "residual": u32(rows) if index else None,  # sums go on from what stands in the output
                 "tiles": Const(filled.tiles),
