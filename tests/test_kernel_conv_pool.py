@@ -125,10 +125,11 @@ def test_it_equals_the_definitions_on_rvv(name, work):
 
 
 @pytest.mark.skipif(not machine_has("avx512"), reason="pairs of columns need vectors of 16 lanes")
+@pytest.mark.parametrize("broadcasts", [False, True])
 @pytest.mark.parametrize("size", [1e-3, 1 / 32, 1.0, 8.0, 1e3])
-def test_pairs_of_columns_stay_accurate(size):
+def test_pairs_of_columns_stay_accurate(size, broadcasts):
     """Inputs larger and smaller than the sample that the kernel was bound for: as usual, or as accurate."""
-    isa = replace(need("avx512"), adders=True)
+    isa = replace(need("avx512"), adders=True, broadcasts=broadcasts)
     case, inputs = case_of(STEMS[0], 3, 0)
     case = replace(case, rms=1.0, constants={**case.constants, "bias": np.zeros(64, np.float32)})
     found = [c for c in candidates(case, isa, 1) if "pairpool" in c.kernel]

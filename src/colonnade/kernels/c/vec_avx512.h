@@ -27,8 +27,8 @@ VEC_INLINE void vec1_store_n(float *p, vec1_t v, size_t n) { _mm512_mask_storeu_
 VEC_INLINE vec1_t vec1_splat(float x, size_t vl) { (void)vl; return _mm512_set1_ps(x); }
 /* acc + s * v */
 VEC_INLINE vec1_t vec1_fma(vec1_t acc, float s, vec1_t v, size_t vl) { (void)vl; return _mm512_fmadd_ps(_mm512_set1_ps(s), v, acc); }
-/* v + *s, acc + *s * v: the scalar is an operand in memory, whatever the compiler thinks of it. A broadcast by itself takes
- * a turn of the pipes that add. */
+/* v + *s, acc + *s * v: the scalar is an operand in memory, whatever the compiler thinks of it. On some cores a broadcast by
+ * itself takes a turn of the pipes that add. */
 VEC_INLINE vec1_t vec1_add_at(vec1_t v, const float *s)
 {
     vec1_t sum;

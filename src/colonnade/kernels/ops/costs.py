@@ -7,7 +7,7 @@ from colonnade.kernels.ops import pairs, registers, strips
 from colonnade.pattern import TiledWeights
 
 FAR = 1 << 20  # bytes of an output from which on its lines are taken to be in no near cache when they are stored to
-PAIRED = 100.0  # multiply-adds that a block by pairs of columns takes beside its columns: it gains from 32 columns on
+PAIR_ENDS = 100.0  # multiply-adds that a block by pairs of columns takes beside them: 8 rows gain from some 30 on
 LOAD = 0.25  # a load or broadcast over a multiply-add, behind which most of it is hidden: measured on 7x7 .. 56x56
 
 
@@ -33,7 +33,8 @@ def idle(shares: int, threads: int) -> float:
 def cost(
     tiled: TiledWeights, cut: strips.Strips, lanes: int, mr: int, nv: int, isa: Isa, paired: bool = False
 ) -> float:
-    """Static ranking. Fixed vectors: multiply-adds, and loads and broadcasts at a part of their price."""
+    """Static ranking. Fixed vectors: multiply-adds (or loads, where these are more and do the broadcasting), loads and
+    broadcasts at a part of their price, and the ends of blocks by pairs."""
     if isa.scalable:
         return cost_in_order(tiled, lanes, mr, nv)
     widths = cut.widths
@@ -41,7 +42,7 @@ def cost(
     for tile in tiled.tiles:
         column = ends = 0.0
         for rows in registers.heights(len(tile.rows), mr):
-            ends += PAIRED * len(widths) * paired
+            ends += PAIR_ENDS * len(widths) * (paired and any(pairs.rows(rows)))
             turns = pairs.work(rows) if paired else rows
             # load ports that do all of the broadcasting are as many as those that multiply
             least = [rows + v if isa.broadcasts else 0 for v in widths]

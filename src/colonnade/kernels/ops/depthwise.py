@@ -56,7 +56,7 @@ TAP_COUNTS = (1, 2, 3, 5)  # lines that a kernel knows; a column of seven taps i
 
 
 def symbol(rows: int, nv: int, isa: Isa, stride: int = 1, window: int = 0) -> str:
-    """``f32_dwconv_4x2v__avx512``, with a stride ``f32_dwconv2_4x2v__avx512``, there for 3x3 ``f32_dwconv3x3s2_…``"""
+    """``f32_dwconv_4x2v__avx512``, with a stride ``f32_dwconv2_4x2v__avx512``, for 3x3 windows ``f32_dwconv3x3s2_…``"""
     what = f"{window}x{window}s2" if window else "" if stride == 1 else "2"
     return f"f32_dwconv{what}_{rows}x{nv}v__{isa.name}"
 
@@ -79,8 +79,9 @@ def variants(isa: Isa) -> Iterator[Variant]:
 
 
 def _shapes(isa: Isa, stride: int, window: int) -> list[tuple[int, int]]:
-    """(R, NV); beside the sums, one row of the strip and (fixed vectors) five weights must find registers, in windows
-    what is read of a row and nine weights, 15 for 5x5. Maps of images have 7, 14, 28 ... rows."""
+    """(R, NV); beside the sums, one row of the strip and (fixed vectors) five weights must find registers. In windows
+    nine weights, or 15 of 5x5, and a few vectors of a row: wider strips spill some, and are measured all the same. Maps
+    of images have 7, 14, 28 ... rows."""
     if window:
         shapes = [(7, 2), (6, 3), (4, 4), (2, 4), (8, 1), (7, 1), (4, 1)]
         if isa.scalable or isa.registers < 32:  # every second pixel is one load; or there is no room for weights

@@ -10,7 +10,7 @@ as usual both kinds of pipes are busy, and 8 rows take 12 turns of a pipe where 
 
 How a scalar comes to an addition depends on the machine. Where a broadcast takes a turn of the adders, it is an operand
 in memory, once for every vector. Where the load ports broadcast (``Isa.broadcasts``) these are the ones to spare, since
-pipes are as wide as vectors there: a register for each scalar, and all vectors add it.
+pipes are as wide as vectors there: a register for each scalar, which all vectors of a block add if it has several.
 
 What it costs is accuracy: x1 x2 cancels only up to rounding. The loss is least where x and w are of one size, so every
 row of weights is multiplied by the power of two that makes them so (and its sum by the inverse at the end): the error
@@ -72,8 +72,8 @@ def rows(mr: int) -> list[bool]:
 
 
 def spreads(mr: int, isa: Isa) -> list[bool]:
-    """Whose scalars are broadcast into registers that all vectors take: where that costs no addition every row's, else
-    of two plain rows, for which the adders have turns left; it spares the loads of each vector."""
+    """Whose scalars are broadcast into registers that all vectors take, in blocks of several: where that costs no
+    addition every row's, else of two plain rows, for which the adders have turns left; it spares the loads of each."""
     plain = [r for r, taken in enumerate(rows(mr)) if not taken][:2]
     return [isa.broadcasts or r in plain for r in range(mr)]
 

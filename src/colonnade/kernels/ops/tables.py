@@ -72,7 +72,7 @@ CONV = Struct(
     ),
 )
 OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
-WEIGHTS_AHEAD = 256  # floats by which weights are padded, likewise
+WEIGHTS_PADDED = 256  # floats behind the weights, for loads; what is only asked for may lie beyond
 TILES_AHEAD = 5  # records, likewise
 # Bytes by which kernels of fixed vectors ask for weights. 1 KB ahead are a hundred nanoseconds, too late for what comes
 # from memory. On a small map that is most of a layer's time; on a large one every strip but the first finds weights in
@@ -173,8 +173,8 @@ def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per
     offsets = np.concatenate([*runs, padding])
     if offsets.min() < 0 or offsets.max() >= 2**32:
         raise ValueError(f"{key}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
-    # likewise weights: by eight columns of a tile, and by lines that are asked for early
-    spare = np.zeros(max(WEIGHTS_AHEAD, 8 * max(len(tile.rows) for tile in tiled.tiles)))
+    # likewise weights, by eight columns of a tile
+    spare = np.zeros(max(WEIGHTS_PADDED, 8 * max(len(tile.rows) for tile in tiled.tiles)))
     weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(np.float32)
     if ring > 1:  # records are looked up, and lines of them asked for, some tiles ahead
         records = np.concatenate([records, np.repeat(records[-1:], TILES_AHEAD)])
