@@ -66,3 +66,15 @@ def torchvision_models() -> Any:
     from tests.models import torchvision_zoo
 
     return torchvision_zoo()
+
+
+@pytest.fixture
+def half_qemu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path of an emulator that knows Zvfh; ``Qemu`` targets, the instrument and what a test starts use it."""
+    from half import MISSING, emulator
+
+    path = emulator()
+    if path is None:
+        pytest.skip(MISSING)
+    monkeypatch.setenv("COLONNADE_QEMU", path)
+    return path

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from colonnade.build.toolchain import Toolchain
-from colonnade.errors import UserError
+from colonnade.errors import TargetError, UserError
 from colonnade.machine import Instrument, Report, names, read
+from colonnade.machine.instrument import interface
 from colonnade.machine.model import class_names
-from colonnade.targets import parse
+from colonnade.targets import parse, qemu
 
 INSTALLED = shutil.which("qemu-riscv64") is not None
 needs_qemu = pytest.mark.skipif(not INSTALLED, reason="qemu-riscv64 is not installed (apt-get install qemu-user)")
@@ -81,6 +82,42 @@ def test_broken_models_are_refused(tmp_path: Path) -> None:
             read(str(file))
     with pytest.raises(UserError, match="no number"):
         read("x60").vary("core.warp", 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [("7.2.22 (Debian 1:7.2)", 1), ("8.2.1", 1), ("9.0.4", 2), ("9.1.0", 3), ("10.0.13", 3), ("10.0.13 plain", None)],
+)
+def test_each_emulator_gets_its_plugin(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, version: int | None
+) -> None:
+    path = tmp_path / "emulator"
+    plugins = "" if version is None else "-plugin              QEMU_PLUGIN"
+    path.write_text(f"#!/bin/sh\n[ $1 != --version ] || echo qemu-riscv64 version '{said}'\necho '{plugins}'\n")
+    path.chmod(0o755)
+    if version is not None:
+        assert interface(str(path)) == version
+        return
+    monkeypatch.setenv(qemu.VARIABLE, str(path))
+    with pytest.raises(TargetError, match=f"{path} takes no plugins") as caught:
+        Instrument(read("x60")).run(path)
+    assert "\n" not in str(caught.value)
+
+
+@needs_qemu
+@pytest.mark.allow_skip("Debian has no emulator with Zvfh that takes plugins")
+def test_half_precision_is_counted() -> None:
+    if not qemu.half(qemu.program("this test")):
+        pytest.skip("the emulator does not know Zvfh")
+    lines = ["flh ft0,0(%0)", "vle16.v v8,(%0)", "vfmacc.vf v16,ft0,v8", "fmadd.h ft1,ft0,ft0,ft1", "fsh ft1,0(%0)"]
+    lines += ["vsetvli t1,x0,e16,m2,ta,ma", "vfwcvt.f.f.v v4,v2", "vfncvt.f.f.w v2,v4", "fcvt.s.h ft2,ft1"]
+    setup = ".option arch,+zvfh,+zfh\\n" + vset(16, 4)
+    report = run("x60", loop(setup, [*lines, vset(16, 4)], 10, 3, '"r"(memory)'))
+    times = 2 * 10 * 3
+    for name in ("fload", "fstore", "ffma", "fmove"):
+        assert report.executed(name) == {"all": times}, name
+    for name, shape in (("vload", "e16m4"), ("vfma", "e16m4"), ("vwiden", "e16m2"), ("vnarrow", "e16m2")):
+        assert report.executed(name) == {shape: times}, name
 
 
 @needs_qemu

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from colonnade.build.toolchain import Toolchain
 from colonnade.errors import UserError
 from colonnade.kernels import registry
 from colonnade.kernels.isa import isa
+from colonnade.machine import Instrument, read
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Plan
 from colonnade.targets import Qemu, parse
@@ -51,9 +54,83 @@ def test_names_that_are_none(text):
 
 
 def test_without_qemu_the_remedy_is_named(monkeypatch):
+    monkeypatch.delenv(targets.qemu.VARIABLE, raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="apt-get install qemu-user"):
         Qemu().probe()
+
+
+@pytest.mark.parametrize("name", ["/nowhere/qemu", "qemu-of-nobody"])
+def test_an_emulator_that_is_none_is_named(monkeypatch, name):
+    monkeypatch.setenv(targets.qemu.VARIABLE, name)
+    for ask in (Qemu().probe, Qemu().command, Instrument(read("x60")).run):
+        with pytest.raises(UserError, match=f"COLONNADE_QEMU={name} is no program") as caught:
+            ask(*([Path("program")] if ask.__name__ == "run" else []))
+        assert "\n" not in str(caught.value)
+
+
+def emulator(folder: Path, script: str) -> str:
+    """The path of a shell script that stands for an emulator."""
+    path = folder / "emulator"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "half"),
+    [
+        ('case "$2" in *zfh=true,zvfh=true) exit 57;; esac', True),
+        ('echo "can\'t apply global rv64-riscv-cpu.zfh=true: Property not found" >&2; exit 1', False),
+        ("exit 0", False),
+        ("kill -ILL $$", False),
+    ],
+)
+def test_half_precision_is_asked_for_where_the_emulator_knows_it(monkeypatch, tmp_path, script, half):
+    path = emulator(tmp_path, f"echo >>{tmp_path}/asked; {script}")
+    monkeypatch.setenv(targets.qemu.VARIABLE, path)
+    for target in (Qemu(), Qemu(512, poison=True)):
+        program, option, cpu, word = target.command("word")
+        assert (program, option, word) == (path, "-cpu", "word")
+        assert ("zfh=true,zvfh=true" in cpu.split("vext_spec=v1.0,")[-1]) == half
+        assert cpu.startswith(f"rv64,v=true,vlen={target.vlen},") and ("rvv_ta_all_1s" in cpu) == target.poison
+        assert target.probe().flags == frozenset("imafdcv") | ({"zfh", "zvfh"} if half else set())
+    assert (tmp_path / "asked").read_text() == "\n"  # once
+
+
+def test_an_emulator_may_be_named_by_a_relative_path(monkeypatch, tmp_path):
+    path = emulator(tmp_path, "exit 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(targets.qemu.VARIABLE, "./emulator")
+    assert Path(Qemu().command()[0]).samefile(path) and Path(Qemu().command()[0]).is_absolute()
+
+
+@pytest.mark.parametrize("vlen", targets.qemu.VLENS)
+def test_half_precision_in_emulation(half_qemu, vlen):
+    """Sums of halves, and what a tail holds: ones with `poison`. Nothing else is said."""
+    source = r"""
+    #include <stdio.h>
+    int main(void)
+    {
+        _Float16 x[4] = {1, 2, 3, 0.1f16}, y[4];
+        unsigned short after;
+        __asm__ volatile("vsetivli x0,8,e16,m1,ta,ma\n vmv.v.i v8,0\n vsetivli x0,4,e16,m1,ta,ma\n"
+                         "vle16.v v8,(%1)\n flh ft0,2(%1)\n vfmacc.vf v8,ft0,v8\n vse16.v v8,(%2)\n"
+                         "vsetivli x0,8,e16,m1,ta,ma\n vslidedown.vi v8,v8,5\n vmv.x.s %0,v8"
+                         : "=r"(after) : "r"(x), "r"(y) : "memory", "v8", "ft0");
+        printf("%g %g %g %.4f %x\n", (double)y[0], (double)y[1], (double)y[2], (double)y[3], after);
+    }
+    """
+    program = Toolchain().compile({"kernels_rvv_zvfh.c": source}, "program", "riscv64")
+    assert {"zfh", "zvfh"} <= Qemu(vlen).probe().flags
+    for poison in (False, True):
+        target = Qemu(vlen, poison)
+        assert target.command()[0] == half_qemu
+        outcome = target.run(program)
+        assert outcome.ok and not outcome.stderr
+        assert outcome.stdout == f"3 6 9 0.2998 {'ffff' if poison else '0'}\n"
+    plain = [half_qemu, "-cpu", "rv64,v=true", str(program)]
+    assert subprocess.run(plain, capture_output=True).returncode != 0, "this needs Zvfh"
 
 
 @needs_qemu
@@ -74,7 +151,8 @@ def test_the_machine_is_what_the_probe_says(vlen):
     outcome = Qemu(vlen).run(program)
     assert outcome.ok and outcome.stdout == f"{vlen // 8} 1\n"
     assert machine.vlenb == vlen // 8
-    assert [row.name for row in machine.isas] == ["rvv", "portable"]
+    half = targets.qemu.half(targets.qemu.program("this test"))
+    assert [row.name for row in machine.isas] == ["rvv", *(["rvv_zvfh"] if half else []), "portable"]
     assert machine.key() != Qemu(512 if vlen == 256 else 256).probe().key()
 
 

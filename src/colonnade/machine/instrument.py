@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 from colonnade.build.toolchain import Toolchain, host
 from colonnade.errors import TargetError, UserError
 from colonnade.machine.model import Model
+from colonnade.targets import qemu
 from colonnade.targets.base import Outcome
 from colonnade.targets.local import execute
 
-QEMU = "qemu-riscv64"
 BASE = "0x10000000000"  # where the guest's memory is put, so that the instrument can answer its clock_gettime
 
 
@@ -89,9 +90,28 @@ class Report:
         return total
 
 
+@cache
+def interface(program: str) -> int:
+    """The version of the plugin interface that the emulator ``program`` wants (see ``c/qemu_plugin.h``). Raises
+    ``TargetError`` for one that takes no plugins."""
+
+    def answer(option: str) -> str:
+        try:
+            done = subprocess.run([program, option], stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.decode(errors="replace")
+
+    number = re.search(r"version (\d+)\.(\d+)", answer("--version"))
+    if number is None or not re.search(r"^-plugin\s", answer("--help"), re.M):
+        raise TargetError(f"{program} takes no plugins, by which cores are modelled: {qemu.VARIABLE} may name another")
+    release = int(number[1]), int(number[2])
+    return 1 if release < (9, 0) else 2 if release < (9, 1) else 3
+
+
 class Instrument:
     """The instrument for one model. ``root``: where a dynamic program's libraries lie (QEMU's ``-L``); ``cores``: how
-    many share the memory's bandwidth. Raises ``TargetError`` when QEMU is missing."""
+    many share the memory's bandwidth. Its methods raise ``UserError`` when QEMU is missing."""
 
     def __init__(
         self, model: Model, toolchain: Toolchain | None = None, root: Path | None = None, cores: int = 1
@@ -99,22 +119,19 @@ class Instrument:
         self.model, self.root, self.cores = model, root, cores
         self.toolchain = toolchain or Toolchain()
 
-    @cached_property
-    def plugin(self) -> Path:
-        """The compiled plugin, from the cache when it was made before."""
+    def plugin(self, program: str) -> Path:
+        """The plugin compiled for the emulator ``program``, from the cache when it was made before."""
         folder = resources.files("colonnade.machine") / "c"
         sources = {f.name: f.read_text() for f in folder.iterdir() if f.name.endswith((".c", ".h"))}
-        return self.toolchain.compile(sources, "shared", host())
+        return self.toolchain.compile(sources, "shared", host(), [f"-DPLUGIN_API={interface(program)}"])
 
     def command(self, model_file: Path, out: Path, skip: bool, extra: Sequence[str] = ()) -> list[str]:
         """What starts QEMU with the instrument; the program and its arguments follow."""
-        qemu = shutil.which(QEMU)
-        if qemu is None:
-            raise TargetError(f"{QEMU} is not installed; on Debian and Ubuntu: apt install qemu-user")
-        words = f"file={self.plugin},model={model_file},out={out},base={BASE}" + (",outside=skip" if skip else "")
-        cpu = f"rv64,v=true,vlen={self.model.vlen},vext_spec=v1.0"
+        program = qemu.program(f"model:{self.model.key}")
+        plugin = self.plugin(program)
+        words = f"file={plugin},model={model_file},out={out},base={BASE}" + (",outside=skip" if skip else "")
         library = ["-L", str(self.root)] if self.root else []
-        return [qemu, "-B", BASE, "-plugin", words, "-cpu", cpu, *library, *extra]
+        return [program, "-B", BASE, "-plugin", words, "-cpu", qemu.cpu(program, self.model.vlen), *library, *extra]
 
     def run(
         self,

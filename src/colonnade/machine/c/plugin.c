@@ -24,7 +24,7 @@
 #define PATIENCE 100 /* seconds of emulation for one that a program allows itself */
 enum { MARK_BEGIN = 1, MARK_END, MARK_COLD, MARK_WAIT, MARK_MET };
 
-PLUGIN_EXPORT int qemu_plugin_version = 1;
+PLUGIN_EXPORT int qemu_plugin_version = PLUGIN_API;
 
 static struct thread {
     struct core core;
@@ -239,7 +239,12 @@ static void translated(plugin_id id, struct qemu_plugin_tb *block)
         uint32_t word = 0;
         all[k].address = qemu_plugin_insn_vaddr(insn);
         all[k].size = (uint8_t)qemu_plugin_insn_size(insn);
-        memcpy(&word, qemu_plugin_insn_data(insn), all[k].size < 4 ? all[k].size : 4);
+        const size_t bytes = all[k].size < sizeof word ? all[k].size : sizeof word;
+#if PLUGIN_API < 3
+        memcpy(&word, qemu_plugin_insn_data(insn), bytes);
+#else
+        qemu_plugin_insn_data(insn, &word, bytes);
+#endif
         decode(&all[k], word);
         qemu_plugin_register_vcpu_insn_exec_cb(insn, executed, PLUGIN_NO_REGISTERS, &all[k]);
         int c = all[k].class;

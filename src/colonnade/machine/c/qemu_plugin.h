@@ -1,4 +1,5 @@
-/* The part of QEMU's TCG plugin interface, version 1 (QEMU 6 to 8), that the instrument uses.
+/* The part of QEMU's TCG plugin interface that the instrument uses. PLUGIN_API: its version, which the emulator checks:
+ * 1 (QEMU 6 to 8), 2 (9.0), 3 (9.1 and later, which take it although theirs is newer).
  *
  * Debian ships the plugin-capable emulator without its header; these are declarations of the documented interface,
  * resolved by the emulator when it loads the plugin.
@@ -8,6 +9,10 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#ifndef PLUGIN_API
+#define PLUGIN_API 1
+#endif
 
 #define IMPORTED __attribute__((weak))
 #define PLUGIN_EXPORT __attribute__((visibility("default")))
@@ -39,7 +44,11 @@ IMPORTED void qemu_plugin_register_vcpu_syscall_ret_cb(plugin_id, plugin_returne
 IMPORTED void qemu_plugin_register_atexit_cb(plugin_id, plugin_ended *, void *);
 IMPORTED size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
 IMPORTED struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *, size_t);
+#if PLUGIN_API < 3
 IMPORTED const void *qemu_plugin_insn_data(const struct qemu_plugin_insn *);
+#else
+IMPORTED size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *, void *to, size_t most);
+#endif
 IMPORTED size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *);
 IMPORTED uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *);
 IMPORTED unsigned qemu_plugin_mem_size_shift(uint32_t access);
