@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import half
 import numpy as np
+import pytest
 
 from colonnade.build.toolchain import Toolchain
 from colonnade.kernels import registry, render
@@ -19,7 +21,7 @@ from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.isa import Isa, isa
 from colonnade.layout import LINE
 from colonnade.targets import Qemu
-from colonnade.targets.qemu import PROGRAM, VLENS
+from colonnade.targets.qemu import PROGRAM, VARIABLE, VLENS
 
 INSTALLED = shutil.which(PROGRAM) is not None
 MISSING = f"{PROGRAM} is not installed (apt-get install qemu-user)"
@@ -44,6 +46,7 @@ def emulated(name: str, vlen: int) -> Emulated:
 
 
 RVV = [emulated("rvv", vlen) for vlen in VLENS]
+HALF = [emulated("rvv_zvfh", vlen) for vlen in VLENS]
 
 
 @functools.cache
@@ -84,7 +87,10 @@ class _Process:
     """A running runner; started again after it died."""
 
     def __init__(self, name: str, vlen: int) -> None:
-        self.command = [*Qemu(vlen, poison=True).command(str(program(name)))]
+        with pytest.MonkeyPatch.context() as patched:
+            if isa(name).half:
+                patched.setenv(VARIABLE, half.emulator() or "")
+            self.command = [*Qemu(vlen, poison=True).command(str(program(name)))]
         self.process: subprocess.Popen[bytes] | None = None
         atexit.register(self.stop)
 

@@ -30,6 +30,7 @@ from colonnade.layout import (
     Placed,
     Planes,
     Rows,
+    elements,
     panel_lanes,
     place,
     read_planes,
@@ -315,11 +316,11 @@ def _check_zeros(arena: np.ndarray, output: Placed, vector: int) -> None:
     assert not np.count_nonzero(lead), "the lead is not zero"
     if isinstance(layout, Panels):
         holes = panel_lanes(output, vector)[:, ~layout.planes.valid()[: layout.planes.lanes]]
-        assert not np.count_nonzero(arena.view(np.float32)[holes]), "halo lanes of panels are not zero"
+        assert not np.count_nonzero(elements(arena, layout)[holes]), "halo lanes of panels are not zero"
         return
     phases = layout.stored_phases
     for index, offset in enumerate(output.offsets):
-        lanes = arena[offset : offset + 4 * layout.plane].view(np.float32)
+        lanes = elements(arena[offset : offset + layout.itemsize * layout.plane], layout)
         wrong = np.flatnonzero(lanes[~layout.valid(phases[index % len(phases)])])
         assert not wrong.size, f"plane {index}: {wrong.size} halo lanes are not zero"
 
@@ -329,12 +330,13 @@ def _forget(before: np.ndarray, after: np.ndarray, output: Placed, vector: int) 
     layout = output.layout
     if isinstance(layout, Panels):
         lanes = panel_lanes(output, vector)
-        whole = -(-layout.planes.lanes // vector) * vector  # the last vector may be written as a whole
+        register = vector * 4 // layout.itemsize
+        whole = -(-layout.planes.lanes // register) * register  # the last vector may be written as a whole
         lanes = np.concatenate([lanes, lanes[:, -1:] + np.arange(1, whole - layout.planes.lanes + 1)], axis=1)
-        before.view(np.float32)[lanes] = after.view(np.float32)[lanes]
+        elements(before, layout)[lanes] = elements(after, layout)[lanes]
         return
     stretches = [(output.lead_offset, output.lead_bytes)]
-    size = 4 * (layout.plane if isinstance(layout, Planes) else layout.batch * layout.width)
+    size = layout.itemsize * (layout.plane if isinstance(layout, Planes) else layout.batch * layout.width)
     stretches += [(int(offset), size) for offset in output.offsets]
     for start, length in stretches:
         before[start : start + length] = after[start : start + length]

@@ -26,6 +26,7 @@ def build(
     threads: int | None = None,
     cpus: str | None = None,
     isa: str | None = None,
+    dtype: str = "f32",
     batch: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     outputs: Sequence[str] | None = None,
@@ -48,6 +49,8 @@ def build(
             board the cores of one cluster.
         cpus: cores of the target to tune on, as ``0-3,6``.
         isa: instruction set; the target's best one by default.
+        dtype: ``f16``: convolutions and what stands between them in float16, on RISC-V with Zvfh; the model's inputs
+            and outputs stay as they are.
         batch, input_shapes, outputs: as ``frontend.load``.
         out: the bundle's folder; ``NAME.bundle`` in the current one by default, NAME that of the model.
         tune: measure what the records lack first, for at most ``budget`` seconds.
@@ -89,7 +92,7 @@ def build(
 
     machine_of, count = targets.settle(machine_of, threads, cpus)
     machine = machine_of.probe()
-    chosen = machine.pick_isa(isa)
+    chosen = machine.pick_isa(isa, dtype)
     toolchain = Toolchain(cc, notice=notice)
     records = Path(db) if db is not None else None
     made = arranged(steps, machine, chosen, records)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops import then
 from colonnade.layout import Rows, read_planes
 from colonnade.workload import Conv2d, ConvPool
 
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def arranged(steps: Imported, machine: Machine, isa: Isa, db: Path | None = None) -> Arranged:
-    """``steps`` with layouts by what moving data costs on ``machine``; where its kernels take pairs of columns, with
-    the sizes of the inputs of convolutions too."""
+    """``steps`` with layouts by what moving data costs on ``machine``, convolutions in float16 where ``isa`` is of
+    such elements; where its kernels take pairs of columns, with the sizes of the inputs of convolutions too."""
     from colonnade.bench import layouts
 
-    made = steps.arrange(layouts.known(machine, isa, db))
+    made = steps.arrange(layouts.known(machine, isa, db), then.FUNCTIONS if isa.itemsize == 2 else None)
     if isa.adders:
         made.rms = sizes(made.plan(()))
     return made

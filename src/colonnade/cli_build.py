@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from colonnade.cli_shapes import InputShapes, Outputs, parse_shapes
-from colonnade.cli_tune import Compiler, Cpus, Db, IsaName, Target, Threads, bar, seconds, size_text
+from colonnade.cli_tune import Compiler, Cpus, Db, Dtype, IsaName, Target, Threads, bar, seconds, size_text
 from colonnade.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def build(
     threads: Threads = None,
     cpus: Cpus = None,
     isa: IsaName = None,
+    dtype: Dtype = "f32",
     tune: Annotated[bool, typer.Option("--tune", help="Measure first what the records lack.")] = False,
     budget: Annotated[str, typer.Option("--budget", help="Time that --tune may take, such as 120s.")] = "120s",
     db: Db = None,
@@ -47,7 +48,7 @@ def build(
 
     console = Console(stderr=True)
     options: dict[str, Any] = {
-        "threads": threads, "cpus": cpus, "isa": isa, "batch": batch, "out": output, "db": db, "cc": cc,
+        "threads": threads, "cpus": cpus, "isa": isa, "dtype": dtype, "batch": batch, "out": output, "db": db, "cc": cc,
         "input_shapes": parse_shapes(input_shape), "outputs": outputs, "preprocess": preprocess, "force": force,
         "notice": lambda line: console.print(line, markup=False, highlight=False),
     }  # fmt: skip

@@ -18,6 +18,7 @@ Threads = Annotated[
     typer.Option("--threads", min=1, max=1024, help="Threads; one by default, on a board a cluster's cores."),
 ]
 Cpus = Annotated[str | None, typer.Option("--cpus", metavar="0-3,6", help="Cores to use, as the target numbers them.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="f32|f16", help="What convolutions compute with.")]
 IsaName = Annotated[str | None, typer.Option("--isa", help="Instruction set; the machine's best one by default.")]
 Db = Annotated[Path | None, typer.Option("--db", help="Tuning database; in the user's data folder by default.")]
 Compiler = Annotated[str, typer.Option("--cc", help="C compiler: zig, gcc, clang or a path.")]
@@ -37,6 +38,7 @@ def tune(
     threads: Threads = None,
     cpus: Cpus = None,
     isa: IsaName = None,
+    dtype: Dtype = "f32",
     budget: Annotated[str, typer.Option("--budget", help="Time to measure for, such as 120s.")] = "120s",
     db: Db = None,
     batch: Annotated[
@@ -59,7 +61,7 @@ def tune(
     steps = imported(model, batch=batch)
     machine_of, count = targets.settle(machine_of, threads, cpus)
     machine = machine_of.probe()
-    chosen_isa = machine.pick_isa(isa)
+    chosen_isa = machine.pick_isa(isa, dtype)
     toolchain = Toolchain(cc, notice=console.print)
     made = arranged(steps, machine, chosen_isa, db)
     with bar(console, "tuning") as progress:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ import numpy.typing as npt
 LINE = 64  # bytes: planes start and end on whole cache lines
 ALIAS = 4096  # bytes: a plane stride that is a multiple of this maps all planes to the same L1 sets
 VECTOR_LANES = 32  # f32 lanes of a register at VLEN 1024, the longest that memory is laid out for
+ELEMENTS: dict[int, np.dtype[Any]] = {4: np.dtype(np.float32), 2: np.dtype(np.float16)}  # by their bytes
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -60,7 +62,7 @@ class Planes:
     lead: int = 0
     phases: tuple[int, int] = (1, 1)
     kept_phases: tuple[tuple[int, int], ...] | None = None
-    itemsize: int = 4
+    itemsize: int = 4  # bytes of an element: 4 is float32, 2 float16
 
     def __post_init__(self) -> None:
         if self.pitch < self.columns or self.image_rows < self.rows:
@@ -140,7 +142,8 @@ class Planes:
         phases = "" if self.phases == (1, 1) else f"s{self.phases[0]}x{self.phases[1]}n{len(self.stored_phases)}"
         if self.shifted:
             phases = f"s{self.phases[0]}x{self.phases[1]}at" + "".join(f"{px:+d}" for _, px in self.stored_phases)
-        return f"n{self.batch}h{self.height}w{self.width}p{self.pitch}r{self.image_rows}{phases}"
+        half = "f16" if self.itemsize == 2 else ""
+        return f"n{self.batch}h{self.height}w{self.width}p{self.pitch}r{self.image_rows}{phases}{half}"
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,8 @@ class Panels:
 
     def buffer_bytes(self, channels: int) -> int:
         """Bytes of a buffer of ``channels`` channels, for the longest strips."""
-        return round_up(channels * round_up(self.planes.lanes, self.vectors * VECTOR_LANES) * self.itemsize, LINE)
+        strip = self.vectors * VECTOR_LANES * 4 // self.itemsize
+        return round_up(channels * round_up(self.planes.lanes, strip) * self.itemsize, LINE)
 
     def key(self) -> str:
         """Short text that is equal exactly for equal geometry (part of a tuning key)."""
@@ -257,13 +261,13 @@ def write_planes(
         for channel, lanes in enumerate(panel_lanes(tensor, vector)):
             whole = np.zeros(layout.planes.plane, np.float32)
             whole[layout.planes.valid()] = values[:, channel].reshape(-1)
-            arena.view(np.float32)[lanes] = whole[: len(lanes)]
+            elements(arena, layout)[lanes] = whole[: len(lanes)]
         return
     arena[tensor.lead_offset : tensor.lead_offset + tensor.lead_bytes] = 0
     phases = layout.stored_phases
     for index, offset in enumerate(tensor.offsets):
         channel, (py, px) = index // len(phases), phases[index % len(phases)]
-        lanes = _lanes(arena, int(offset), layout.plane)
+        lanes = _lanes(arena, int(offset), layout.plane, layout.itemsize)
         lanes[:] = 0
         lanes[layout.valid((py, px))] = layout.picked(values[:, channel], (py, px)).reshape(-1)
 
@@ -278,26 +282,32 @@ def read_planes(arena: npt.NDArray[np.uint8], tensor: Placed, vector: int = 0) -
     if isinstance(layout, Panels):
         for channel, lanes in enumerate(panel_lanes(tensor, vector)):
             pixels = lanes[grid.valid()[: len(lanes)]]
-            values[:, channel] = arena.view(np.float32)[pixels].reshape(values[:, channel].shape)
+            values[:, channel] = elements(arena, layout)[pixels].reshape(values[:, channel].shape)
         return values
     phases = layout.stored_phases
     for index, offset in enumerate(tensor.offsets):
         channel, (py, px) = index // len(phases), phases[index % len(phases)]
         part = layout.picked(values[:, channel], (py, px))
-        part[...] = _lanes(arena, int(offset), layout.plane)[layout.valid((py, px))].reshape(part.shape)
+        lanes = _lanes(arena, int(offset), layout.plane, layout.itemsize)
+        part[...] = lanes[layout.valid((py, px))].reshape(part.shape)
     return values
 
 
 def panel_lanes(tensor: Placed, vector: int) -> npt.NDArray[np.int64]:
-    """int64 [C, lanes]: index into the arena as float32 of every lane up to the last pixel, where registers have
-    ``vector`` lanes."""
+    """int64 [C, lanes]: index into the arena's ``elements`` of every lane up to the last pixel, where registers have
+    ``vector`` f32 lanes."""
     layout = tensor.layout
     assert isinstance(layout, Panels) and vector > 0, f"{tensor.name}: panels of registers with {vector} lanes"
-    strip, channels = layout.vectors * vector, tensor.shape[1]
+    strip, channels = layout.vectors * vector * 4 // layout.itemsize, tensor.shape[1]
     number, lane = np.divmod(np.arange(layout.planes.lanes), strip)
     start = int(tensor.offsets[0]) // layout.itemsize
     return start + number * channels * strip + lane + np.arange(channels)[:, None] * strip
 
 
-def _lanes(arena: npt.NDArray[np.uint8], offset: int, count: int) -> npt.NDArray[np.float32]:
-    return arena[offset : offset + 4 * count].view(np.float32)
+def elements(arena: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[Any]:
+    """The arena as numbers of the layout's kind."""
+    return arena.view(ELEMENTS[layout.itemsize])
+
+
+def _lanes(arena: npt.NDArray[np.uint8], offset: int, count: int, itemsize: int = 4) -> npt.NDArray[Any]:
+    return arena[offset : offset + itemsize * count].view(ELEMENTS[itemsize])

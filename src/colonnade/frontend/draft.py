@@ -19,12 +19,13 @@ from colonnade.workload.typed import F32, lanes
 
 @dataclass(eq=False)
 class Tensor:
-    """``shape`` is (N, C, H, W) for planes and (N, C) for rows; phases as in ``layout.Planes``."""
+    """``shape`` is (N, C, H, W) for planes and (N, C) for rows; phases and itemsize as in ``layout.Planes``."""
 
     name: str
     shape: tuple[int, ...]
     phases: tuple[int, int] = (1, 1)
     kept_phases: tuple[tuple[int, int], ...] | None = None
+    itemsize: int = 4
 
     @property
     def is_rows(self) -> bool:
@@ -61,6 +62,11 @@ class Value:
     def is_rows(self) -> bool:
         """A matrix of rows rather than planes?"""
         return self.channels is None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element in memory: planes that are read together have elements of one size."""
+        return self.tensors[0].itemsize
 
     @property
     def read(self) -> tuple[Tensor, ...]:

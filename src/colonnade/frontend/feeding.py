@@ -51,7 +51,7 @@ class LayoutCosts:
     def of(cls, isa: str, lanes: int = 0) -> LayoutCosts:
         """What is known without measuring: ``docs/feeding.md`` says from where. ``lanes`` of the ISA's vectors, 0 where
         their length is known at run time only."""
-        costs = cls(plane=0.03, pick=0.03, windows=True) if isa == "rvv" else cls()
+        costs = cls(plane=0.03, pick=0.03, windows=True) if isa.startswith("rvv") else cls()
         return replace(costs, vector=lanes)
 
 

@@ -28,13 +28,22 @@ from colonnade.workload import (
     ConvTranspose2d,
     Interleave,
     Lrn,
+    Precision,
     Reach,
     Unary,
     is_depthwise,
     takes_every_second,
 )
 
-POINTWISE = (Affine, Binary, Unary, Lrn, ChannelNorm, ChannelSoftmax)  # read and write the same lanes of their planes
+POINTWISE = (
+    Affine,
+    Binary,
+    Unary,
+    Lrn,
+    ChannelNorm,
+    ChannelSoftmax,
+    Precision,
+)  # read and write the same lanes of their planes
 
 
 class Regions(Ties):
@@ -126,11 +135,12 @@ def isolate(steps: list[Draft], costs: LayoutCosts) -> list[Draft]:
         if step.panels or conv.epilogue.residual or members[regions.find(output)] <= REGION:
             result.append(step)
             continue
-        haloed = Tensor(f"{step.name}.haloed", step.inputs[0].placed_shape)
-        result += [copy_step(step.inputs[0], haloed, importers), step]
+        x = step.inputs[0]
+        haloed = Tensor(f"{step.name}.haloed", x.placed_shape, itemsize=x.itemsize)
+        result += [copy_step(x, haloed, importers), step]
         step.inputs[0] = whole(haloed)
         if output in tying:
-            back[output] = Tensor(output.name, output.shape)
+            back[output] = Tensor(output.name, output.shape, itemsize=output.itemsize)
             output.name = f"{step.name}.wide"
             result.append(Draft(f"{step.name}.back", Convert("planes", output.shape), [whole(output)], back[output]))
     return result
@@ -176,7 +186,7 @@ def insert_phases(steps: list[Draft]) -> list[Draft]:
             key = (x.identity(), conv.stride, regions.find(step.output))
             phases = shared.get(key)
             if phases is None:
-                phases = shared[key] = Tensor(f"{step.name}.phases", x.placed_shape, conv.stride, ())
+                phases = shared[key] = Tensor(f"{step.name}.phases", x.placed_shape, conv.stride, (), x.itemsize)
                 result.append(copy_step(x, phases, importers))
             phases.kept_phases = tuple(sorted({*(phases.kept_phases or ()), *kept}))
             step.inputs[0] = whole(phases)
@@ -235,9 +245,10 @@ def assign(steps: list[Draft], stored: Mapping[Tensor, int]) -> tuple[dict[Tenso
             n, _, h, w = tensor.shape
             pitch, rows = regions.size(tensor)
             if tensor in stored:
-                layouts[tensor] = Panels(Planes(n, h, w, pitch, rows), stored[tensor])
+                layouts[tensor] = Panels(Planes(n, h, w, pitch, rows, itemsize=tensor.itemsize), stored[tensor])
                 continue
-            layouts[tensor] = Planes(n, h, w, pitch, rows, leads.get(tensor, 0), tensor.phases, tensor.kept_phases)
+            lead, phases = leads.get(tensor, 0), tensor.phases
+            layouts[tensor] = Planes(n, h, w, pitch, rows, lead, phases, tensor.kept_phases, tensor.itemsize)
     return layouts, after
 
 

@@ -14,6 +14,7 @@ from colonnade.frontend import layouts, memory, panels, stems
 from colonnade.frontend.clean import CUT, clean, read
 from colonnade.frontend.draft import Draft, Tensor, Value
 from colonnade.frontend.feeding import LayoutCosts
+from colonnade.frontend.half import halve
 from colonnade.frontend.images import one_by_one
 from colonnade.frontend.importer import Importer
 from colonnade.frontend.ordering import order_channels
@@ -98,10 +99,14 @@ class Imported:
     images: int = 1
     seam: Port | None = None
 
-    def arrange(self, costs: LayoutCosts | None = None) -> Arranged:
-        """Assign layouts by what moving data costs; ``LayoutCosts.of(isa)`` knows that of an ISA."""
+    def arrange(self, costs: LayoutCosts | None = None, half: Collection[str] | None = None) -> Arranged:
+        """Assign layouts by what moving data costs; ``LayoutCosts.of(isa)`` knows that of an ISA. ``half``: None, or
+        convolutions compute with float16, and apply these functions themselves."""
         costs = costs or LayoutCosts()
-        steps = layouts.arrange(order_channels(stems.join(self.importer.steps)), costs)
+        ordered = order_channels(stems.join(self.importer.steps))
+        if half is not None:
+            ordered = halve(ordered, half)
+        steps = layouts.arrange(ordered, costs)
         drafts = part(_needed(shift(steps, costs)))
         for draft in drafts:
             draft.workload = _with_sparsity(draft)

@@ -122,7 +122,7 @@ def _shifted(steps: list[Draft], wide: list[Draft], importers: Mapping[Tensor | 
             x = step.inputs[0]
             target = x.tensors[0] if x.tensors[0].phases != (1, 1) else made.get(x.identity())
             if target is None:
-                target = Tensor(f"{step.name}.shifted", x.placed_shape)
+                target = Tensor(f"{step.name}.shifted", x.placed_shape, itemsize=x.itemsize)
                 result.append(copy_step(x, target, importers))
             made[x.identity()] = target
             copied = target.phases == (1, 1) and x.tensor not in importers

@@ -15,6 +15,8 @@ class Isa:
     ``/proc/cpuinfo`` (x86 ``flags``, RISC-V ``isa``) shows that the machine has it, all needed. ``adder_flags``:
     those by which it shows that additions have pipes of their own beside the multiply-adds'; ``adders``: has it?
     ``broadcast_flags``, ``broadcasts``: likewise, that a scalar of memory reaches all lanes by the load ports alone.
+    ``half``: does it compute with float16, in vectors of twice as many lanes? Its name begins with that of the ISA
+    whose header it shares. ``itemsize``: bytes of the elements that kernels are looked for: see ``of``.
     """
 
     name: str
@@ -27,16 +29,33 @@ class Isa:
     adders: bool = False
     broadcast_flags: tuple[str, ...] = ()
     broadcasts: bool = False
+    half: bool = False
+    itemsize: int = 4
 
     @property
     def header(self) -> str:
         """File of its vector primitives under ``kernels/c``."""
-        return f"vec_{self.name}.h"
+        return f"vec_{self.name.partition('_')[0]}.h"
 
     @property
     def scalable(self) -> bool:
         """Is the vector length known at run time only?"""
         return self.lanes == 0
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its kernels begin with."""
+        return f"f{8 * self.itemsize}"
+
+    @property
+    def taken(self) -> int:
+        """Lanes of a register as rankings take them: those of VLEN 256 where its length is known at run time only."""
+        return (self.lanes or 8) * 4 // self.itemsize
+
+    def of(self, itemsize: int) -> Isa:
+        """This ISA as far as elements of ``itemsize`` bytes are concerned."""
+        assert itemsize == 4 or self.half, f"{self.name} has no kernels for float16"
+        return self if itemsize == self.itemsize else replace(self, itemsize=itemsize)
 
     @property
     def group(self) -> int:
@@ -54,6 +73,7 @@ ISAS: tuple[Isa, ...] = (
         adder_flags=("clzero",), broadcast_flags=("clzero", "avx512_vp2intersect")),  # AMD's: from Zen 4, from Zen 5 on
     Isa("avx2", "x86_64", 8, 16, ("avx2", "fma"), ("avx2", "fma")),
     Isa("rvv", "riscv64", 0, 32, ("v",), ("v",)),
+    Isa("rvv_zvfh", "riscv64", 0, 32, ("v", "zfhmin", "zvfh"), ("v", "zvfh"), half=True),
     Isa("portable", "any", 8, 16, (), ()),
 )  # fmt: skip
 

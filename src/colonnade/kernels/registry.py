@@ -111,11 +111,12 @@ def structs() -> dict[str, Struct]:
 
 def variants(isa: Isa) -> dict[str, Variant]:
     """Everything worth compiling for ``isa``, by symbol."""
-    return {v.symbol: v for row in rows().values() for v in row.variants(isa)}
+    return {v.symbol: v for row in rows().values() for v in row.variants(isa.of(4))}
 
 
 def candidates(operands: Operands, isa: Isa, threads: int) -> list[Candidate]:
     """Legal candidates, best of the static ranking first; never empty."""
+    isa = isa.of(4 if operands.output is None else operands.output.layout.itemsize)
     found = sorted(operator(operands.workload.op).candidates(operands, isa, threads), key=lambda c: (c.rank, c.key()))
     assert found, f"no kernel for {operands.workload.key()}"
     return found

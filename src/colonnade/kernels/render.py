@@ -11,6 +11,9 @@ import jinja2
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Variant, structs
 
+# type of an element, what its vectors are called, what names that differ between both end with, elements of a line
+SINGLE: dict[str, object] = {"half": False, "T": "float", "V": "vec", "OF": "", "LINE": 16}
+HALF: dict[str, object] = {"half": True, "T": "_Float16", "V": "half", "OF": "_half", "LINE": 32}
 SOURCES = resources.files("colonnade.kernels") / "c"
 
 
@@ -32,15 +35,15 @@ def kernel(variant: Variant, isa: Isa) -> str:
 
     A body sees its own parameters and ``symbol``, ``isa``; on a fixed-length ISA a strip of ``NV`` vectors is
     ``NV`` registers of type ``vec1_t`` (``regs = NV, L = 1``), on a scalable one a single group of LMUL = NV
-    (``regs = 1, L = NV``): bodies loop over ``range(regs)`` and call ``vec{{L}}_*``.
+    (``regs = 1, L = NV``): bodies loop over ``range(regs)`` and call ``vec{{L}}_*``. Those that also exist for float16
+    (their parameter ``half`` says so) write ``{{T}}`` for an element's type, ``{{V}}`` for ``vec``: see ``SINGLE``.
     """
     nv = variant.params.get("NV", 1)
     assert isinstance(nv, int)
     regs, lmul = (1, nv) if isa.scalable else (nv, 1)
     template = _environment().get_template(variant.body)
-    return template.render(
-        symbol=variant.symbol, isa=isa.name, isa_scalable=isa.scalable, regs=regs, L=lmul, **variant.params
-    )
+    known = {"symbol": variant.symbol, "isa": isa.name, "isa_scalable": isa.scalable, "regs": regs, "L": lmul}
+    return template.render({**known, **(HALF if variant.params.get("half") else SINGLE), **variant.params})
 
 
 def ops_header() -> str:

@@ -56,7 +56,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Model:
-    """A core. ``numbers`` by ``section.name``, ``classes`` by the names in ``c/decode.h``, ``sources`` by key."""
+    """A core. ``numbers`` by ``section.name``, ``classes`` by the names in ``c/decode.h``, ``sources`` by key;
+    ``extensions`` beside RV64GCV, as /proc/cpuinfo calls them."""
 
     key: str
     name: str
@@ -64,6 +65,7 @@ class Model:
     numbers: Mapping[str, Number]
     classes: Mapping[str, Cost]
     sources: Mapping[str, str]
+    extensions: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> float:
         return self.numbers[name].value
@@ -176,7 +178,9 @@ def parse(key: str, data: Mapping[str, Any]) -> Model:
             row.get("per") == "element",
             bool(row.get("chained", True)),
         )
-    return Model(key, data["name"], data["chip"], numbers, classes, sources)
+    more = data.get("extensions", {"names": [], "from": ASSUMED})
+    source(more["from"], "extensions")
+    return Model(key, data["name"], data["chip"], numbers, classes, sources, frozenset(map(str, more["names"])))
 
 
 def class_names() -> list[str]:

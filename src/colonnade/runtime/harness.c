@@ -55,7 +55,7 @@ struct job {
 };
 struct external { uint64_t bytes; };
 struct segment { uint64_t space, offset, file, bytes; };
-struct expect { uint64_t space, offset, file, bytes; double tolerance; }; /* sorted by space, offset */
+struct expect { uint64_t space, offset, file, bytes, itemsize; double tolerance; }; /* sorted by space, offset */
 struct candidate { uint64_t first_call, calls; };
 struct call { uint64_t symbol, image, image_bytes, first_relocation, relocations, scratch, shared; };
 struct relocation { uint64_t at, kind, value; };
@@ -317,6 +317,18 @@ static int changed(const struct space *s, uint64_t from, uint64_t to, uint64_t *
     return 1;
 }
 
+/* A float32, or a float16 (2 bytes), which not every compiler knows. */
+static double number(const char *at, uint64_t itemsize)
+{
+    uint16_t half;
+    float single;
+    if (itemsize == 4) return memcpy(&single, at, sizeof single), single;
+    memcpy(&half, at, sizeof half);
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const double size = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+    return half >> 15 ? -size : size;
+}
+
 static struct verdict compare(void)
 {
     struct verdict v = {0};
@@ -327,12 +339,12 @@ static struct verdict compare(void)
             const struct expect *e = &expects[at];
             if (changed(&spaces[i], checked, e->offset, &where)) return (struct verdict){INFINITY, i, where, 1};
             checked = e->offset + e->bytes;
-            const float *got = (const float *)(spaces[i].at + e->offset), *want = (const float *)(file + e->file);
-            for (uint64_t k = 0; k < e->bytes / 4; k++) {
-                double error = isnan(want[k]) ? (got[k] == 0 ? 0 : INFINITY) : fabs((double)got[k] - (double)want[k]);
-                if (got[k] == want[k]) error = 0; /* equal infinities */
-                if (isnan(got[k])) error = NAN;
-                if (!(error <= e->tolerance) || error > v.error) v.error = error, v.space = i, v.offset = e->offset + 4 * k;
+            for (uint64_t k = 0; k < e->bytes; k += e->itemsize) {
+                const double got = number(spaces[i].at + e->offset + k, e->itemsize), want = number(file + e->file + k, e->itemsize);
+                double error = isnan(want) ? (got == 0 ? 0 : INFINITY) : fabs(got - want);
+                if (got == want) error = 0; /* equal infinities */
+                if (isnan(got)) error = NAN;
+                if (!(error <= e->tolerance) || error > v.error) v.error = error, v.space = i, v.offset = e->offset + k;
                 if (!(error <= e->tolerance)) return v.wrong = 1, v;
             }
         }

@@ -1,8 +1,11 @@
 /* machine.c: does this machine have the instructions that the kernels use? Asked before the first of them runs. */
+#define _GNU_SOURCE
 #include "runtime.h"
 
+#include <stdio.h>
 #include <string.h>
 #include <sys/auxv.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -53,9 +56,31 @@ static int is_vector_1_0(void)
     return type == TYPE;
 }
 
+/* Extensions of several letters, as newer kernels answer riscv_hwprobe, or as others list them in /proc/cpuinfo. */
+static int has_named(const char *feature)
+{
+    static const struct { const char *name; unsigned bit; } known[] = {{"zvfh", 30}};
+    struct { int64_t key; uint64_t value; } pair = {4, 0};
+    char line[4096], name[32];
+    enum { HWPROBE = 258 };
+    if (syscall(HWPROBE, &pair, 1L, 0L, NULL, 0L) == 0 && pair.key == 4)
+        for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+            if (!strcmp(known[i].name, feature) && pair.value >> known[i].bit & 1) return 1;
+    FILE *const file = fopen("/proc/cpuinfo", "re");
+    int found = 0;
+    snprintf(name, sizeof name, "_%s", feature);
+    while (file && !found && fgets(line, sizeof line, file)) {
+        const char *at = strncmp(line, "isa", 3) ? NULL : strstr(line, name);
+        found = at && strchr("_ \t\n", at[strlen(name)]) != NULL;
+    }
+    if (file) fclose(file);
+    return found;
+}
+
 /* single-letter extensions are bits of AT_HWCAP */
 static int has(const char *feature)
 {
+    if (feature[0] && feature[1]) return has_named(feature);
     if (feature[0] < 'a' || feature[0] > 'z' || feature[1] || !(getauxval(AT_HWCAP) >> (feature[0] - 'a') & 1)) return 0;
     return feature[0] != 'v' || is_vector_1_0();
 }

@@ -10,6 +10,9 @@ from typing import Protocol
 from colonnade.errors import UserError
 from colonnade.kernels.isa import Isa, available
 
+DTYPES = ("f32", "f16")  # of convolutions
+HALF = "RISC-V's Zvfh"  # what f16 takes
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -64,15 +67,22 @@ class Machine:
         chosen = f"|cpus={','.join(map(str, self.cpus))}" if self.cpus else ""
         return f"{self.arch}|{self.cpu}|vlenb={self.vlenb}|cores={self.cores}|{caches}{chosen}"
 
-    def pick_isa(self, name: str | None = None) -> Isa:
-        """The ISA called ``name``, which the machine must have, or its best one. Raises ``UserError``."""
-        if name is None:
-            return self.isas[0]
-        for row in self.isas:
-            if row.name == name:
-                return row
-        known = ", ".join(row.name for row in self.isas)
-        raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}")
+    def pick_isa(self, name: str | None = None, dtype: str = DTYPES[0]) -> Isa:
+        """The ISA called ``name``, which the machine must have, or its best one; for convolutions in ``dtype``. Raises
+        ``UserError``."""
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+        rows = [row for row in self.isas if name is None or row.name == name]
+        if not rows:
+            known = ", ".join(row.name for row in self.isas)
+            raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}")
+        if dtype == "f32":
+            return rows[0]
+        able = [row.of(2) for row in rows if row.half]
+        if not able:
+            who = f"ISA {name}" if name else self.cpu or self.arch
+            raise UserError(f"{who} does not compute with f16, which takes {HALF}; leave out --dtype f16")
+        return able[0]
 
 
 @dataclass(frozen=True)

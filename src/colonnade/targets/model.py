@@ -14,6 +14,7 @@ from pathlib import Path
 
 from colonnade.machine.instrument import Instrument
 from colonnade.machine.model import Model, names, read
+from colonnade.targets import qemu
 from colonnade.targets.base import Cache, Machine, Outcome
 from colonnade.targets.local import execute_staged
 
@@ -59,7 +60,7 @@ class Modelled:
         return Machine(
             arch="riscv64",
             cpu=f"{m.name}, modelled",
-            flags=frozenset("imafdcv"),
+            flags=qemu.FLAGS | m.extensions.intersection(qemu.HALF if qemu.half(qemu.program(self.name)) else ()),
             cores=1,
             clusters=((0,),),
             caches=tuple(

@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.registry import Operands, structs
-from colonnade.layout import Panels, Placed, Planes, panel_lanes, read_planes, round_up, write_planes
+from colonnade.layout import Panels, Placed, Planes, elements, panel_lanes, read_planes, round_up, write_planes
 from colonnade.workload import Array, Convert, ConvPool, evaluate
 
 MAGIC = int.from_bytes(b"CNJOB1", "little")
 PAGE = 4096
 SLACK = 1024  # bytes behind the last tensor that a vector may read, as at the end of a model's arena
 TOLERANCE = 1e-4  # of the largest magnitude, the project's promise towards other runtimes
+TOLERANCE_HALF = 0.05  # likewise of sums in float16: thousands of them, each rounded to 11 bits
 
 
 class Tunable(Operands, Protocol):
@@ -54,9 +55,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Expected(Segment):
-    """float32 that must stand there within ``tolerance``; where it is NaN, exactly zero."""
+    """Numbers of ``itemsize`` bytes that must stand there within ``tolerance``; where it is NaN, exactly zero."""
 
     tolerance: float = 0.0
+    itemsize: int = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +125,8 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
     if moved.inputs:  # as they stand there: a convolution may add what it reads
         inputs = [read_planes(image, x, vector) for x in moved.inputs]
     result = reference(step, inputs)
-    tolerance = TOLERANCE * max(
+    itemsize = 4 if moved.output is None else moved.output.layout.itemsize
+    tolerance = (TOLERANCE if itemsize == 4 else TOLERANCE_HALF) * max(
         float(np.abs(result, where=np.isfinite(result), out=np.zeros_like(result)).max()), 1e-30
     )
     if moved.output is None:
@@ -131,7 +134,7 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
         expected = [Expected(len(externals), 0, result.astype(np.float32).tobytes(), tolerance)]
     else:
         expected = [
-            Expected(0, a, image[a:b].tobytes(), tolerance)
+            Expected(0, a, image[a:b].tobytes(), tolerance, itemsize)
             for a, b in _write_expected(image, moved.output, result, vector, whole)
         ]
     return Problem(moved, arena, tuple(externals), tuple(segments), tuple(expected))
@@ -175,7 +178,9 @@ def encode(
             count = len(relocation_rows) - first
             call_rows.append((symbol, blobs.add(image), len(image), first, count, call.scratch, call.shared))
     segment_rows = [(s.space, s.offset, blobs.add(s.data), len(s.data)) for s in problem.segments]
-    expect_rows = [(e.space, e.offset, blobs.add(e.data), len(e.data), e.tolerance) for e in problem.expected]
+    expect_rows = [
+        (e.space, e.offset, blobs.add(e.data), len(e.data), e.itemsize, e.tolerance) for e in problem.expected
+    ]
     run_rows = [(r.candidate, int(r.check), r.least, r.most, r.budget_ns, r.limit_s) for r in runs]
     sizes = [(size,) for _, size in problem.externals]
     tables = (sizes, segment_rows, expect_rows, candidate_rows, call_rows, relocation_rows, run_rows)
@@ -239,12 +244,12 @@ def _extents(tensor: Placed, vector: int) -> list[Span]:
     layout = tensor.layout
     if isinstance(layout, Panels):
         lanes = panel_lanes(tensor, vector)
-        strip = layout.vectors * vector
+        strip = layout.vectors * vector * 4 // layout.itemsize
         whole = layout.planes.lanes // strip * strip
         spans = [(int(lanes[0, 0]), int(lanes[0, 0]) + whole * tensor.shape[1])] if whole else []
         if whole < layout.planes.lanes:
             spans += [(int(a), int(b) + 1) for a, b in zip(lanes[:, whole], lanes[:, -1], strict=True)]
-        return [(4 * a, 4 * b) for a, b in spans]
+        return [(layout.itemsize * a, layout.itemsize * b) for a, b in spans]
     size = (layout.plane if isinstance(layout, Planes) else layout.batch * layout.width) * layout.itemsize
     spans = [(int(o), int(o) + size) for o in tensor.offsets]
     if tensor.lead_bytes:
@@ -326,17 +331,18 @@ def _write_expected(
     layout = output.layout
     if isinstance(layout, Panels):
         lanes = panel_lanes(output, vector)
-        image.view(np.float32)[lanes[:, ~layout.planes.valid()[: layout.planes.lanes]]] = np.nan
-        if behind := -layout.planes.lanes % vector if whole else 0:
+        size = layout.itemsize
+        elements(image, layout)[lanes[:, ~layout.planes.valid()[: layout.planes.lanes]]] = np.nan
+        if behind := -layout.planes.lanes % (vector * 4 // size) if whole else 0:
             last = lanes[:, -1:] + np.arange(1, behind + 1)
-            image.view(np.float32)[last] = np.nan
-            more = [(4 * int(a), 4 * int(b) + 4) for a, b in zip(last[:, 0], last[:, -1], strict=True)]
+            elements(image, layout)[last] = np.nan
+            more = [(size * int(a), size * int(b) + size) for a, b in zip(last[:, 0], last[:, -1], strict=True)]
             return _merged([*_extents(output, vector), *more])
     if isinstance(layout, Planes):
         phases = layout.stored_phases
         valid = {phase: layout.valid(phase) for phase in phases}
         for index, offset in enumerate(output.offsets):
-            lanes = image[int(offset) : int(offset) + layout.plane * 4].view(np.float32)
+            lanes = elements(image[int(offset) : int(offset) + layout.plane * layout.itemsize], layout)
             lanes[~valid[phases[index % len(phases)]]] = np.nan
         image[output.lead_offset : output.lead_offset + output.lead_bytes] = 0xFF
     return _merged(_extents(output, vector))

@@ -106,7 +106,7 @@ def source_digest(op: str, symbol: str, isa: Isa) -> str:
     """Digest of all that makes ``symbol``: its C and that of kernels it calls, the primitives they include, its
     structs, and how it is bound."""
     row = registry.operator(op)
-    variants = {v.symbol: v for v in row.variants(isa)}
+    variants = {v.symbol: v for v in row.variants(isa.of(4))}
     # a candidate without a kernel of its own name stands for all of its operator's
     own = [variants[symbol]] if symbol in variants else list(variants.values())
     module = inspect.getmodule(row.bind)

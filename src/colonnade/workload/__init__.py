@@ -3,7 +3,7 @@
 from colonnade.workload.base import NONE, RELU, RELU6, Activation, Array, Epilogue, Workload, activation_of, evaluate
 from colonnade.workload.conv import Conv2d, Reach, im2col, is_depthwise, matrix, takes_every_second, unmatrix
 from colonnade.workload.conv_pool import ConvPool
-from colonnade.workload.convert import Convert, Zeros
+from colonnade.workload.convert import Convert, Precision, Zeros
 from colonnade.workload.dense import (
     FILL,
     Constant,
@@ -31,7 +31,7 @@ __all__ = [
     "FILL", "FUNCTIONS", "NONE", "RELU", "RELU6", "Activation", "Affine", "Array", "Binary", "Cast", "ChannelNorm",
     "ChannelSoftmax", "Constant", "Conv2d", "ConvPool", "ConvTranspose2d", "Convert", "Elementwise", "Epilogue",
     "Function", "GlobalPool", "Interleave", "Join", "Linear", "Lookup", "Lrn", "MatMul", "MaxIndices", "Normalise",
-    "PlaneProduct", "Pool2d", "Reach", "Reduce", "Reorder", "Repeat", "Resample", "Softmax", "Take",
+    "PlaneProduct", "Pool2d", "Precision", "Reach", "Reduce", "Reorder", "Repeat", "Resample", "Softmax", "Take",
     "TypedElementwise", "TypedMatMul", "TypedReduce", "Unary", "WinogradConv2d", "Workload", "Zeros", "activation_of",
     "digest", "evaluate", "im2col", "is_depthwise", "matrix", "spread", "takes_every_second", "unmatrix",
 ]  # fmt: skip

@@ -45,3 +45,17 @@ class Zeros(Workload):
     def reference(self, *_: Any) -> Array:
         """Zeros of ``shape``."""
         return np.zeros(self.shape, np.float32)
+
+
+@dataclass(frozen=True)
+class Precision(Workload):
+    """Planes [N, C, H, W] on the same lanes as float32 or float16: ``itemsize`` bytes an element are written."""
+
+    op: ClassVar[str] = "precision"
+    shape: tuple[int, ...]
+    itemsize: int
+
+    def reference(self, x: Array, *_: Any) -> Array:
+        """The values as rounded; what float16 cannot hold becomes infinite."""
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16 if self.itemsize == 2 else np.float32).astype(np.float32)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Field
 from colonnade.kernels.ops import tables, then
-from colonnade.kernels.ops.shared import f32
+from colonnade.kernels.ops.shared import slots
 from colonnade.layout import LINE
 from colonnade.pattern import Tile, TiledWeights
 from colonnade.workload import NONE, Conv2d, ConvTranspose2d
@@ -52,13 +52,18 @@ def cut(tiled: TiledWeights, conv: Conv2d | ConvTranspose2d, count: int) -> list
 
 
 def ends(
-    conv: Conv2d | ConvTranspose2d, bias: npt.NDArray[np.float32], ring: int, index: int, count: int
+    conv: Conv2d | ConvTranspose2d,
+    bias: npt.NDArray[np.float32],
+    ring: int,
+    index: int,
+    count: int,
+    itemsize: int = 4,
 ) -> dict[str, Field]:
     """What the call of block ``index`` of ``count`` begins and ends with: the first one with the bias (in the order of
     rows, for a kernel with a ring of ``ring`` columns), the last one with the limits and the function."""
     limits = conv.epilogue.activation if index + 1 == count else NONE
     return {
-        "bias": f32(tables.beyond(np.zeros_like(bias) if index else bias, ring)),
+        "bias": slots(tables.beyond(np.zeros_like(bias) if index else bias, ring), itemsize),
         "low": float(limits.low), "high": float(limits.high), **then.fields(limits.function),
     }  # fmt: skip
 
@@ -79,14 +84,21 @@ def split(tiled: list[TiledWeights], count: int, feed: int, threads: int) -> int
     return int(threads > 1 and count > 4 and (feed != 0 or least >= 2 * FEWEST))
 
 
-def reach(conv: Conv2d, lmul: int) -> int:
+def reach(conv: Conv2d, lmul: int, itemsize: int = 4) -> int:
     """Bytes of the lines that a strip of ``lmul`` registers reads of planes, all channels and taps (VLEN 256)."""
     runs = conv.in_channels * conv.kernel[0] * min(conv.kernel[1], conv.stride[1])
-    return runs * (32 * lmul + 4 * (conv.kernel[1] - 1) * conv.dilation[1] // conv.stride[1] + LINE)
+    return runs * (32 * lmul + itemsize * (conv.kernel[1] - 1) * conv.dilation[1] // conv.stride[1] + LINE)
 
 
 def orders(
-    tiled: list[TiledWeights], count: int, feed: int, held: int, threads: int = 1, reached: int = 0, together: int = 1
+    tiled: list[TiledWeights],
+    count: int,
+    feed: int,
+    held: int,
+    threads: int = 1,
+    reached: int = 0,
+    together: int = 1,
+    itemsize: int = 4,
 ) -> list[tuple[int, int]]:
     """(strips at a time, blocks of K) by what the caches of an in-order core show (modelled), the best first.
 
@@ -107,7 +119,9 @@ def orders(
 
     ``together``: strips that a function is applied to at a time (``ops.then``).
     """
-    weights = 4 * max((sum(tile.values.size for tile in t.tiles) for t in tiled), default=0)  # of one call at a time
+    weights = itemsize * max(
+        (sum(tile.values.size for tile in t.tiles) for t in tiled), default=0
+    )  # of one call at a time
     least = min((len(tile.columns) for t in tiled for tile in t.tiles), default=0)
     parts = 1
     while parts < 8 and held >= parts * NEAR and least >= 2 * parts * FEWEST:

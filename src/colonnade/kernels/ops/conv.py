@@ -42,6 +42,9 @@ PLANES_ASKED = 128  # input planes whose next lanes are asked for ahead; of more
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every (MR, NV) worth compiling for ``isa``."""
     yield from (variant(mr, nv, isa) for mr, nv in registers.shapes(isa))
+    if isa.half:
+        half = isa.of(2)
+        yield from (variant(mr, nv, half) for mr, nv in registers.shapes(half))
     yield from pairs.variants(isa)
     yield from depthwise.variants(isa)
     yield from winograd.variants(isa)
@@ -57,10 +60,11 @@ def variant(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> Variant:
     params = {
         "MR": mr, "NV": nv, "row_counts": counts, "rings": rings,
         "limited": {m: registers.limited(m, nv, rings[m][0]) for m in counts},
-        "sideways": isa.scalable and registers.sideways(mr, nv),
-        "asks": {m: registers.asks(m, rings[m][0]) for m in counts},
+        "sideways": registers.sideways(mr, nv, isa),
+        "asks": {m: registers.asks(m, rings[m][0], isa.itemsize) for m in counts},
         "tails": tails if any(tails) else [], "width": strips.row_width(mr, isa),
         **(pairs.params(counts, isa) if paired else pairs.UNPAIRED), "least": f"{pairs.LEAST}f", **then.PARAMS,
+        **({"half": True} if isa.itemsize == 2 else {}),
     }  # fmt: skip
     return Variant(registers.symbol(mr, nv, isa, kind), "spconv.c.in", params)
 
@@ -83,7 +87,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     _, kind, shape = candidate.kernel.split("_")[:3]
     mr, nv = (int(part.removesuffix("v")) for part in shape.split("x"))
     tiled = tables.tiling(step, dense_tile=mr if params["dense"] else 0)
-    isa = isa_named(candidate.kernel.rpartition("__")[2])
+    isa = isa_named(candidate.kernel.rpartition("__")[2]).of(layout.itemsize)
     ring = registers.places(mr, nv, isa)
     panel = packing.Panel.of(conv, tiled) if feed == 1 else None
     cut = strips.taken(candidate, layout.lanes, mr, nv, isa)
@@ -106,19 +110,19 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         tiled, factors = pairs.scaled(tiled, step.rms)
         begun = pairs.fields(tiled, factors, bias, mr, step.rms)
         parts = [tiled]
-    row = nv * VECTOR_LANES if isa.scalable else cut.lanes(isa)
+    row = nv * VECTOR_LANES * 4 // layout.itemsize if isa.scalable else cut.lanes(isa)
     gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
     left = windows.Window.of(conv, tiled, layout) if feed == feeds.LEFT else None
-    shared = left.left(layout.lanes, nv) if left is not None else 0
+    shared = left.left(layout.lanes, nv, layout.itemsize) if left is not None else 0
     calls: list[Call] = []
     for index, part in enumerate(parts):
         first = index == 0
         window = windows.Window.of(conv, part, layout) if feed == 3 else None
         if window is not None:
-            full, gathered = list(window.rows), window.bytes(layout.lanes, nv, params["strip_block"])
+            full, gathered = list(window.rows), window.bytes(layout.lanes, nv, params["strip_block"], layout.itemsize)
         if left is not None:
             full = list(left.rows)
-        filled = tables.tables(conv.key(), full, part, per_group, ring)
+        filled = tables.tables(conv.key(), full, part, per_group, ring, layout.itemsize)
         # behind the first block of columns, sums go on from what stands in the output
         residual = output if not first else step.inputs[1] if conv.epilogue.residual else None
         in_place = panel is None and left is None and (window is None or isinstance(source.layout, Panels))
@@ -149,7 +153,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             "fetch": fetched(step) if params["fetch"] else 0,
             "packed": int(panel is not None or window is not None),
             **strips.fields(cut, layout.lanes, layout.plane, params),
-            **blocks.ends(conv, bias[order], ring, index, len(parts)),
+            **blocks.ends(conv, bias[order], ring, index, len(parts), layout.itemsize),
             **through,
             **begun,
         }
@@ -160,7 +164,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
             calls.append(Call(candidate.kernel, tables.CONV.name, fields, scratch, shared))
             continue
         if window is not None:
-            shifts = tables.tables(conv.key(), list(window.shifts), part, per_group, ring).offsets
+            shifts = tables.tables(conv.key(), list(window.shifts), part, per_group, ring, layout.itemsize).offsets
             fields |= windows.fields(conv, source, layout, window) | {"shifts": Const(shifts)}
             calls.append(Call(candidate.kernel, PACKED.name, fields, scratch))
             continue

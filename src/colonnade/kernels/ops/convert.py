@@ -52,15 +52,30 @@ ZEROS = Struct(
     ),
 )
 
+PRECISION = Struct(
+    "cn_precision",
+    "Planes of float32 to planes of float16 on the same lanes, or back.",
+    (
+        Member("arena", "char *", "all offsets are bytes from here"),
+        Member("in", "const uint32_t *", "offset of every plane"),
+        Member("out", "const uint32_t *"),
+        *LEAD_MEMBERS,
+        Member("planes", "u32"),
+        Member("lanes", "u32", "up to the last pixel"),
+        Member("plane", "u32", "lanes of a whole plane of the output, all of them written"),
+    ),
+)
+
 NO_MASK: dict[str, Field] = {"mask": None, "mask_bytes": 0}
 
 
 def _kernel(isa: Isa) -> str:
-    return f"f32_copy_{4 if isa.scalable else 1}v__{isa.name}"
+    return f"{isa.prefix}_copy_{4 if isa.scalable else 1}v__{isa.name}"
 
 
 def _convert_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_kernel(isa), "copy.c.in", {"NV": 4 if isa.scalable else 1})
+    for each in (isa, isa.of(2)) if isa.half else (isa,):
+        yield Variant(_kernel(each), "copy.c.in", {"NV": 4 if isa.scalable else 1, "half": each.itemsize == 2})
 
 
 def _convert_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
@@ -265,7 +280,36 @@ def _zeros_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     return (Call(candidate.kernel, ZEROS.name, fields),)
 
 
+def _precision_kernel(isa: Isa) -> str:
+    return f"{isa.prefix}_precision_4v__{isa.name}"
+
+
+def _precision_variants(isa: Isa) -> Iterator[Variant]:
+    for each in (isa, isa.of(2)) if isa.half else ():
+        yield Variant(_precision_kernel(each), "precision.c.in", {"NV": 4, "NARROW": each.itemsize == 2})
+
+
+def _precision_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
+    yield Candidate(_precision_kernel(isa))
+
+
+def _precision_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
+    (x,), y = operands.inputs, operands.output
+    assert y is not None and x.planes.phases == y.planes.phases == (1, 1)
+    fields: dict[str, Field] = {
+        "arena": Arena(),
+        "in": u32(x.offsets),
+        "out": u32(y.offsets),
+        **lead(y),
+        "planes": len(y.offsets),
+        "lanes": y.planes.lanes,
+        "plane": y.planes.plane,
+    }
+    return (Call(candidate.kernel, PRECISION.name, fields),)
+
+
 ROWS: tuple[Operator, ...] = (
     Operator("convert", (COPY,), _convert_variants, _convert_candidates, _convert_bind),
+    Operator("precision", (PRECISION,), _precision_variants, _precision_candidates, _precision_bind),
     Operator("zeros", (ZEROS,), _zeros_variants, _zeros_candidates, _zeros_bind),
 )

@@ -36,7 +36,7 @@ def cost(
     """Static ranking. Fixed vectors: multiply-adds (or loads, where these are more and do the broadcasting), loads and
     broadcasts at a part of their price, and the ends of blocks by pairs."""
     if isa.scalable:
-        return cost_in_order(tiled, lanes, mr, nv)
+        return cost_in_order(tiled, lanes, mr, nv, isa)
     widths = cut.widths
     total = 0.0
     for tile in tiled.tiles:
@@ -57,16 +57,16 @@ def cost(
     return total
 
 
-def cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int) -> float:
+def cost_in_order(tiled: TiledWeights, lanes: int, mr: int, lmul: int, isa: Isa) -> float:
     """Cycles a kept column costs a two-wide in-order core with one vector-arithmetic and one vector-memory pipe: the
     busiest of arithmetic (LMUL a multiply-add), load (2.2 LMUL) and issue (a multiply-add and its weight a row, seven
     more), its way through the caches, and the wait for a load where few columns have a register. VLEN is taken as
     256; a strip costs the same however few lanes it has."""
-    whole, rest = divmod(lanes, 8 * lmul)
+    whole, rest = divmod(lanes, isa.taken * lmul)
     total = 0.0
     for tile in tiled.tiles:
         for rows in registers.heights(len(tile.rows), mr):
-            by_rows = rows == mr and registers.sideways(mr, lmul) and rest <= 8
+            by_rows = rows == mr and registers.sideways(mr, lmul, isa) and rest <= 8
             strips = whole + ((rest + 3) / 17 if by_rows and rest else rest > 0)
             late = {1: 7 + 2.2 * lmul, 2: 1.5, 4: 0.8}.get(registers.ring(mr, lmul)[0], 0.0)
             column = max(rows * lmul, 2.2 * lmul, rows + 3.5) + 1 + 0.2 * lmul + late

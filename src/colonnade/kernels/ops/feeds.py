@@ -45,7 +45,8 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         return
     source, layout = step.inputs[0].planes, step.output.planes
     readable = packing.direct(conv, source, layout)
-    if (readable and is_depthwise(conv) and not source.shifted) or depthwise.second(conv, source):
+    lone = (readable and is_depthwise(conv) and not source.shifted) or depthwise.second(conv, source)
+    if lone and source.itemsize == 4:
         yield from depthwise.candidates(step, isa, threads)
     if readable and winograd.applies(step):
         yield from winograd.candidates(step, isa, registers.shapes(isa))
@@ -59,8 +60,8 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
                 continue
             if readable:
                 yield from in_place(
-                    [tiled], lanes, mr, nv, dense, isa, threads, held=read_bytes(step), reached=blocks.reach(conv, nv),
-                    together=then.strips(conv, nv),
+                    [tiled], lanes, mr, nv, dense, isa, threads, held=read_bytes(step),
+                    reached=blocks.reach(conv, nv, isa.itemsize), together=then.strips(conv, nv),
                 )  # fmt: skip
             packed += _packed(conv, tiled, lanes, mr, nv, dense, isa, threads)
             if not readable and isa.scalable and windows.readable(conv, step.inputs[0], layout):
@@ -90,7 +91,7 @@ def _through_panels(step: Operands, fixed: set[int], isa: Isa, threads: int) -> 
         if not registers.worth_trying(mr, tiled, own):
             continue
         feed, held = (2 if stored else 0), read_bytes(step)
-        reached = 0 if stored else blocks.reach(conv, nv)
+        reached = 0 if stored else blocks.reach(conv, nv, isa.itemsize)
         together = then.strips(conv, nv)
         ways = in_place([tiled], lanes, mr, nv, dense, isa, threads, feed, held, reached, together=together)
         found = list(ways) if direct else []
@@ -105,8 +106,8 @@ def read_bytes(step: Operands) -> int:
     """Bytes of the input."""
     source = step.inputs[0]
     if isinstance(source.layout, Panels):
-        return 4 * source.shape[1] * source.grid.lanes
-    return 4 * len(source.offsets) * source.planes.plane
+        return source.layout.itemsize * source.shape[1] * source.grid.lanes
+    return source.layout.itemsize * len(source.offsets) * source.planes.plane
 
 
 def in_place(
@@ -132,7 +133,7 @@ def in_place(
     for index, (work, cut) in enumerate(costs.cuts(tiled, lanes, mr, nv, isa, kind == pairs.KIND)):
         orders = [(b, 1) for b in ((1, 4, 0) if cut.count > 4 else (0, 1) if cut.count > 1 else (0,))]
         if isa.scalable:
-            orders = blocks.orders(tiled, cut.count, feed, held, threads, reached, together)
+            orders = blocks.orders(tiled, cut.count, feed, held, threads, reached, together, isa.itemsize)
         fetches = (0,) if isa.scalable else (far, 1 - far)
         for order, ahead, split, fetch in product(orders, distances, (0, 1) if threads > 1 else (0,), fetches):
             block, parts = order
@@ -178,15 +179,23 @@ def _windowed(
     panels for all threads and blocks of K."""
     lanes = target.lanes
     window = windows.Window.of(conv, tiled, target)
-    work, count = costs.cost_in_order(tiled, lanes, mr, nv), -(-lanes // (8 * nv))
+    work, count = costs.cost_in_order(tiled, lanes, mr, nv, isa), -(-lanes // (isa.taken * nv))
     if window.around == 0:
         moved = window.count * count * 90.0 * costs.idle(count, threads)
-        for c in in_place([tiled], lanes, mr, nv, dense, isa, threads, feed=LEFT, held=4 * window.count * lanes):
+        for c in in_place(
+            [tiled], lanes, mr, nv, dense, isa, threads, feed=LEFT, held=isa.itemsize * window.count * lanes
+        ):
             yield Candidate(c.kernel, c.params, c.rank + moved)
     blocks_tried = [b for b in ((1, 4, 0) if window.around == 0 else (4, 1, 0)) if b < count] or [0]
     for block, split in product(blocks_tried, (0, 1) if threads > 1 else (0,)):
-        held = 8 * nv * (block or count) + window.around
-        moved = -(-count // (block or count)) * window.count * held / (8 * nv) * (40.0 if conv.stride[1] == 1 else 90.0)
+        held = isa.taken * nv * (block or count) + window.around
+        moved = (
+            -(-count // (block or count))
+            * window.count
+            * held
+            / (isa.taken * nv)
+            * (40.0 if conv.stride[1] == 1 else 90.0)
+        )
         idle = costs.idle(len(tiled.tiles) * (1 if split else count), threads)
         params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 3, "tail": 0}
         rank = (work * idle + moved * (threads if split else idle)) * (1 + 0.1 * (block != blocks_tried[0]))

@@ -140,7 +140,7 @@ class Panel:
 
 def panel_bytes(panel: Panel, strip_block: int, row_lanes: int, isa: Isa) -> int:
     """Scratch of one thread: the panels of a block of strips, and a vector that may be written beyond them."""
-    return round_up(4 * (strip_block * panel.rows * row_lanes + isa.lanes), LINE)
+    return round_up(isa.itemsize * (strip_block * panel.rows * row_lanes + isa.lanes), LINE)
 
 
 def fields(

@@ -32,19 +32,19 @@ def limited(mr: int, lmul: int, columns: int) -> bool:
     return (mr + columns + 2) * lmul <= 32
 
 
-def sideways(mr: int, lmul: int) -> bool:
+def sideways(mr: int, lmul: int, isa: Isa) -> bool:
     """Has a scalable kernel blocks with its rows in the lanes, for the last few lanes of a plane?"""
-    return (mr, lmul) == (8, 2)
+    return isa.scalable and isa.itemsize == 4 and (mr, lmul) == (8, 2)
 
 
-def asks(mr: int, columns: int) -> list[str]:
+def asks(mr: int, columns: int, itemsize: int) -> list[str]:
     """Statements of a scalable kernel that ask for the weights of ``columns`` columns by lines, 512 bytes ahead."""
-    return [f"vec_touch((const char *)w0 + {512 + at});" for at in range(0, columns * mr * 4, LINE)]
+    return [f"vec_touch((const char *)w0 + {512 + at});" for at in range(0, columns * mr * itemsize, LINE)]
 
 
 def symbol(mr: int, nv: int, isa: Isa, kind: str = "spconv") -> str:
     """``f32_spconv_8x3v__avx512``"""
-    return f"f32_{kind}_{mr}x{nv}v__{isa.name}"
+    return f"{isa.prefix}_{kind}_{mr}x{nv}v__{isa.name}"
 
 
 def shapes(isa: Isa) -> list[tuple[int, int]]:
@@ -69,7 +69,8 @@ def shapes(isa: Isa) -> list[tuple[int, int]]:
         shapes = [(8, 3), (8, 2), (8, 1), (6, 4), (4, 6), (4, 4), (14, 2), (12, 2), (24, 1), (16, 1), (2, 8), (1, 8)]
     else:
         shapes = [(4, 3), (4, 2), (6, 2), (8, 1), (12, 1), (2, 4), (1, 6)]
-    return [(mr, nv) for mr, nv in shapes if legal(mr, nv, isa)]
+    # gathering cuts a strip into at most three pieces a lane
+    return [(mr, nv) for mr, nv in shapes if legal(mr, nv, isa) and (not isa.scalable or nv * isa.taken <= 64)]
 
 
 def legal(mr: int, nv: int, isa: Isa) -> bool:

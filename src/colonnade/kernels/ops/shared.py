@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Const, Field
 from colonnade.kernels.structs import Member
-from colonnade.layout import Placed, Planes
+from colonnade.layout import ELEMENTS, Placed, Planes
 
 # every struct of a plane writer has these: the writer clears the lead and zeroes what is no pixel
 LEAD_MEMBERS = (
@@ -27,6 +27,15 @@ def u32(values: npt.ArrayLike) -> Const:
 def f32(values: npt.ArrayLike) -> Const:
     """A table of float32."""
     return Const(np.ascontiguousarray(values, np.float32))
+
+
+def slots(values: npt.ArrayLike, itemsize: int) -> Const:
+    """A table of float32, or of float16 in the first bytes of as many places of four bytes."""
+    if itemsize == 4:
+        return f32(values)
+    table = np.zeros((np.size(values), 4 // itemsize), ELEMENTS[itemsize])
+    table[:, 0] = np.reshape(values, -1)
+    return Const(table)
 
 
 def lead(output: Placed) -> dict[str, Field]:

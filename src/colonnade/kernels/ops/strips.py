@@ -77,10 +77,10 @@ class Strips:
 
 
 def whole(lanes: int, nv: int, isa: Isa) -> Strips:
-    """All ``lanes`` in whole vectors, at most ``nv`` a strip. On a scalable ISA a strip is one group, taken as 8 lanes
-    a register."""
+    """All ``lanes`` in whole vectors, at most ``nv`` a strip. On a scalable ISA a strip is one group, of registers as
+    they are ``taken``."""
     if isa.scalable:
-        count = -(-lanes // (8 * nv))
+        count = -(-lanes // (isa.taken * nv))
         return Strips(count, count)
     vectors = -(-lanes // isa.lanes)
     return Strips(-(-vectors // nv), vectors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from colonnade.kernels.ops import pairs, panels, then
 from colonnade.kernels.ops.shared import Identity
 from colonnade.kernels.registry import Operands
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import Panels, Placed
+from colonnade.layout import ELEMENTS, Panels, Placed
 from colonnade.pattern import TiledWeights, discover
 from colonnade.workload import Conv2d, matrix
 
@@ -72,7 +72,7 @@ CONV = Struct(
     ),
 )
 OFFSETS_AHEAD = 64  # the offset table is padded by this many entries, so looking ahead needs no test
-WEIGHTS_PADDED = 256  # floats behind the weights, for loads; what is only asked for may lie beyond
+WEIGHTS_PADDED = 1024  # bytes behind the weights, for loads; what is only asked for may lie beyond
 TILES_AHEAD = 5  # records, likewise
 # Bytes by which kernels of fixed vectors ask for weights. 1 KB ahead are a hundred nanoseconds, too late for what comes
 # from memory. On a small map that is most of a layer's time; on a large one every strip but the first finds weights in
@@ -137,7 +137,7 @@ def furthest(source: Placed, offsets: npt.NDArray[np.uint32]) -> npt.NDArray[np.
 @dataclass(frozen=True, eq=False)
 class Tables:
     offsets: npt.NDArray[np.uint32]
-    weights: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.floating[Any]]
     tiles: npt.NDArray[np.void]
 
     def ahead(self, lanes: int) -> int:
@@ -150,9 +150,12 @@ TILE_DTYPE = np.dtype(
 )
 
 
-def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per_group: int, ring: int = 1) -> Tables:
+def tables(
+    key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per_group: int, ring: int = 1, itemsize: int = 4
+) -> Tables:
     """Offsets, weights and tile records; tiles of equal supports share one run of offsets. ``full``: offsets of all
-    columns of every group. ``ring``: places of the kernel that takes them, in whose order a run begins."""
+    columns of every group. ``ring``: places of the kernel that takes them, in whose order a run begins. ``itemsize``:
+    bytes of a weight."""
     runs: list[npt.NDArray[np.int64]] = []
     starts: dict[tuple[int, bytes], int] = {}
     records = np.zeros(len(tiled.tiles), TILE_DTYPE)
@@ -174,8 +177,8 @@ def tables(key: str, full: list[npt.NDArray[np.int64]], tiled: TiledWeights, per
     if offsets.min() < 0 or offsets.max() >= 2**32:
         raise ValueError(f"{key}: a column offset lies outside the arena ({offsets.min()} .. {offsets.max()})")
     # likewise weights, by eight columns of a tile
-    spare = np.zeros(max(WEIGHTS_PADDED, 8 * max(len(tile.rows) for tile in tiled.tiles)))
-    weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(np.float32)
+    spare = np.zeros(max(WEIGHTS_PADDED // itemsize, 8 * max(len(tile.rows) for tile in tiled.tiles)))
+    weights = np.concatenate([*(tile.values.reshape(-1) for tile in tiled.tiles), spare]).astype(ELEMENTS[itemsize])
     if ring > 1:  # records are looked up, and lines of them asked for, some tiles ahead
         records = np.concatenate([records, np.repeat(records[-1:], TILES_AHEAD)])
     return Tables(offsets.astype(np.uint32), weights, records)

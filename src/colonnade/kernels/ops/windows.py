@@ -75,15 +75,15 @@ class Window:
         """Rows: a channel's phases."""
         return len(self.channels) * len(self.phases)
 
-    def left(self, lanes: int, nv: int) -> int:
+    def left(self, lanes: int, nv: int, itemsize: int) -> int:
         """Bytes of all strips' windows where they are left as panels."""
-        return round_up(4 * self.count * round_up(lanes, nv * VECTOR_LANES), LINE)
+        return round_up(itemsize * self.count * round_up(lanes, nv * VECTOR_LANES * 4 // itemsize), LINE)
 
-    def bytes(self, lanes: int, nv: int, strip_block: int) -> int:
+    def bytes(self, lanes: int, nv: int, strip_block: int, itemsize: int) -> int:
         """Scratch of one thread for strips of ``nv`` of the longest vectors, ``strip_block`` of them at a time."""
-        strip = nv * VECTOR_LANES
+        strip, line = nv * VECTOR_LANES * 4 // itemsize, LINE // itemsize
         held = min(round_up(lanes, strip), strip_block * strip) if strip_block else round_up(lanes, strip)
-        return round_up(4 * (self.count * (round_up(held + self.around, 16) + 16) + strip), LINE)
+        return round_up(itemsize * (self.count * (round_up(held + self.around, line) + line) + strip), LINE)
 
 
 def fields(conv: Conv2d, source: Placed, target: Planes, window: Window) -> dict[str, Field]:

@@ -96,10 +96,10 @@ def _by_rows(m: int, isa: Isa) -> bool:
 
 def applies(step: Operands) -> bool:
     """Is it a dense-able 3x3 convolution at stride 1 without dilation and groups, whose limits leave halos at zero,
-    and whose input has its columns as they are?"""
+    and whose input has its columns as they are, in float32?"""
     conv, source = step.workload, step.inputs[0].grid
     assert isinstance(conv, Conv2d)
-    if source.shifted:
+    if source.shifted or source.itemsize != 4:
         return False
     if not conv.epilogue.activation.low <= 0 <= conv.epilogue.activation.high:
         return False
