@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from convolutions import FUNCTIONS, LIMITS, operands
 from emulated import INSTALLED, MISSING, RVV
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernel_harness import machine_has, run
+from kernel_harness import Case, machine_has, run
 
 from colonnade.kernels.isa import ISAS
 from colonnade.kernels.ops import depthwise
-from colonnade.kernels.registry import candidates
-from colonnade.workload import RELU6, Conv2d, Epilogue
+from colonnade.kernels.registry import Candidate, candidates
+from colonnade.workload import NONE, RELU6, Activation, Conv2d, Epilogue
 
 TOLERANCE = 2e-5  # of the largest magnitude
 MACHINE = [
@@ -72,7 +74,18 @@ def test_any_stride_of_two_reads_planes_as_they_stand(isa, conv, seed, extra, da
 @pytest.mark.parametrize("isa", MACHINE)
 @pytest.mark.parametrize(
     "size, taps, stride",
-    [(7, 3, 1), (23, 3, 1), (65, 3, 1), (15, 3, 2), (91, 3, 2), (130, 3, 2), (29, 5, 2), (121, 5, 2), (126, 4, 2)],
+    [
+        (7, 3, 1),
+        (23, 3, 1),
+        (65, 3, 1),
+        (15, 3, 2),
+        (91, 3, 2),
+        (130, 3, 2),
+        (39, 5, 1),
+        (29, 5, 2),
+        (121, 5, 2),
+        (126, 4, 2),
+    ],
 )
 def test_every_depthwise_kernel_of_the_library(isa, size, taps, stride):
     """Each (R, NV), with blocks of rows and strips that do not come out even; windows where kernels know them."""
@@ -85,6 +98,54 @@ def test_every_depthwise_kernel_of_the_library(isa, size, taps, stride):
     assert {c.kernel for c in found} == {v.symbol for v in known if v.params["WINDOW"] == window}
     for candidate in found:
         run(call, candidate, isa, inputs, threads=2, tolerance=TOLERANCE)
+
+
+def blocks(taps: int, stride: int) -> Iterator[tuple[Conv2d, int, int]]:
+    """(layer, R, NV) for every kernel of windows of scalable vectors: one block and several, lower ones, some of each,
+    functions for a few blocks at a time; limits of all kinds."""
+    silu, bounds = FUNCTIONS[0], Activation(-0.75, -0.25)
+    for rows, nv in depthwise._shapes(RVV[0], stride, taps):
+        for height, width, residual, limits in [
+            (rows, 7, True, silu), (2 * rows, 31, False, RELU6), (4 if rows > 4 else 2, 17, True, NONE),
+            (rows + 3, 40, False, bounds), (rows + 3, 9, True, silu), (9 * rows + 1, 70, True, silu),
+            (3 * rows, 100, False, NONE),
+        ]:  # fmt: skip
+            epilogue = Epilogue(residual, limits)
+            size = (height * stride, width * stride - stride // 2)
+            yield (
+                Conv2d(1, 5, 5, *size, (taps,) * 2, (stride,) * 2, (taps // 2,) * 4, groups=5, epilogue=epilogue),
+                rows,
+                nv,
+            )
+
+
+def mine(case: Case, isa, rows: int, nv: int) -> Candidate:
+    """The candidate with blocks of ``rows`` rows and groups of ``nv`` registers."""
+    (found,) = [c for c in candidates(case, isa, 2) if depthwise.known(c.kernel) and f"_{rows}x{nv}v_" in c.kernel]
+    return found
+
+
+@pytest.mark.parametrize("isa", MACHINE[-len(RVV) :])
+@pytest.mark.parametrize("taps", depthwise.WINDOWS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_windows_in_blocks_of_any_height(isa, taps, stride):
+    for conv, rows, nv in blocks(taps, stride):
+        case, inputs = operands(conv, None, seed=7, extra=rows % 2, plain=True)
+        run(case, mine(case, isa, rows, nv), isa, inputs, threads=2, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("taps", depthwise.WINDOWS)
+def test_a_value_that_is_no_number_reaches_the_output_and_no_halo(isa, stride, taps):
+    pads = (taps // 2,) * 4
+    conv = Conv2d(1, 4, 4, 13, 29, (taps,) * 2, (stride,) * 2, pads, groups=4, epilogue=Epilogue(False, RELU6))
+    case, (x,) = operands(conv, None, seed=5, plain=True)
+    x[0, :, 2, 28], x[0, 1, 5, 0] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        for candidate in candidates(case, isa, 1):
+            if depthwise.known(candidate.kernel):
+                assert np.isnan(run(case, candidate, isa, [x], tolerance=TOLERANCE)).any()
 
 
 def test_lines_hold_every_tap_once():

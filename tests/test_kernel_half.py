@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,16 @@ from half import MISSING, emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import Arranger, Case, run
-from test_kernel_panels import case_of, pointwise
+from test_kernel_panels import case_of, pointwise, stored
+from test_kernel_transposed import operands as transposed_operands
+from test_kernel_transposed import transposed
 from test_kernel_windows import windowed
 
-from colonnade.kernels.ops import then
+from colonnade.kernels.ops import registers, then
 from colonnade.kernels.registry import Candidate, candidates
-from colonnade.layout import Layout, Panels, Rows
+from colonnade.layout import Layout, Panels, Planes, Rows
 from colonnade.pattern import ColumnPattern
-from colonnade.workload import RELU, Conv2d, Epilogue
+from colonnade.workload import NONE, RELU, RELU6, Affine, Conv2d, Epilogue, Interleave, Linear, Repeat
 
 MACHINE = [pytest.param(row, id=row.label, marks=pytest.mark.skipif(not emulator(), reason=MISSING)) for row in HALF]
 POISON = float(np.array([0x7E00, 0x7E00], np.uint16).view(np.float32)[0])  # two NaN of 16 bits
@@ -75,7 +78,8 @@ def test_every_kernel_of_the_library(isa, sparsity, limits):
         tried.setdefault(candidate.kernel, candidate)
     for candidate in tried.values():
         check(case, inputs, candidate, isa, threads=2)
-    assert len(tried) > 3
+    shapes = {(int(mr), int(nv)) for mr, nv in (re.findall(r"(\d+)x(\d+)v__", kernel)[0] for kernel in tried)}
+    assert shapes == {*registers.shapes(isa.of(2))} if not sparsity else len(shapes) > 3
 
 
 @pytest.mark.parametrize("isa", MACHINE)
@@ -115,3 +119,93 @@ def test_a_value_that_is_no_number_reaches_the_output_and_no_halo(isa):
     with np.errstate(invalid="ignore"):
         for candidate in candidates(case, isa, 1)[::11]:
             assert np.isnan(run(case, candidate, isa, [x], tolerance=0.02, poison=POISON)).any()
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(
+    n=st.integers(1, 6), ic=st.integers(1, 70), oc=st.integers(1, 150), residual=st.booleans(), maps=st.booleans(),
+    sparsity=st.sampled_from([0.0, 0.5, 0.9]), tile=st.integers(1, 40), threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31), data=st.data(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_linear_layers_of_such_weights(isa, n, ic, oc, residual, maps, sparsity, tile, threads, seed, data):
+    """Weights are float16, sums are float32: as exact as with weights of 32 bits."""
+    rng, arranger = np.random.default_rng(seed), Arranger()
+    weight = rng.standard_normal((oc, ic)).astype(np.float16).astype(np.float32)
+    if sparsity:
+        for rows in np.split(rng.permutation(oc), range(tile, oc, tile)):
+            weight[np.ix_(rows, rng.permutation(ic)[ColumnPattern(sparsity, tile).kept(ic) :])] = 0
+    shape = (n, ic, 1, 1) if maps else (n, ic)
+    x = arranger.put("x", shape, Planes(n, 1, 1, 2, 2) if maps else Rows(n, ic))
+    tensors = [x, arranger.put("r", (n, oc), Rows(n, oc))] if residual else [x]
+    constants = {"weight": weight, "bias": rng.standard_normal(oc).astype(np.float32)}
+    work = Linear(n, ic, oc, Epilogue(residual, RELU), dtype="f16")
+    case = arranger.case(work, tensors, arranger.put("y", (n, oc), Rows(n, oc)), constants)
+    candidate = data.draw(st.sampled_from(candidates(case, isa, threads)))
+    assert candidate.kernel.startswith("f16_splinear")
+    inputs = [rng.standard_normal(t.shape[:2]).astype(np.float32) for t in tensors]
+    magnitude = float(np.abs(weight).max(initial=1.0)) * ic
+    run(case, candidate, isa, inputs, threads=threads, tolerance=2e-6, poison=POISON, magnitude=magnitude)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 23), height=st.integers(1, 12), width=st.integers(1, 40),
+    extra=st.integers(0, 2), vectors=st.sampled_from([0, 1, 2, 4]), limits=st.sampled_from([NONE, RELU, RELU6]),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_scale_and_shift(isa, batch, channels, height, width, extra, vectors, limits, threads):
+    """Into planes and panels, strips that are not whole, halos that a shift must not reach, NaN that must stay."""
+    rng, shape, arranger = np.random.default_rng(0), (batch, channels, height, width), Arranger()
+    grid = Planes(batch, height, width, width + extra, height + extra, itemsize=2)
+    x, y = arranger.put("x", shape, grid), arranger.put("y", shape, stored(grid, vectors))
+    constants = {role: rng.standard_normal(channels).astype(np.float32) for role in ("scale", "shift")}
+    case = arranger.case(Affine(shape, limits), [x], y, constants)
+    (candidate,) = candidates(case, isa, threads)
+    assert candidate.kernel.startswith("f16_affine")
+    values = (4 * rng.standard_normal(shape)).astype(np.float16).astype(np.float32)
+    values[0, 0, 0, 0] = np.nan
+    result = run(case, candidate, isa, [values], threads=threads, tolerance=4 * ROUNDED, poison=POISON)
+    assert np.isnan(result[0, 0, 0, 0]) and np.isnan(result).sum() == 1
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(conv=transposed(), pattern=patterns, seed=st.integers(0, 2**31), extra=st.integers(0, 2), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_transposed_convolution_equals_its_definition(isa, conv, pattern, seed, extra, data):
+    function = conv.epilogue.activation.function
+    if function is not None and function.name not in then.FUNCTIONS:
+        conv = replace(conv, epilogue=Epilogue(False, RELU))
+    case, x = transposed_operands(conv, pattern, seed, extra)
+    case, inputs = halved(case, [x])
+    threads = data.draw(st.sampled_from([1, 2, 3]))
+    candidate = data.draw(st.sampled_from(candidates(case, isa, threads)))
+    terms = conv.in_channels // conv.groups * conv.kernel[0] * conv.kernel[1]
+    run(case, candidate, isa, inputs, threads, POISON, 2 * ROUNDED * (2 + np.sqrt(terms)), magnitude=np.sqrt(terms))
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 5), height=st.integers(1, 20), width=st.integers(1, 70),
+    factors=st.tuples(st.integers(1, 4), st.integers(1, 4)), repeat=st.booleans(), extra=st.integers(0, 3),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_phases_become_planes_and_pixels_are_repeated(
+    isa, batch, channels, height, width, factors, repeat, extra, threads
+):
+    arranger, (fy, fx) = Arranger(), factors
+    shape = (batch, channels, height, width)
+    rows, columns = -(-height // fy), -(-width // fx)
+    phases = {} if repeat else {"phases": factors}
+    inside = (rows, columns) if repeat else (height, width)
+    source = Planes(batch, *inside, columns + extra, rows + extra, itemsize=2, **phases)
+    x = arranger.put("x", (batch, channels, *inside), source)
+    y = arranger.put("y", shape, Planes(batch, height, width, width + extra, height + extra, lead=extra, itemsize=2))
+    work = Repeat(shape, factors) if repeat else Interleave(shape, factors)
+    case = arranger.case(work, [x], y)
+    (candidate,) = candidates(case, isa, threads)
+    assert candidate.kernel.startswith("f16_interleave")
+    values = np.random.default_rng(0).standard_normal(x.shape).astype(np.float16).astype(np.float32)
+    run(case, candidate, isa, [values], threads=threads, tolerance=0, poison=POISON)

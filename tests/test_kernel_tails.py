@@ -174,8 +174,7 @@ void place(const size_t *given, size_t *found)
 def test_threads_have_as_much_to_do(tmp_path: Path) -> None:
     """Strips one after the other: each thread begins where the one before ends, and no part is larger than an even one
     by more than a tile of a strip."""
-    strip = Path(render.__file__).parent / "c" / "strip.h.in"
-    source = PLACES.format(strip=strip.read_text())
+    source = PLACES.format(strip=render._environment().get_template("strip.h.in").render(render.SINGLE))
     place = ctypes.CDLL(str(Toolchain().compile({"place.c": source.encode()}, "shared", host()))).place
     found = (ctypes.c_size_t * 2)()
     for lanes, nv, tiles, threads in product((1, 7, 16, 49, 196, 3136), (1, 2, 6), (1, 5, 64), (1, 2, 3, 4, 7)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from emulated import RVV
@@ -11,6 +13,7 @@ from kernel_harness import SLACK, Arranger, Case, need, run
 
 from colonnade.kernels import registry
 from colonnade.kernels.isa import ISAS, Isa
+from colonnade.kernels.ops.pool import SQUARES
 from colonnade.kernels.ops.shared import u32
 from colonnade.layout import Placed, Planes, Rows
 from colonnade.pattern import ColumnPattern
@@ -195,16 +198,47 @@ def stems(draw) -> Pool2d:
     )  # fmt: skip
 
 
-@QUICK
-@given(pool=pools() | stems(), before=halos, after=halos, threads=threads_, seed=seeds, shift=st.sampled_from([0, -5]))
-def test_pool(isa, pool, before, after, threads, seed, shift):
-    """``shift`` makes all pixels negative: a zero halo read as data would win every maximum."""
+@st.composite
+def squares(draw) -> Pool2d:
+    """Windows that have kernels of their own on scalable ISAs, where rows are not too close to each other."""
+    size, stride = draw(st.sampled_from(SQUARES))
+    padding = tuple(draw(st.integers(0, size // 2)) for _ in range(4))
+    least = [max(1, size - padding[i] - padding[i + 2]) for i in range(2)]
+    height, width = (draw(st.integers(first, last)) for first, last in zip(least, (20, 150), strict=True))
+    return Pool2d(
+        "max", draw(batches), draw(channels), height, width, (size, size), (stride, stride), padding,
+        ceil_mode=draw(st.booleans()),
+    )  # fmt: skip
+
+
+def pooling(pool: Pool2d, before=(1, 1, 3), after=(1, 1, 3), itemsize: int = 4) -> Case:
     arrange = Arranger()
     x_shape = (pool.batch, pool.channels, pool.height, pool.width)
     y_shape = (pool.batch, pool.channels, pool.out_height, pool.out_width)
-    x = arrange.put("x", x_shape, planes(x_shape, before))
-    y = arrange.put("y", y_shape, planes(y_shape, after))
-    check(arrange.case(pool, [x], y), isa, [values(x_shape, seed) + np.float32(shift)], threads, 4e-6, 1)
+    x = arrange.put("x", x_shape, replace(planes(x_shape, before), itemsize=itemsize))
+    return arrange.case(pool, [x], arrange.put("y", y_shape, replace(planes(y_shape, after), itemsize=itemsize)))
+
+
+@QUICK
+@given(
+    pool=pools() | stems() | squares(),
+    before=halos,
+    after=halos,
+    threads=threads_,
+    seed=seeds,
+    shift=st.sampled_from([0, -5]),
+)
+def test_pool(isa, pool, before, after, threads, seed, shift):
+    """``shift`` makes all pixels negative: a zero halo read as data would win every maximum."""
+    case = pooling(pool, before, after)
+    check(case, isa, [values(case.inputs[0].shape, seed) + np.float32(shift)], threads, 4e-6, 1)
+
+
+@pytest.mark.parametrize(("size", "stride"), SQUARES)
+def test_pools_of_maps_larger_than_scratch(isa, size, stride):
+    """Some rows after the other, and the last ones less than there is room for."""
+    case = pooling(Pool2d("max", 1, 2, 133, 171, (size, size), (stride, stride), (size // 2,) * 4))
+    check(case, isa, [values(case.inputs[0].shape, 3)], 2, 0)
 
 
 @QUICK

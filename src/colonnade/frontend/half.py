@@ -1,41 +1,53 @@
 """Convolutions in float16: which of them, and the steps that change what stands between them and all others.
 
-Numbers of 11 bits are enough for most networks' convolutions, and a vector holds twice as many. What is no convolution
-stays in float32, as do the first one, which reads the user's numbers, and those whose weights float16 cannot hold.
+Numbers of 11 bits are enough for most networks' convolutions, and a vector holds twice as many. Those whose weights
+float16 cannot hold stay in float32, as do stems that are joined with their max pool, for minimal filtering multiplies
+errors. Pools, sums, products and scales of their maps are in float16 too where this takes no more conversions; all
+other steps stay in float32, and linear layers have their weights alone in float16.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 
-from colonnade.frontend.draft import Draft, Tensor, Value, is_import, whole
-from colonnade.workload import Conv2d, Precision, is_depthwise
+from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.workload import Affine, Binary, Conv2d, ConvTranspose2d, GlobalPool, Linear, Pool2d, Precision, Repeat
 
 LARGEST = 60000.0  # of a weight or bias: float16 ends at 65504
+ROUNDED = 2.0**-10  # of what is multiplied, at most this share may be lost: it ends at 6e-8 too
 
 
 def halve(steps: Sequence[Draft], functions: Collection[str]) -> list[Draft]:
-    """The steps with convolutions in float16, and conversions where they meet others. ``functions``: those that their
-    kernels apply themselves."""
-    imported = {step.output for step in steps if is_import(step)}
-    chosen = {id(step) for step in steps if _can(step, imported, functions)}
+    """The steps with convolutions and what suits them in float16, and conversions where they meet others.
+
+    ``functions``: those that their kernels apply themselves.
+    """
+    chosen = _with_others(steps, {id(step) for step in steps if _can(step, functions)})
     for step in steps:
-        if id(step) in chosen and step.output is not None:
+        if id(step) in chosen and step.output is not None and not step.output.is_rows:
             step.output.itemsize = 2
     made: dict[tuple[Tensor, int], Tensor] = {}
     result: list[Draft] = []
     for step in steps:
-        wanted = 2 if id(step) in chosen else 4
+        inputs = []
         for value in step.inputs:
+            wanted = 2 if id(step) in chosen and not value.is_rows else 4
             for tensor in value.tensors:
                 if tensor.itemsize != wanted and (tensor, wanted) not in made:
                     other = Tensor(f"{tensor.name}.f{8 * wanted}", tensor.shape, itemsize=wanted)
                     made[tensor, wanted] = other
                     result.append(Draft(other.name, Precision(tensor.shape, wanted), [whole(tensor)], other))
-        step.inputs = [_as(value, wanted, made) for value in step.inputs]
+            inputs.append(_as(value, wanted, made))
+        step.inputs = inputs
+        if type(step.workload) is Linear and _fits(step):
+            step.workload = replace(step.workload, dtype="f16")
+            rounded = step.constants["weight"].astype(np.float16).astype(np.float32)
+            step.constants = {**step.constants, "weight": rounded}
         result.append(step)
     return result
 
@@ -44,14 +56,69 @@ def _as(value: Value, wanted: int, made: dict[tuple[Tensor, int], Tensor]) -> Va
     return replace(value, tensors=tuple(made.get((t, wanted), t) for t in value.tensors))
 
 
-def _can(step: Draft, imported: set[Tensor | None], functions: Collection[str]) -> bool:
+def _with_others(steps: Sequence[Draft], convolutions: set[int]) -> set[int]:
+    """``convolutions`` and, by their ids too, the steps that are to read float16 like them.
+
+    One that could does if it reads any, unless more numbers were converted then. In the order of the steps, so what a
+    step reads is known; of its readers, those that can do either have no say. Whatever is converted for another reader
+    costs nothing.
+    """
+    takes: dict[int, int] = {}  # by step, bytes of the elements of maps
+    readers: dict[Tensor, list[int]] = defaultdict(list)
+    for step in steps:
+        if not _can_follow(step):
+            takes[id(step)] = 2 if id(step) in convolutions else 4
+        for tensor in {tensor for value in step.inputs for tensor in value.tensors}:
+            readers[tensor].append(id(step))
+    halves = {step.output for step in steps if id(step) in convolutions}
+
+    def wanted(tensor: Tensor, itemsize: int) -> bool:
+        return any(takes.get(reader) == itemsize for reader in readers[tensor])
+
+    def converted(step: Draft, itemsize: int) -> int:
+        maps = {tensor for value in step.inputs if not value.is_rows for tensor in value.tensors}
+        moved = [t for t in maps if (t in halves) != (itemsize == 2) and not wanted(t, itemsize)]
+        y = step.output
+        if y is not None and not y.is_rows and wanted(y, 2 if itemsize == 4 else 4):
+            moved.append(y)
+        return sum(prod(tensor.shape) for tensor in moved)
+
+    for step in steps:
+        if id(step) not in takes:
+            reads = any(tensor in halves for value in step.inputs for tensor in value.tensors)
+            takes[id(step)] = 2 if reads and converted(step, 2) <= converted(step, 4) else 4
+            if takes[id(step)] == 2 and step.output is not None and not step.output.is_rows:
+                halves.add(step.output)
+    return {step for step, itemsize in takes.items() if itemsize == 2}
+
+
+def _can_follow(step: Draft) -> bool:
+    """Is it another step that has kernels for maps of float16? What it writes in rows is float32."""
+    work = step.workload
+    if isinstance(work, Affine):
+        return not step.inputs[0].is_rows and work.activation.function is None and _fits(step)
+    if isinstance(work, Binary):
+        # quotients by small numbers leave the range of float16
+        return not step.inputs[0].is_rows and work.kind != "div" and work.activation.function is None
+    return isinstance(work, Pool2d | GlobalPool | Repeat) and not step.inputs[0].is_rows
+
+
+def _can(step: Draft, functions: Collection[str]) -> bool:
     """Is it a convolution that has kernels for float16, of numbers that it can hold?"""
     conv = step.workload
-    if type(conv) is not Conv2d or is_depthwise(conv) or conv.prologue is not None:
+    if type(conv) not in (Conv2d, ConvTranspose2d) or getattr(conv, "prologue", None) is not None:
         return False
-    if any(tensor in imported for tensor in step.inputs[0].tensors):
-        return False
+    assert isinstance(conv, Conv2d | ConvTranspose2d)
     function = conv.epilogue.activation.function
     if function is not None and function.name not in functions:
         return False
-    return all(np.abs(array).max(initial=0.0) <= LARGEST for array in step.constants.values())
+    return _fits(step)
+
+
+def _fits(step: Draft) -> bool:
+    """Can float16 hold its constants?"""
+    if any(np.abs(array).max(initial=0.0) > LARGEST for array in step.constants.values()):
+        return False
+    factors = step.constants.get("weight", step.constants.get("scale", np.zeros(1, np.float32)))
+    lost = np.linalg.norm((factors - factors.astype(np.float16)).reshape(-1))
+    return bool(lost <= ROUNDED * np.linalg.norm(factors.reshape(-1)))

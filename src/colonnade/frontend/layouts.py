@@ -87,7 +87,7 @@ def _join_phases(steps: list[Draft]) -> list[Draft]:
         conv, output = step.workload, step.output
         if isinstance(conv, ConvTranspose2d) and conv.stride != (1, 1):
             assert output is not None
-            step.output = Tensor(f"{step.name}.phases", output.shape, conv.stride)
+            step.output = Tensor(f"{step.name}.phases", output.shape, conv.stride, itemsize=output.itemsize)
             join = Interleave(output.shape, conv.stride)
             result.append(Draft(f"{step.name}.join", join, [whole(step.output)], output))
     return result

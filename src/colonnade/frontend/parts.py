@@ -56,7 +56,7 @@ def _chain(conv: Draft, readers: dict[Tensor, list[Draft]]) -> list[Draft]:
         or work.prologue is not None
         or conv.panels
         or len(conv.inputs) != 1
-        or 4 * prod(output.shape) <= LARGE
+        or output.itemsize * prod(output.shape) <= LARGE
     ):
         return []
     chain = [conv]
@@ -84,7 +84,7 @@ def _cuts(conv: Draft) -> list[npt.NDArray[np.int64]]:
     """The output channels of every part: whole tiles, or neighbours where all is dense."""
     work, output = conv.workload, conv.output
     assert isinstance(work, Conv2d) and output is not None
-    most = max(PART * work.out_channels // (4 * prod(output.shape)) // ROWS * ROWS, ROWS)
+    most = max(PART * work.out_channels // (output.itemsize * prod(output.shape)) // ROWS * ROWS, ROWS)
     tiled = discover(matrix(conv.constants["weight"]))
     if tiled.is_dense:
         return np.split(np.arange(work.out_channels), range(most, work.out_channels, most))

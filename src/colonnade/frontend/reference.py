@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.layout import Panels, Placed, Planes, read_planes, write_planes
+from colonnade.layout import Panels, Placed, Planes, elements, read_planes, write_planes
 from colonnade.plan import Plan, Step
 from colonnade.workload import Array, Cast, Conv2d, ConvPool, Reach, evaluate, im2col
 
@@ -84,16 +84,17 @@ def _check_feeding(arena: npt.NDArray[np.uint8], step: Step, x: Array) -> None:
     lanes = np.flatnonzero(target.grid.valid())
     expected = im2col(x, conv)  # [N, groups, K, P]
     expected = expected.transpose(1, 2, 0, 3).reshape(conv.groups, conv.k, -1)
-    floats = arena.view(np.float32)
+    size = source.planes.itemsize
+    floats = elements(arena, source.planes)
     assert (source.planes.pitch, source.planes.image_rows) == (target.grid.pitch, target.grid.image_rows), step.name
     for group in range(conv.groups):
         for k, offset in enumerate(offsets(conv, source, group)):
-            where = offset // 4 + lanes
+            where = offset // size + lanes
             assert where.min() >= 0, f"{step.name}: reads below the arena"
             found = floats[where]
             assert np.array_equal(found, expected[group, k]), f"{step.name}: group {group}, column {k} is not in place"
         # vectors run on past the last pixel, to the end of the plane and beyond it
-        assert offset + 4 * (target.grid.plane + 256) <= arena.size, f"{step.name}: reads past the arena"
+        assert offset + size * (target.grid.plane + 256) <= arena.size, f"{step.name}: reads past the arena"
 
 
 def offsets(conv: Conv2d, source: Placed, group: int) -> list[int]:
@@ -108,5 +109,5 @@ def offsets(conv: Conv2d, source: Placed, group: int) -> list[int]:
             phase = stored.index((qy % sy, qx if layout.shifted else qx % sx))
             shift = (qy // sy) * layout.pitch + (0 if layout.shifted else qx // sx)
             for channel in range(group * ic, (group + 1) * ic):
-                result.append(int(source.offsets[channel * len(stored) + phase]) + 4 * shift)
+                result.append(int(source.offsets[channel * len(stored) + phase]) + layout.itemsize * shift)
     return result

@@ -69,10 +69,9 @@ static int has_named(const char *feature)
     FILE *const file = fopen("/proc/cpuinfo", "re");
     int found = 0;
     snprintf(name, sizeof name, "_%s", feature);
-    while (file && !found && fgets(line, sizeof line, file)) {
-        const char *at = strncmp(line, "isa", 3) ? NULL : strstr(line, name);
-        found = at && strchr("_ \t\n", at[strlen(name)]) != NULL;
-    }
+    while (file && !found && fgets(line, sizeof line, file))
+        for (const char *at = strncmp(line, "isa", 3) ? NULL : strstr(line, name); at && !found; at = strstr(at + 1, name))
+            found = strchr("_ \t\n", at[strlen(name)]) != NULL;
     if (file) fclose(file);
     return found;
 }

@@ -20,6 +20,7 @@ MAGIC = int.from_bytes(b"CNJOB1", "little")
 PAGE = 4096
 SLACK = 1024  # bytes behind the last tensor that a vector may read, as at the end of a model's arena
 TOLERANCE = 1e-4  # of the largest magnitude, the project's promise towards other runtimes
+RANGE = 1000.0  # of sums in float16, which ends at 65504: their spread at most
 TOLERANCE_HALF = 0.05  # likewise of sums in float16: thousands of them, each rounded to 11 bits
 
 
@@ -111,6 +112,8 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
         assert isinstance(step.workload, (Convert, ConvPool))
         shapes = [step.workload.shape]
     inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+    if moved.inputs and moved.inputs[0].layout.itemsize == 2:  # sums must stay in the range of float16
+        inputs[0] *= np.float32(min(1.0, RANGE / max(_gain(step), 1e-30)))
     if step.rms is not None:  # kernels for pairs of columns rely on inputs of about this size
         inputs[0] *= np.float32(step.rms)
     if step.external and step.output is not None:
@@ -138,6 +141,12 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
             for a, b in _write_expected(image, moved.output, result, vector, whole)
         ]
     return Problem(moved, arena, tuple(externals), tuple(segments), tuple(expected))
+
+
+def _gain(step: Operands) -> float:
+    """How much larger than its inputs what a step multiplies makes them, at most."""
+    weight = step.constants.get("weight", step.constants.get("scale", np.zeros((1, 1), np.float32)))
+    return float(np.sqrt(np.square(weight.reshape(len(weight), -1), dtype=np.float64).sum(1)).max())
 
 
 def encode(

@@ -12,7 +12,8 @@ from colonnade.workload.base import PLAIN, Array, Epilogue, Workload
 
 @dataclass(frozen=True)
 class Linear(Workload):
-    """``activation(x @ w.T + bias + residual)``; x [N, IC], w [OC, IC]. Also a 1x1 convolution on 1x1 maps."""
+    """``activation(x @ w.T + bias + residual)``; x [N, IC], w [OC, IC]. Also a 1x1 convolution on 1x1 maps. ``dtype``:
+    ``f16`` where weights are float16 numbers and stored so; all else is float32."""
 
     op: ClassVar[str] = "linear"
     batch: int

@@ -132,6 +132,42 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
         __asm__ volatile("vminu.vv %0, %0, %1" : "+vr"(v) : "vr"(limits)); \
         return v; \
     } \
+    /* the steps of a ceiling: the bits and x, the smaller one of both */ \
+    VEC_INLINE V##L##_t V##L##_bits_plus_now(V##L##_t v, int64_t x) \
+    { \
+        __asm__ volatile("vadd.vx %0, %0, %1" : "+vr"(v) : "r"(x)); \
+        return v; \
+    } \
+    VEC_INLINE V##L##_t V##L##_bits_most_now(V##L##_t v, int64_t x) \
+    { \
+        __asm__ volatile("vminu.vx %0, %0, %1" : "+vr"(v) : "r"(x)); \
+        return v; \
+    } \
+    VEC_INLINE V##L##_t V##L##_scale_now(V##L##_t v, T x) \
+    { \
+        V##L##_t scaled; \
+        __asm__ volatile("vfmul.vf %0, %1, %2" : "=vr"(scaled) : "vr"(v), "f"(x)); \
+        return scaled; \
+    } \
+    VEC_INLINE V##L##_t V##L##_sum_now(V##L##_t a, V##L##_t b) \
+    { \
+        __asm__ volatile("vfadd.vv %0, %0, %1" : "+vr"(a) : "vr"(b)); \
+        return a; \
+    } \
+    /* every lane's right neighbour, then `last` */ \
+    VEC_INLINE V##L##_t V##L##_next_now(V##L##_t v, T last) \
+    { \
+        V##L##_t next; \
+        __asm__ volatile("vfslide1down.vf %0, %1, %2" : "=vr"(next) : "vr"(v), "f"(last)); \
+        return next; \
+    } \
+    /* all registers, whatever the vector type is */ \
+    VEC_INLINE V##L##_t V##L##_load_whole_now(const T *p) \
+    { \
+        V##L##_t v; \
+        __asm__ volatile("vl" #L "re" #W ".v %0, %1" : "=vr"(v) : "A"(*p)); \
+        return v; \
+    } \
     typedef vbool##RATIO##_t V##L##_mask_t; \
     VEC_INLINE size_t V##L##_setvl(size_t n) \
     { \
@@ -161,6 +197,10 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     { \
         if (step == 1) return V##L##_load_or(p, n, 0.0f); \
         return __riscv_vlse##W##_v_f##W##m##L##_tu(V##L##_whole(0.0f), p, (ptrdiff_t)(step * sizeof(T)), n); \
+    } \
+    VEC_INLINE void V##L##_store_step(T *p, size_t step, V##L##_t v, size_t vl) \
+    { \
+        __riscv_vsse##W##_v_f##W##m##L(p, (ptrdiff_t)(step * sizeof(T)), v, vl); \
     } \
     VEC_INLINE V##L##_t V##L##_fma(V##L##_t acc, T s, V##L##_t v, size_t vl) \
     { \
@@ -328,7 +368,8 @@ VEC_INLINE vbool2_t vec_mask2(const uint8_t *bits, size_t lane, size_t vl) { ret
     }
 #define VEC_CONVERT(L, H) \
     VEC_INLINE vec##L##_t half##H##_widened(half##H##_t v, size_t vl) { return __riscv_vfwcvt_f_f_v_f32m##L(v, vl); } \
-    VEC_INLINE half##H##_t vec##L##_narrowed(vec##L##_t v, size_t vl) { return __riscv_vfncvt_f_f_w_f16m##H(v, vl); }
+    VEC_INLINE half##H##_t vec##L##_narrowed(vec##L##_t v, size_t vl) { return __riscv_vfncvt_f_f_w_f16m##H(v, vl); } \
+    VEC_INLINE vec##L##_t vec##L##_plus_half(vec##L##_t v, half##H##_t x, size_t vl) { return __riscv_vfwadd_wv_f32m##L(v, x, vl); }
 VEC_HALF_WIDTH(1, 16)
 VEC_HALF_WIDTH(2, 8)
 VEC_HALF_WIDTH(4, 4)
@@ -392,15 +433,18 @@ VEC_INLINE void vec_prefetch(const void *p) { (void)p; } /* a hint needs Zicbop,
     }
 VEC_SPLIT(1)
 VEC_SPLIT(2)
-#define VEC_JOIN(L) \
-    VEC_INLINE void vec##L##_join2(float *p, vec##L##_t a, vec##L##_t b, size_t vl) \
+#define VEC_JOIN(V, W, T, L) \
+    VEC_INLINE void V##L##_join2(T *p, V##L##_t a, V##L##_t b, size_t vl) \
     { \
-        __riscv_vsseg2e32_v_f32m##L##x2(p, __riscv_vcreate_v_f32m##L##x2(a, b), vl); \
+        __riscv_vsseg2e##W##_v_f##W##m##L##x2(p, __riscv_vcreate_v_f##W##m##L##x2(a, b), vl); \
     } \
-    VEC_INLINE void vec##L##_join4(float *p, vec##L##_t a, vec##L##_t b, vec##L##_t c, vec##L##_t d, size_t vl) \
+    VEC_INLINE void V##L##_join4(T *p, V##L##_t a, V##L##_t b, V##L##_t c, V##L##_t d, size_t vl) \
     { \
-        __riscv_vsseg4e32_v_f32m##L##x4(p, __riscv_vcreate_v_f32m##L##x4(a, b, c, d), vl); \
+        __riscv_vsseg4e##W##_v_f##W##m##L##x4(p, __riscv_vcreate_v_f##W##m##L##x4(a, b, c, d), vl); \
     }
-VEC_JOIN(1)
-VEC_JOIN(2)
+VEC_JOIN(vec, 32, float, 1)
+VEC_JOIN(vec, 32, float, 2)
+#ifdef __riscv_zvfh
+VEC_JOIN(half, 16, _Float16, 2)
+#endif
 #endif

@@ -79,7 +79,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     for tensor in step.inputs[1:] if apart else step.inputs:
         if (tensor.grid.pitch, tensor.grid.image_rows) != (layout.pitch, layout.image_rows):
             raise ValueError(f"{conv.key()}: lanes {tensor.grid.key()} do not match output {layout.key()}")
-    if candidate.kernel.startswith("f32_dwconv"):
+    if depthwise.known(candidate.kernel):
         return depthwise.bind(step, candidate)
     if "winograd" in candidate.params:
         return winograd.bind(step, candidate)

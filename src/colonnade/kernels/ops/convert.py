@@ -296,6 +296,7 @@ def _precision_candidates(operands: Operands, isa: Isa, threads: int) -> Iterabl
 def _precision_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     (x,), y = operands.inputs, operands.output
     assert y is not None and x.planes.phases == y.planes.phases == (1, 1)
+    assert (x.planes.pitch, x.planes.image_rows) == (y.planes.pitch, y.planes.image_rows), f"{x.name}: {y.name}"
     fields: dict[str, Field] = {
         "arena": Arena(),
         "in": u32(x.offsets),

@@ -5,9 +5,12 @@ Its kernels are candidates of ``conv2d`` beside the offset-gather ones, which re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +18,10 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops import then
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, slots, u32
 from colonnade.kernels.registry import Candidate, Operands, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import Placed, Planes
+from colonnade.layout import ELEMENTS, Placed, Planes
 from colonnade.workload import Conv2d, Reach, takes_every_second
 
 DWCONV = Struct(
@@ -29,8 +32,8 @@ DWCONV = Struct(
         Member("arena", "char *", "all offsets are bytes from here"),
         Member("offsets", "const uint32_t *", "of the first tap of every line at lane 0 [channels][lines]"),
         Member("taps", "const uint32_t *", "of every line"),
-        Member("weights", "const float *", "[channels][weight_stride], in the order of lines"),
-        Member("bias", "const float *"),
+        Member("weights", "const float *", "[channels][weight_stride] in the order of lines; of float16 such numbers"),
+        Member("bias", "const float *", "one a channel, of float16 in the first half of a place"),
         Member("rows", "const uint32_t *", "offset of every output plane"),
         Member("residual", "const uint32_t *", "offset of every plane to add, or null"),
         Member("mask", "const uint8_t *", "a bit a lane of one row: is it a pixel?"),
@@ -51,40 +54,165 @@ DWCONV = Struct(
         *then.MEMBERS,
     ),
 )
-WINDOWS = (3, 5)  # rows and columns of taps that kernels of stride 2 know as a whole
+WINDOWS = (3, 5)  # rows and columns of taps that kernels know as a whole: those of stride 2, or of float16
 TAP_COUNTS = (1, 2, 3, 5)  # lines that a kernel knows; a column of seven taps is one of five and one of two
+
+
+# X60's cycles, modelled: until a load is there, that it takes a register, until a sum is there
+LOADED, LOADING, SUMMED = 7, 2.3, 5
 
 
 def symbol(rows: int, nv: int, isa: Isa, stride: int = 1, window: int = 0) -> str:
     """``f32_dwconv_4x2v__avx512``, with a stride ``f32_dwconv2_4x2v__avx512``, for 3x3 windows ``f32_dwconv3x3s2_…``"""
-    what = f"{window}x{window}s2" if window else "" if stride == 1 else "2"
-    return f"f32_dwconv{what}_{rows}x{nv}v__{isa.name}"
+    what = (f"{window}x{window}" if window else "") + ("" if stride == 1 else "s2" if window else "2")
+    return f"{isa.prefix}_dwconv{what}_{rows}x{nv}v__{isa.name}"
+
+
+def known(kernel: str) -> bool:
+    """Is it one of these?"""
+    return kernel.split("_")[1].startswith("dwconv")
 
 
 def strided(kernel: str) -> bool:
     """Does it take every second pixel of planes as they stand?"""
-    return kernel.startswith("f32_dwconv") and kernel.split("_")[1].endswith("2")
+    return known(kernel) and kernel.split("_")[1].endswith("2")
+
+
+@dataclass(frozen=True)
+class _Op:
+    """Part of a block: ``what`` with column of taps, row of the input and row of taps. ``reads`` vectors that others
+    make; takes ``busy`` cycles a register of its unit and ``late`` ones until its result is there."""
+
+    what: str
+    k: int
+    q: int
+    t: int
+    reads: tuple[tuple[str, int, int], ...]
+    busy: float
+    late: float
+
+    @property
+    def made(self) -> tuple[str, int, int]:
+        """Its result: a vector of the input, or two registers as wide as that."""
+        return ("wide" if self.what == "wide" else "", self.k, self.q)
+
+
+@lru_cache
+def order(
+    rows: int, window: int, nv: int, registers: int, stride: int = 1
+) -> tuple[tuple[tuple[str, int, int, int], ...], float]:
+    """What a block of ``rows`` rows does, in the order in which a core that issues in order would begin it if it could
+    choose: (what, column of taps, row of the input, row of taps) each; and cycles, as the X60 is modelled.
+
+    At stride 1 every column of taps is loaded. At stride 2 a row is, as it stands: its even pixels are the first
+    column, the odd ones the second, the others are neighbours of these.
+    """
+    reach = stride * (rows - 1) + window
+    sums = [
+        _Op("sum", k, q, t, (("", k, q),), 1, SUMMED)
+        for k, q in (product(range(window), range(reach)) if stride == 1 else _by_rows(window, reach))
+        for t in range(window)
+        if (q - t) % stride == 0 and 0 <= q - t < stride * rows
+    ]
+    if stride == 1:
+        queues = [[_Op("load", k, q, 0, (), LOADING, LOADED) for k, q in product(range(window), range(reach))]]
+    else:
+        taken = [
+            _Op("take", k, q, 0, (("wide", 0, q),), 4, 4) if k < 2 else _Op("next", k, q, 0, (("", k - 2, q),), 2, 6)
+            for k, q in _by_rows(window, reach)
+        ]
+        queues = [[_Op("wide", 0, q, 0, (), 2 * LOADING, LOADED) for q in range(reach)], taken]
+    spare = 1 if stride == 1 else 6  # for masks; and wide ones begin at every second register
+    room = (registers - spare) // nv - rows
+    left = Counter(value for op in (*sums, *(op for queue in queues for op in queue)) for value in op.reads)
+    there: dict[tuple[str, int, int], float] = {}
+    summed = [0.0] * rows
+    vector, memory = 0.0, 0.0  # when these units are free
+    done: list[tuple[str, int, int, int]] = []
+    while sums:
+        ready = [queue[0] for queue in queues if queue] + sums
+        best, begin = None, inf
+        held = sum(2 if what else 1 for what, *_ in there)
+        ahead = sum(("wide", 0, op.q) in there for op in queues[-1])  # places for what is still made of these
+        for op in ready:
+            if not all(value in there for value in op.reads):
+                continue
+            if op.what != "sum" and held + (2 + ahead if op.what == "wide" else 1) > room:
+                continue
+            at = max([memory if op.what in ("load", "wide") else vector, *(there[value] for value in op.reads)])
+            if op.what == "sum":
+                at = max(at, summed[(op.q - op.t) // stride])
+            if at < begin:
+                best, begin = op, at
+        assert best is not None, f"{rows} rows of {nv} registers leave none for what they read"
+        for value in best.reads:
+            left[value] -= 1
+            if not left[value]:
+                del there[value]
+        what = best.what
+        if what == "sum":
+            sums.remove(best)
+            row = (best.q - best.t) // stride
+            what = "sum" if summed[row] else "first"
+            summed[row] = begin + max(best.late, nv)
+        else:
+            next(queue for queue in queues if queue and queue[0] is best).pop(0)
+            there[best.made] = begin + best.late
+            if what in ("load", "wide"):  # of a group, arithmetic takes all or nothing
+                there[best.made] += best.busy * nv - LOADING
+        if best.what in ("load", "wide"):
+            memory = begin + best.busy * nv
+        else:
+            vector, memory = begin + best.busy * nv, max(memory, begin)
+        done.append((what, best.k, best.q, best.t))
+    return tuple(done), vector
+
+
+def _halves(rows: int) -> list[int]:
+    """Heights of the blocks for what blocks of ``rows`` rows leave."""
+    return [p for p in (8, 4, 2, 1) if p < rows]
+
+
+def _by_rows(window: int, reach: int) -> Iterator[tuple[int, int]]:
+    """(column of taps, row of the input), row by row."""
+    return ((k, q) for q, k in product(range(reach), range(window)))
 
 
 def variants(isa: Isa) -> Iterator[Variant]:
-    """Every (R, NV) worth compiling for ``isa``, for both strides; for stride 2 and ``WINDOWS`` others."""
-    for stride, window in ((1, 0), (2, 0), *((2, taps) for taps in WINDOWS)):
-        for rows, nv in _shapes(isa, stride, window):
-            counts = [rows, *(p for p in (8, 4, 2, 1) if p < rows)]
-            params = {
-                "R": rows, "NV": nv, "S": stride, "WINDOW": window, "row_counts": counts, "tap_counts": TAP_COUNTS,
-                **then.PARAMS,
-            }  # fmt: skip
-            yield Variant(symbol(rows, nv, isa, stride, window), "dwconv.c.in", params)
+    """Every (R, NV) worth compiling for ``isa``, for both strides, and others for ``WINDOWS``. Those of float16 beside
+    them, where it knows that."""
+    for each in (isa, isa.of(2)) if isa.half else (isa,):
+        for stride, window in ((1, 0), (2, 0), *product((1, 2), WINDOWS)):
+            for rows, nv in _shapes(each, stride, window):
+                counts = [rows, *_halves(rows)]
+                params = {
+                    "R": rows, "NV": nv, "S": stride, "WINDOW": window, "row_counts": counts, "tap_counts": TAP_COUNTS,
+                    **then.PARAMS, **({"half": True} if each.itemsize == 2 else {}),
+                }  # fmt: skip
+                body = "dwconv.c.in"
+                if window and each.scalable:
+                    body = "dwwindow.c.in"
+                    params["orders"] = {r: order(r, window, nv, each.registers, stride)[0] for r in counts}
+                    # lines that a strip's share of the next block has with registers of 32 bytes
+                    params["asks"] = max(stride * stride * rows * nv // 2, 1)
+                    params["asks_out"] = max(rows * nv // 2, 1)
+                yield Variant(symbol(rows, nv, each, stride, window), body, params)
 
 
 def _shapes(isa: Isa, stride: int, window: int) -> list[tuple[int, int]]:
     """(R, NV); beside the sums, one row of the strip and (fixed vectors) five weights must find registers. In windows
     nine weights, or 15 of 5x5, and a few vectors of a row: wider strips spill some, and are measured all the same. Maps
-    of images have 7, 14, 28 ... rows."""
+    of images have 7, 14, 28 ... rows, or 5, 10, 20 ... For windows of scalable vectors see ``order``."""
+    if window and isa.scalable:
+        if stride == 2:
+            return [(8, 1), (7, 1), (5, 1), (7, 2), (5, 2), (4, 2)]
+        # with more columns, 7 rows of two registers leave too few for what is loaded ahead
+        return [(8, 1), (7, 1), (5, 1), *([(7, 2)] if window == 3 else []), (5, 2), (4, 2), (4, 4)]
+    if window and stride == 1:
+        return []
     if window:
         shapes = [(7, 2), (6, 3), (4, 4), (2, 4), (8, 1), (7, 1), (4, 1)]
-        if isa.scalable or isa.registers < 32:  # every second pixel is one load; or there is no room for weights
+        if isa.registers < 32:  # there is no room for weights
             return []
         return [(rows, nv) for rows, nv in shapes if rows * nv + (14 if window == 3 else 18) <= isa.registers]
     if isa.scalable and stride == 2:  # a row of which every second lane is taken has twice as many registers
@@ -117,8 +245,8 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     taps = conv.kernel[0] * conv.kernel[1]
     stride = 1 if step.inputs[0].planes.phases == conv.stride else 2
     lines = len(_lines(conv, (stride, stride)))
-    lanes = isa.lanes or 8
-    window = _window(_lines(conv, step.inputs[0].planes.phases)) if stride == 2 else 0
+    lanes = isa.taken
+    window = _window(_lines(conv, step.inputs[0].planes.phases))
     window = window if _shapes(isa, stride, window) else 0
     # of a vector, and of a row of them: taking every second lane, a core that issues in order waits for them first
     load, wait = (1, 0) if stride == 1 else (8, 5) if isa.scalable else (2, 0)
@@ -131,8 +259,23 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
             loads = lines * (stride * (rows - 1) + taps / lines)
             work = blocks * (vectors * (rows * taps + loads * load) + -(-vectors // nv) * loads * wait)
             overhead = blocks * -(-vectors // nv) * (20 + 2 * taps)
+            if window and isa.scalable:
+                work, overhead = _window_cycles(layout, rows, nv, window, isa, stride), 0
             name = symbol(rows, nv, isa, stride, window)
             yield Candidate(name, {"flat": flat}, conv.out_channels * (work + overhead) / 1e3)
+
+
+def _window_cycles(layout: Planes, rows: int, nv: int, window: int, isa: Isa, stride: int) -> float:
+    """What a channel takes in blocks of windows, as the X60 is modelled, from its first cache. Where blocks of several
+    heights follow each other, or images, every one is a call of its own."""
+    parts = [(rows, layout.rows // rows), *((part, 1) for part in _halves(rows) if layout.rows % rows & part)]
+    parts = [(part, count) for part, count in parts if count]
+    strips, work = -(-layout.columns // (isa.taken * nv)), 0.0
+    for part, count in parts:
+        strip = order(part, window, nv, isa.registers, stride)[1] + 5 * part * nv + 35
+        work += layout.batch * count * (strips * strip + 15)
+    calls = layout.batch * len(parts)
+    return work + (60 if calls == 1 else 100 * calls)
 
 
 @dataclass(frozen=True)
@@ -181,6 +324,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     lines = _lines(conv, source.phases)
     weight = step.constants["weight"].reshape(conv.out_channels, *conv.kernel)
     taps = [tap for line in lines for tap in line.taps]
+    weights = np.stack([weight[:, kh, kw] for kh, kw in taps], axis=1)
     bias = step.constants.get("bias")
     mask = layout.mask()
     if not flat:
@@ -191,8 +335,8 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "arena": Arena(),
         "offsets": Const(_offsets(conv, step.inputs[0], lines)),
         "taps": u32([len(line.taps) for line in lines]),
-        "weights": f32(np.stack([weight[:, kh, kw] for kh, kw in taps], axis=1)),
-        "bias": f32(np.zeros(conv.out_channels) if bias is None else bias),
+        "weights": Const(weights.astype(ELEMENTS[layout.itemsize])),
+        "bias": slots(np.zeros(conv.out_channels) if bias is None else bias, layout.itemsize),
         "rows": u32(output.offsets),
         "residual": u32(step.inputs[1].offsets) if conv.epilogue.residual else None,
         "mask": Const(mask),

@@ -45,8 +45,7 @@ def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
         return
     source, layout = step.inputs[0].planes, step.output.planes
     readable = packing.direct(conv, source, layout)
-    lone = (readable and is_depthwise(conv) and not source.shifted) or depthwise.second(conv, source)
-    if lone and source.itemsize == 4:
+    if (readable and is_depthwise(conv) and not source.shifted) or depthwise.second(conv, source):
         yield from depthwise.candidates(step, isa, threads)
     if readable and winograd.applies(step):
         yield from winograd.candidates(step, isa, registers.shapes(isa))

@@ -14,7 +14,7 @@ from colonnade.kernels.ops.shared import Identity, f32, u32
 from colonnade.kernels.ops.tables import TILE, TILE_DTYPE
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import Placed, Rows
+from colonnade.layout import ELEMENTS, Placed, Rows
 from colonnade.pattern import TiledWeights, discover
 from colonnade.workload import Linear
 
@@ -24,7 +24,7 @@ LINEAR = Struct(
     (
         Member("x", "const char *", "all columns are bytes from here"),
         Member("columns", "const uint32_t *", "offset of the input of every kept column, image 0"),
-        Member("weights", "const float *"),
+        Member("weights", "const float *", "of kernels of float16 such numbers"),
         Member("bias", "const float *", "in the order of rows"),
         Member("rows", "const uint32_t *", "output channel of every row, tile by tile"),
         Member("residual", "const float *", "[batch, out_channels], or null"),
@@ -38,27 +38,34 @@ LINEAR = Struct(
         Member("high", "f32"),
     ),
 )
+ITEMSIZE = {"f32": 4, "f16": 2}  # of a weight
 # (MB images, NV vectors): 16 accumulators at most leave registers for weights everywhere
 SHAPES = [(mb, nv) for mb in (1, 2, 4) for nv in (1, 2, 4) if mb * nv + nv < 16]
 
 
 def _symbol(mb: int, nv: int, isa: Isa) -> str:
-    return f"f32_splinear_{mb}x{nv}v__{isa.name}"
+    return f"{isa.prefix}_splinear_{mb}x{nv}v__{isa.name}"
+
+
+def _shapes(isa: Isa) -> list[tuple[int, int]]:
+    """Weights of float16 fill half of the registers that they are widened into, so no single one."""
+    return [(mb, nv) for mb, nv in SHAPES if isa.itemsize == 4 or nv > 1]
 
 
 def _variants(isa: Isa) -> Iterator[Variant]:
-    for mb, nv in SHAPES:
-        yield Variant(_symbol(mb, nv, isa), "splinear.c.in", {"MB": mb, "NV": nv})
+    for each in (isa, isa.of(2)) if isa.half else (isa,):
+        for mb, nv in _shapes(each):
+            yield Variant(_symbol(mb, nv, each), "splinear.c.in", {"MB": mb, "NV": nv, "half": each.itemsize == 2})
 
 
 def _candidates(operands: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
     """MB x NV; pruned weights keep their tiles or (dense) are cut anew into tiles of NV vectors."""
     linear = operands.workload
     assert isinstance(linear, Linear)
-    lanes = isa.lanes or 8
+    isa, lanes = isa.of(ITEMSIZE[linear.dtype]), isa.lanes or 8
     weight = operands.constants["weight"]
     pruned = not _tiling(Identity(weight), 0).is_dense
-    for mb, nv in SHAPES:
+    for mb, nv in _shapes(isa):
         if mb > 1 and mb >= 2 * linear.batch:
             continue
         for dense in (0, 1) if pruned else (1,):
@@ -102,11 +109,12 @@ def _bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
         record["first_row"], record["first_column"], record["first_weight"] = row, column, weight
         row, column, weight = row + len(tile.rows), column + len(tile.columns), weight + tile.values.size
     order = np.concatenate([tile.rows for tile in tiled.tiles])
+    values = np.concatenate([tile.values.reshape(-1) for tile in tiled.tiles])
     bias = operands.constants.get("bias")
     fields: dict[str, Field] = {
         "x": Arena(),
         "columns": u32(np.concatenate([places[tile.columns] for tile in tiled.tiles])),
-        "weights": f32(np.concatenate([tile.values.reshape(-1) for tile in tiled.tiles])),
+        "weights": Const(values.astype(ELEMENTS[ITEMSIZE[linear.dtype]])),
         "bias": f32(np.zeros(len(order)) if bias is None else bias[order]),
         "rows": u32(order),
         "residual": Arena(int(operands.inputs[1].offsets[0])) if linear.epilogue.residual else None,

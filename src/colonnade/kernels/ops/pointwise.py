@@ -121,19 +121,21 @@ def _planes(output: Placed) -> dict[str, Field]:
 
 def _symbol(name: str, isa: Isa) -> str:
     """``f32_mul_1v__avx512``"""
-    return f"f32_{name}_{isa.group}v__{isa.name}"
+    return f"{isa.prefix}_{name}_{isa.group}v__{isa.name}"
 
 
 def _affine_variants(isa: Isa) -> Iterator[Variant]:
-    for body in ("affine", "affine_rows"):
-        yield Variant(_symbol(body, isa), f"{body}.c.in", {"NV": isa.group})
-    for nv in VECTORS:
-        yield Variant(_to_panels(nv, isa), "affine_panels.c.in", {"NV": nv})
+    yield Variant(_symbol("affine_rows", isa), "affine_rows.c.in", {"NV": isa.group})
+    for each in (isa, isa.of(2)) if isa.half else (isa,):
+        half = {"half": each.itemsize == 2}
+        yield Variant(_symbol("affine", each), "affine.c.in", {"NV": isa.group, **half})
+        for nv in VECTORS:
+            yield Variant(_to_panels(nv, each), "affine_panels.c.in", {"NV": nv, **half})
 
 
 def _to_panels(nv: int, isa: Isa) -> str:
     """``f32_affine_panels_2v__rvv``"""
-    return f"f32_affine_panels_{nv}v__{isa.name}"
+    return f"{isa.prefix}_affine_panels_{nv}v__{isa.name}"
 
 
 def _affine_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
@@ -189,6 +191,9 @@ def _binary_variants(isa: Isa) -> Iterator[Variant]:
         for form, params in (("", {"BROADCAST": 0}), ("_broadcast", {"BROADCAST": 1}), ("_rows", {})):
             body = "binary_rows.c.in" if form == "_rows" else "binary.c.in"
             yield Variant(_symbol(kind + form, isa), body, {"NV": isa.group, "KIND": kind, **params})
+            if isa.half and form != "_rows" and kind != "div":  # rows are of float32, and quotients
+                halves = {"NV": isa.group, "KIND": kind, **params, "half": True}
+                yield Variant(_symbol(kind + form, isa.of(2)), body, halves)
 
 
 def _binary_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:

@@ -8,13 +8,19 @@ import numpy as np
 
 from colonnade.kernels.call import Arena, Call, Field, Scratch
 from colonnade.kernels.isa import Isa
+from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, round_up
 from colonnade.workload import GlobalPool, Pool2d
 
-MAX_LANES = 256  # of one vector: 16 on AVX-512, this many for LMUL 8 at VLEN 1024
+MAX_LANES = 256  # more than a vector of fixed length has
+# for scalable ISAs
+TOGETHER = 8  # registers of maps that are joined at a time, each a row of the output or a part of one
+GROUPS = {4: (1, 2, 4), 2: (1, 2)}  # by bytes of an element, registers of such a part: rows of small maps fill few
+SQUARES = ((2, 2), (3, 1), (3, 2))  # windows and strides whose maxima have kernels of their own
+SQUARES_ROOM = 8192  # bytes of scratch that should be enough for theirs: an L1 cache holds them beside all else
 POOL = Struct(
     "cn_pool",
     "Pool over windows: planes to planes. A row of vertical results stands in scratch between its paddings.",
@@ -24,9 +30,9 @@ POOL = Struct(
         Member("out", "const uint32_t *"),
         Member("row_factor", "const float *", "1 / rows counted in a window of every output row (avg)"),
         Member("column_factor", "const float *", "likewise of every output column, padded with zeros to whole vectors"),
-        Member("scratch", "float *", "scratch_lanes for every thread"),
+        Member("scratch", "float *", "scratch_lanes for every thread; on a scalable ISA as its kernels share it out"),
         *LEAD_MEMBERS,
-        Member("scratch_lanes", "u32"),
+        Member("scratch_lanes", "u32", "those of one row where scratch has several"),
         Member("planes", "u32"),
         Member("images", "u32"),
         Member("height", "u32"),
@@ -71,16 +77,54 @@ def _group(isa: Isa) -> int:
     return max(isa.group // 2, 1)
 
 
+def _symbol(name: str, nv: int, isa: Isa) -> str:
+    """``f32_maxpool_2v__rvv``"""
+    return f"{isa.prefix}_{name}_{nv}v__{isa.name}"
+
+
 def _pool_variants(isa: Isa) -> Iterator[Variant]:
-    for kind in ("max", "avg"):
-        params = {"NV": _group(isa), "KIND": kind, "MAX_LANES": MAX_LANES}
-        yield Variant(f"f32_{kind}pool_{_group(isa)}v__{isa.name}", "pool.c.in", params)
+    if not isa.scalable:
+        for kind in ("max", "avg"):
+            yield Variant(_symbol(f"{kind}pool", 1, isa), "pool.c.in", {"KIND": kind, "MAX_LANES": MAX_LANES})
+        return
+    for each in (isa, isa.of(2)) if isa.half else (isa,):
+        known = {"TOGETHER": TOGETHER, "half": each.itemsize == 2}
+        for kind in ("max", "avg"):
+            for nv in GROUPS[each.itemsize]:
+                yield Variant(_symbol(f"{kind}pool", nv, each), "pool_rows.c.in", {"NV": nv, "KIND": kind, **known})
+        for size, stride in SQUARES:
+            yield Variant(_square(size, stride, each), "pool_square.c.in", {"SIZE": size, "STRIDE": stride, **known})
+
+
+def _square(size: int, stride: int, isa: Isa) -> str:
+    """``f32_maxpool3s2__rvv``"""
+    return f"{isa.prefix}_maxpool{size}s{stride}__{isa.name}"
+
+
+def _is_square(pool: Pool2d, pitch: int) -> bool:
+    """Is there a kernel for this window, and do rows ``pitch`` apart leave enough of nothing between them?"""
+    (size, _), (stride, _), (top, left, _, _) = pool.kernel, pool.stride, pool.padding
+    square = pool.kernel == (size, size) and pool.stride == (stride, stride) and pool.dilation == (1, 1)
+    if pool.kind != "max" or not square or (size, stride) not in SQUARES or max(top, left) >= size:
+        return False
+    reach = (pool.out_width - 1) * stride + size - left
+    seen = all(pool.window(row, 0, pool.height)[0] for row in (0, pool.out_height - 1))
+    return seen and max(reach, min(reach, pool.width) + left) <= stride * pitch
 
 
 def _pool_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     pool = operands.workload
     assert isinstance(pool, Pool2d)
-    yield Candidate(f"f32_{pool.kind}pool_{_group(isa)}v__{isa.name}")
+    if not isa.scalable:
+        yield Candidate(_symbol(f"{pool.kind}pool", 1, isa))
+        return
+    assert operands.output is not None
+    if _is_square(pool, operands.output.planes.pitch):
+        yield Candidate(_square(pool.kernel[0], pool.stride[0], isa))
+        return
+    for nv in GROUPS[isa.itemsize]:  # vectors end with a row, and each takes as long as some registers by itself
+        vectors = sum(-(-width // (nv * isa.taken)) for width in (pool.width, pool.out_width))
+        yield Candidate(_symbol(f"{pool.kind}pool", nv, isa), rank=vectors * (nv + 3))
 
 
 def _pool_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -89,10 +133,23 @@ def _pool_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     source, target = x.planes, y.planes
     assert source.phases == target.phases == (1, 1), f"{pool.key()}: pools neither read nor write phases"
     (kh, kw), (sy, sx), (dy, dx) = pool.kernel, pool.stride, pool.dilation
-    # a step of 2 loads two whole vectors; the last window may reach past padding (ceil_mode)
-    reach = (round_up(pool.out_width, MAX_LANES) + MAX_LANES) * sx + (kw - 1) * dx
-    written = pool.padding[1] + round_up(pool.width, MAX_LANES)
-    scratch_lanes = round_up(max(reach, written), LINE // 4)
+    item = source.itemsize
+    if not isa_named(candidate.kernel.rpartition("__")[2]).scalable:
+        # a step of 2 loads two whole vectors; the last window may reach past padding (ceil_mode)
+        reach = (round_up(pool.out_width, MAX_LANES) + MAX_LANES) * sx + (kw - 1) * dx
+        written = pool.padding[1] + round_up(pool.width, MAX_LANES)
+        scratch_lanes = round_up(max(reach, written), LINE // item)
+        scratch = item * scratch_lanes
+    elif _is_square(pool, target.pitch):
+        row = sx * target.pitch
+        rows = min(round_up(pool.out_height, TOGETHER), max(SQUARES_ROOM // (item * row) // TOGETHER, 1) * TOGETHER)
+        scratch_lanes = round_up(rows * row, LINE // item) + LINE // item
+        scratch = item * scratch_lanes
+    else:  # rows, as many as any kernel takes, one more that is none, and where each row of a window stands
+        item = 4 if pool.kind == "avg" else item  # sums are of float32
+        reach = (pool.out_width - 1) * sx + (kw - 1) * dx + 1
+        scratch_lanes = round_up(max(reach, pool.padding[1] + pool.width), LINE // item)
+        scratch = (TOGETHER + 1) * item * scratch_lanes + round_up(4 * pool.out_height * kh, LINE)
     fields: dict[str, Field] = {
         "arena": Arena(),
         "in": u32(x.offsets),
@@ -122,7 +179,7 @@ def _pool_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "top": pool.padding[0],
         "left": pool.padding[1],
     }
-    return (Call(candidate.kernel, POOL.name, fields, scratch=4 * scratch_lanes),)
+    return (Call(candidate.kernel, POOL.name, fields, scratch=scratch),)
 
 
 def _factors(pool: Pool2d, axis: int) -> list[float]:
@@ -138,15 +195,17 @@ def _factors(pool: Pool2d, axis: int) -> list[float]:
 
 
 def _global_variants(isa: Isa) -> Iterator[Variant]:
-    for kind in ("max", "sum"):
-        params = {"NV": _group(isa), "KIND": kind}
-        yield Variant(f"f32_global{kind}_{_group(isa)}v__{isa.name}", "pool_global.c.in", params)
+    for each in (isa, isa.of(2)) if isa.half else (isa,):
+        for kind in ("max", "sum"):
+            params = {"NV": _group(isa), "KIND": kind, "half": each.itemsize == 2}
+            yield Variant(_symbol(f"global{kind}", _group(isa), each), "pool_global.c.in", params)
 
 
 def _global_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     pool = operands.workload
     assert isinstance(pool, GlobalPool)
-    yield Candidate(f"f32_global{'max' if pool.kind == 'max' else 'sum'}_{_group(isa)}v__{isa.name}")
+    reads = isa.of(operands.inputs[0].layout.itemsize)  # what it writes is float32 in any case
+    yield Candidate(_symbol(f"global{'max' if pool.kind == 'max' else 'sum'}", _group(isa), reads))
 
 
 def _global_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

@@ -36,8 +36,8 @@ CONV = Struct(
     (
         Member("arena", "char *", "all offsets are bytes from here"),
         Member("offsets", "const uint32_t *", "of every kept column at lane 0"),
-        Member("weights", "const float *"),
-        Member("bias", "const float *", "in the order of rows"),
+        Member("weights", "const float *", "of kernels of float16 such numbers"),
+        Member("bias", "const float *", "in the order of rows; of float16 in the first half of a place"),
         Member("rows", "const uint32_t *", "offset of the output's lane 0 of every row, tile by tile"),
         Member("residual", "const uint32_t *", "likewise of what is added, or null"),
         Member("tiles", "const cn_tile *"),

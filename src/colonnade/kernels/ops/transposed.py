@@ -117,7 +117,7 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     if layout.phases != conv.stride or source.planes.phases != (1, 1):
         raise ValueError(f"{conv.key()}: output in phases {layout.phases}, needed {conv.stride} from plain planes")
     mr, nv = (int(part.removesuffix("v")) for part in candidate.kernel.split("_")[2].split("x"))
-    isa = isa_named(candidate.kernel.rpartition("__")[2])
+    isa = isa_named(candidate.kernel.rpartition("__")[2]).of(layout.itemsize)
     cut = strips.taken(candidate, layout.lanes, mr, nv, isa)
     stored = layout.stored_phases
     planes = output.offsets.reshape(conv.out_channels, len(stored))
@@ -130,7 +130,7 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         parts = blocks.cut(tiled, conv, candidate.params.get("blocks", 1)) if taps else [tiled]
         full = _offsets(conv, source, taps)
         for index, part in enumerate(parts):
-            filled = tables.tables(key, full, part, per_group, ring)
+            filled = tables.tables(key, full, part, per_group, ring, layout.itemsize)
             if not taps:
                 filled.tiles["columns"] = 0
             fields: dict[str, Field] = {
@@ -151,7 +151,7 @@ def _bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
                 "fetch": candidate.params["fetch"],
                 "packed": 0,
                 **strips.fields(cut, layout.lanes, layout.plane, candidate.params),
-                **blocks.ends(conv, bias[order], ring, index, len(parts)),
+                **blocks.ends(conv, bias[order], ring, index, len(parts), layout.itemsize),
                 **panels.NONE,
                 **pairs.NONE,
             }
@@ -168,11 +168,13 @@ def _offsets(conv: ConvTranspose2d, source: Placed, taps: tuple[Tap, ...]) -> li
 
 def _interleave(isa: Isa) -> str:
     """``f32_interleave_2v__rvv``"""
-    return f"f32_interleave_{2 if isa.scalable else 1}v__{isa.name}"
+    return f"{isa.prefix}_interleave_{2 if isa.scalable else 1}v__{isa.name}"
 
 
 def _interleave_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_interleave(isa), "interleave.c.in", {"NV": 2 if isa.scalable else 1})
+    for each in (isa, isa.of(2)) if isa.half else (isa,):
+        params = {"NV": 2 if isa.scalable else 1, "half": each.itemsize == 2}
+        yield Variant(_interleave(each), "interleave.c.in", params)
 
 
 def _interleave_candidates(step: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
