@@ -1,7 +1,7 @@
 """Every convolution of ResNet-50 on a RISC-V core nobody has at hand: XNNPACK dense beside ours dense and pruned.
 
     python bench/riscv.py [--model x60] [--sparsity 0,0.5,0.75,0.875] [--tile 8] [--layers 3x3,1x1] [--candidates 3]
-                           [--cores 4] [--jobs 2] [--json FILE] [--stalls] [--sensitivity]
+                           [--dtype f16] [--cores 4] [--jobs 2] [--json FILE] [--stalls] [--sensitivity]
 
 All figures are **modelled** (docs/machine-models.md): the programs run under an instrumented QEMU. XNNPACK is Debian
 trixie's riscv64 package, fetched by apt with folders of its own into the cache and run from there; nothing of it is
@@ -106,9 +106,10 @@ def stem(conv: Conv2d, rng: np.random.Generator) -> Step:
     return Step("stem", ConvPool(conv, pool), (x,), y, constants)
 
 
-def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0, winograd: str = "") -> Step:
+def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0, winograd: str = "", itemsize: int = 4) -> Step:
     """The layer on placed planes, its halo beside them, or panels as wide as the frontend has them for such tiles;
-    ``sparsity`` of whole columns in tiles of ``tile`` rows gone, behind a transform if one is named."""
+    ``sparsity`` of whole columns in tiles of ``tile`` rows gone, behind a transform if one is named. The first layer
+    stays in float32 whatever ``itemsize`` is."""
     pad, s, k = layer.kernel // 2, layer.stride, layer.kernel
     conv = Conv2d(
         1,
@@ -130,9 +131,9 @@ def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0, winograd: 
     pitch = -(-layer.size // s) + max(edge, 1)  # one pitch for all maps of a resolution: where 1x1 and 3x3 meet
     used = {((i - pad) % s, (j - pad) % s) for i in range(k) for j in range(k)}
     kept = None if s == 1 else tuple(sorted(used))
-    source = Planes(1, layer.size, layer.size, pitch, pitch, edge * pitch + edge, (s, s), kept)
-    target = Planes(1, out, out, pitch, pitch, lead=pitch + 1)
-    stored = Planes(1, layer.size, layer.size, layer.size + 1, layer.size + 1)
+    source = Planes(1, layer.size, layer.size, pitch, pitch, edge * pitch + edge, (s, s), kept, itemsize)
+    target = Planes(1, out, out, pitch, pitch, lead=pitch + 1, itemsize=itemsize)
+    stored = Planes(1, layer.size, layer.size, layer.size + 1, layer.size + 1, itemsize=itemsize)
     strip = panels.WIDE if tile <= panels.FEW else panels.VECTORS
     read: Layout = Panels(stored, strip) if layer.source == "panels" else source
     written: Layout = Panels(replace(target, lead=0), strip) if layer.target == "panels" else target
@@ -179,14 +180,14 @@ def instrument() -> list[str]:
     return [f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith((".c", ".h"))]
 
 
-def copies() -> list[Step]:
+def copies(itemsize: int) -> list[Step]:
     """What writes the inputs of ResNet-50's 3x3 convolutions at stride 2 once more, in phases."""
     made = []
     for channels, size in ((128, 56), (256, 28), (512, 14)):
         pitch, shape = size // 2 + 1, (1, channels, size, size)
-        plain = Planes(1, size, size, size + 1, size + 1)
+        plain = Planes(1, size, size, size + 1, size + 1, itemsize=itemsize)
         x = place("x", shape, plain, 0)
-        target = Planes(1, size, size, pitch, pitch, pitch + 1, (2, 2))
+        target = Planes(1, size, size, pitch, pitch, pitch + 1, (2, 2), itemsize=itemsize)
         y = place("y", shape, target, round_up(plain.buffer_bytes(channels), 64))
         made.append(Step(f"copy {channels} @{size} into phases", Convert("planes", shape), (x,), y, {}))
     return made
@@ -194,7 +195,8 @@ def copies() -> list[Step]:
 
 def ours(model: Model, made: Step, label: str, tried: int, cores: int) -> Modelled:
     """The best of ``tried`` candidates, each checked against numpy; ``label`` says which case it is."""
-    rvv = isa("rvv")
+    assert made.output is not None
+    rvv = isa("rvv" if made.output.layout.itemsize == 4 else "rvv_zvfh")
     prepared: list[Problem] = []
 
     def run(candidate: registry.Candidate) -> Modelled:
@@ -240,14 +242,14 @@ def digest(call: Call) -> str:
     return found.hexdigest()
 
 
-def lanes_bound(layer: Layer, sparsity: float, vlen: int) -> float:
+def lanes_bound(layer: Layer, sparsity: float, vlen: int, itemsize: int) -> float:
     """Registers of multiply-adds on kept weights alone, halos and last vectors counted; the stem's as a plain sum."""
     out = layer.size // layer.stride
     lanes = out * out if layer.kernel == 7 else step(layer, 0.0).output.grid.lanes
     per_group = (
         ColumnPattern(sparsity, tile=8).kept(layer.ic * layer.kernel**2) if sparsity else layer.ic * layer.kernel**2
     )
-    return layer.oc * per_group * -(-lanes // (vlen // 32))
+    return layer.oc * per_group * -(-lanes // (vlen // 8 // (4 if layer.kernel == 7 else itemsize)))
 
 
 def im2col_bytes(layer: Layer) -> int:
@@ -324,6 +326,7 @@ def main() -> None:
         "--winograd", default=[], type=lambda names: names.split(","), metavar="4x1",
         help="3x3 layers lose their columns behind such a transform, where that is faster at the same sparsity",
     )  # fmt: skip
+    parser.add_argument("--dtype", choices=("f32", "f16"), default="f32", help="of ours, but for the first layer")
     parser.add_argument("--layers", default="", help="only layers whose name contains one of these, comma-separated")
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--cores", type=int, default=1, help="that work together, with one L2 and one memory")
@@ -333,6 +336,7 @@ def main() -> None:
     parser.add_argument("--sensitivity", action="store_true", help="what the assumed numbers do to XNNPACK's figures")
     options = parser.parse_args()
     model = read(options.model)
+    itemsize = 2 if options.dtype == "f16" else 4
     levels = [float(x) for x in options.sparsity.split(",")]
     root = fetch(Path(platformdirs.user_cache_dir("colonnade")) / "xnnpack-riscv64")
     merged: dict[Layer, int] = {}
@@ -353,12 +357,14 @@ def main() -> None:
         def one(layer: Layer) -> tuple[Modelled, list[Modelled]]:
             sparse = [0.0 if layer.kernel == 7 else level for level in levels]  # the stem stays dense
             label = f"{layer} stalls" if options.stalls else f"{layer}"
-            kinds = ["", *options.winograd] if (layer.kernel, layer.stride) == (3, 1) else [""]
+            transforms = options.winograd if (layer.kernel, layer.stride, itemsize) == (3, 1, 4) else []
+            kinds = ["", *transforms]
             mine = [
                 min(
                     (
                         ours(
-                            model, step(layer, s, options.tile, 0, kind), f"{label} {s} {kind}".strip(),
+                            model, step(layer, s, options.tile, 0, kind, itemsize),
+                            f"{label} {s} {kind}".strip() + " f16" * (itemsize == 2),
                             options.candidates, options.cores,
                         )
                         for kind in kinds[: len(kinds) if s else 1]
@@ -387,7 +393,7 @@ def main() -> None:
     extra, made = 0.0, []
     if not options.layers:
         with ThreadPoolExecutor(options.jobs) as pool:
-            made = list(pool.map(lambda s: ours(model, s, s.name, 1, options.cores), copies()))
+            made = list(pool.map(lambda s: ours(model, s, s.name, 1, options.cores), copies(itemsize)))
         extra = sum(m.cycles for m in made)
         line("copies into phases for the three 3x3 of stride 2", (extra / 1e6 for _ in levels), "9.2f")
     total = sum(count * theirs.cycles for _, count, theirs, _ in rows)
@@ -396,7 +402,8 @@ def main() -> None:
     units = [sum(count * mine[i].bound for _, count, _, mine in rows) for i in range(len(levels))]
     register = model.classes["vfma"].cycles[0]
     least = [
-        register * sum(count * lanes_bound(x, 0.0 if x.kernel == 7 else level, model.vlen) for x, count, _, _ in rows)
+        register
+        * sum(n * lanes_bound(x, 0.0 if x.kernel == 7 else level, model.vlen, itemsize) for x, n, _, _ in rows)
         for level in levels
     ]  # fmt: skip
     moved = [

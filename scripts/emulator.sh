@@ -63,7 +63,7 @@ if [ ! -x "$newer" ] && ! knows_half "$(command -v qemu-riscv64)"; then
         while read -r mirror; do
             work=$(mktemp -d build-out/qemu10.XXXXXX)
             if fetch_newer "$work" "$mirror" >>build-out/qemu.log 2>&1; then
-                rm -rf build-out/qemu10
+                [ -x "$newer" ] || rm -rf build-out/qemu10
                 mv -T "$work/tree" build-out/qemu10 || true # another `make` was quicker
             fi
             rm -rf "$work"

@@ -58,3 +58,10 @@ def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(cli_doctor.EXTRAS, "bench", ("other runtimes", ("there_is_no_such_module",)))
     lines = {check.name: check.line() for check in cli_doctor.extras()}
     assert lines["bench"].startswith("without") and "pip install 'colonnade[bench]'" in lines["bench"]
+
+
+def test_the_emulator_that_is_named(monkeypatch, tmp_path):
+    """COLONNADE_QEMU decides which one is looked at."""
+    monkeypatch.setenv("COLONNADE_QEMU", str(tmp_path / "none"))
+    (check,) = cli_doctor.qemu()
+    assert check.state == "without" and "COLONNADE_QEMU" in check.found

@@ -196,7 +196,9 @@ def check(model: onnx.ModelProto, tolerance: float = 1e-4, **options: Any) -> fl
     return worst
 
 
-def emulated(name: str, model: onnx.ModelProto, folder: Path, vlens: tuple[int, ...] = (128, 256)) -> list[float]:
+def emulated(
+    name: str, model: onnx.ModelProto, folder: Path, vlens: tuple[int, ...] = (128, 256), dtype: str = "f32"
+) -> list[float]:
     """One bundle, unchanged, by vector length; lanes beyond the vector length are poisoned."""
     from colonnade.api import build
     from colonnade.bench.ours import Ours
@@ -204,7 +206,7 @@ def emulated(name: str, model: onnx.ModelProto, folder: Path, vlens: tuple[int, 
 
     network = (ZOO | ZOO_OF_TIMM)[name]
     onnx.save(model, folder / "model.onnx")
-    bundle = build(folder / "model.onnx", f"qemu:vlen={vlens[0]}", out=folder / "bundle")
+    bundle = build(folder / "model.onnx", f"qemu:vlen={vlens[0]}", dtype=dtype, out=folder / "bundle")
     plan = frontend.load(model)
     feeds = network.feeds(plan, network.emulated)
     theirs = onnxruntime_outputs(model, feeds)

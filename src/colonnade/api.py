@@ -75,6 +75,7 @@ def build(
     known = threads is None or (isinstance(threads, int) and not isinstance(threads, bool))
     if not known or (threads is not None and not 1 <= threads <= MAX_THREADS):
         raise UserError(f"threads {threads!r}: expected a whole number from 1 to {MAX_THREADS}")
+    targets.check_dtype(dtype)
     machine_of = targets.parse(target)
     extra: dict[str, Any] = {}
     if isinstance(preprocess, str):

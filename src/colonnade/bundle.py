@@ -174,7 +174,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-CONVERSIONS = ("convert", "interleave", "reorder")  # steps that only move what others computed
+CONVERSIONS = ("convert", "interleave", "precision", "reorder")  # steps that only move what others computed
 
 
 def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str, Any]:
@@ -204,6 +204,7 @@ def _manifest(model: lowered.Model, arch: str, toolchain: Toolchain) -> dict[str
         "name": model.plan.name,
         "arch": arch,
         "isa": model.isa.name,
+        "dtype": model.isa.prefix,
         "threads": model.threads,
         "compiler": toolchain.version,
         "inputs": described["inputs"],

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from colonnade.cli_tune import Compiler, Cpus, Db, IsaName, Target, Threads, bar
+from colonnade.cli_tune import Compiler, Cpus, Db, Dtype, IsaName, Target, Threads, bar
 from colonnade.errors import UserError
 
 WIDE = 140  # columns of tables that go to a file or a pipe
@@ -23,6 +23,7 @@ def bench(
     vs: Annotated[str, typer.Option("--vs", help="Other runtimes: onnxruntime,openvino,ncnn,torch.")] = "",
     output: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     isa: IsaName = None,
+    dtype: Dtype = "f32",
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch size where the model is open.")] = None,
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="Undisturbed blocks of each contender.")] = 6,
     layers: Annotated[int, typer.Option("--layers", min=0, help="Show this many of the slowest layers.")] = 12,
@@ -45,7 +46,7 @@ def bench(
     names = [name.strip() for name in vs.split(",") if name.strip()]
     where, count = targets.settle(targets.parse(target), threads, cpus)
     with bar(console, "measuring") as progress:
-        found = measure(model, where, count, names, isa, batch, db, blocks, toolchain, progress)
+        found = measure(model, where, count, names, isa, dtype, batch, db, blocks, toolchain, progress)
     out = Console() if sys.stdout.isatty() else Console(width=WIDE)
     for part in table(found, layers):
         out.print(part, markup=False, highlight=False) if isinstance(part, str) else out.print(part)

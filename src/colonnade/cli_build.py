@@ -59,9 +59,10 @@ def build(
         with console.status("building"):
             bundle = make(model, target, **options)
     manifest = bundle.manifest
+    half = ["f16"] if manifest["dtype"] == "f16" else []
     kept, macs = (sum(int(step[key]) for step in manifest["steps"]) for key in ("kept_macs", "macs"))
     typer.echo(
-        f"{bundle.path}: {manifest['isa']}, {len(manifest['steps'])} steps, "
+        f"{bundle.path}: {', '.join([manifest['isa'], *half])}, {len(manifest['steps'])} steps, "
         f"{kept / 1e6:.1f} of {macs / 1e6:.1f} million multiply-adds kept, "
         f"weights {size_text(manifest['bytes']['weights.bin'])}, arena {size_text(manifest['arena_bytes'])}"
     )

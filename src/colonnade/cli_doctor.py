@@ -16,7 +16,7 @@ from pathlib import Path
 
 import typer
 
-from colonnade.errors import ColonnadeError
+from colonnade.errors import ColonnadeError, UserError
 
 ENOUGH_MB = 1500  # the compiler's C libraries, compiled kernels, some bundles
 QEMU_SINCE = (7, 2)  # the first that runs vectors of version 1.0 well
@@ -110,16 +110,22 @@ def compiler() -> list[Check]:
 
 def qemu() -> list[Check]:
     """RISC-V without a board."""
-    from colonnade.targets.qemu import PROGRAM
+    from colonnade.targets.qemu import PROGRAM, VARIABLE, half, program
 
     purpose = "--target qemu (RISC-V without a board)"
-    said = _answer(PROGRAM, "--version")
+    try:
+        path = program(purpose)
+    except UserError as error:
+        if VARIABLE in os.environ:
+            return [Check("qemu", "without", str(error), purpose, f"unset {VARIABLE}, or name a program by it")]
+        return [_apt(PROGRAM, "qemu", purpose)]
+    said = _answer(path, "--version")
     if said is None:
         return [_apt(PROGRAM, "qemu", purpose)]
     number = re.search(r"(\d+)\.(\d+)", said)
     if number is None or (int(number[1]), int(number[2])) < QEMU_SINCE:
         return [Check("qemu", "without", said, purpose, "version 7.2 or newer is needed: a newer qemu-user package")]
-    return [Check("qemu", "ok", said)]
+    return [Check("qemu", "ok", said + (", half precision" if half(path) else ""))]
 
 
 def ssh() -> list[Check]:

@@ -57,6 +57,7 @@ def tune(
     from colonnade.tune import tune as measure
 
     console = Console(stderr=True)
+    targets.check_dtype(dtype)
     machine_of = targets.parse(target)
     steps = imported(model, batch=batch)
     machine_of, count = targets.settle(machine_of, threads, cpus)

@@ -65,7 +65,7 @@ def measure(bundle: Bundle, target: Target, threads: int, toolchain: Toolchain) 
         "compiler": manifest.get("compiler", ""),
         "peak": limits,
         "ms": {"median": median(ns) / 1e6, "min": ns[0] / 1e6, "q1": low / 1e6, "q3": high / 1e6},
-        "work_share": sums["gflops"] / peak.gflops if peak.gflops else None,
+        "work_share": sums["peak_share"] if peak.gflops else None,
         "totals": sums,
         "layers": enriched,
         "notes": notes,

@@ -66,7 +66,8 @@ def measure(target: Target, isa: Isa, db: Path | None = None, toolchain: Toolcha
 
 
 def _name(machine: Machine, isa: Isa) -> str:
-    return f"layout costs|{isa.name}|{machine.key()}"
+    family = isa.name.partition("_")[0]  # the same kernels move data, whatever else an ISA has
+    return f"layout costs|{family}|{machine.key()}"
 
 
 def _costs(ns: Callable[[Step, int | None], float], default: LayoutCosts) -> LayoutCosts:

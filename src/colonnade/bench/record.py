@@ -19,7 +19,8 @@ NEVER_SLOWER = 0.03  # a pruned layer may take this much longer than its dense s
 def layers(
     manifest: Mapping[str, Any], step_ns: Sequence[Sequence[int]], peak_gflops: float, dense: bool = False
 ) -> list[dict[str, Any]]:
-    """One row a step: workload, kernel symbol, median ms, GFLOP/s, its share of the FMA peak (or None).
+    """One row a step: workload, kernel symbol, median ms, GFLOP/s, its share of the FMA peak (or None); ``peak_gflops``
+    are those of f32.
 
     The work counted is that on kept weights, so zeros that are multiplied all the same show as a lower rate; in a
     ``dense`` build all weights are kept.
@@ -41,10 +42,16 @@ def layers(
                 "spread_ms": half_range(ns) / 1e6,
                 "bytes": step.get("constant_bytes", 0) + step.get("activation_bytes", 0),
                 "gflops": rate,
-                "peak_share": rate / peak_gflops if rate is not None and peak_gflops else None,
+                "lanes": lanes(step["kernel"]),
+                "peak_share": rate / peak_gflops / lanes(step["kernel"]) if rate is not None and peak_gflops else None,
             }
         )
     return rows
+
+
+def lanes(kernel: str) -> int:
+    """How many times as many lanes as the f32 FMA peak has a kernel of this name multiplies at once."""
+    return 2 if kernel.startswith(("f16_spconv", "f16_dwconv")) else 1
 
 
 def half_range(ns: Sequence[int]) -> float:

@@ -21,10 +21,9 @@ from colonnade.bundle import Bundle, write_bundle
 from colonnade.errors import UserError
 from colonnade.kernels import registry
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.registry import Candidate
 from colonnade.plan import Plan, Variants
-from colonnade.targets.base import Machine, Target
+from colonnade.targets.base import DTYPES, Machine, Target, check_dtype
 from colonnade.targets.peak import Peak, look, measure_peak
 from colonnade.tune.database import Database
 from colonnade.tune.tuner import Chooser, place
@@ -89,6 +88,7 @@ def bench(
     threads: int = 1,
     vs: Sequence[str] = (),
     isa: str | None = None,
+    dtype: str = "f32",
     batch: int | None = None,
     db: Path | None = None,
     blocks: int = BLOCKS,
@@ -102,6 +102,7 @@ def bench(
     """
     if target.untimed:
         raise UserError(f"{target.name}: {target.untimed}; bench a machine of its own (local or ssh://...)")
+    check_dtype(dtype)
     local = target.name == "local"
     for kind in vs:
         check_known(kind) if local else boards.check_known(kind)
@@ -113,6 +114,8 @@ def bench(
         if progress is not None:
             progress(0.0, "building")
         if model.is_dir():
+            if dtype != DTYPES[0]:
+                raise UserError(f"{model}: a bundle has its own dtype; --dtype needs the ONNX file")
             if vs:
                 raise UserError(f"{model}: --vs needs the ONNX file, other runtimes cannot run a bundle")
             bundle = Bundle.load(model)
@@ -121,7 +124,7 @@ def bench(
             from colonnade.arranging import arranged
             from colonnade.frontend import imported
 
-            chosen = machine.pick_isa(isa)
+            chosen = machine.pick_isa(isa, dtype)
             made = arranged(imported(model, batch=batch), machine, chosen, db)
             bundles, notes = build_both(made, machine, chosen, threads, folder, db, toolchain)
         inputs = random_inputs(dict(next(iter(bundles.values())).manifest))
@@ -166,7 +169,7 @@ def bench(
     return record(
         model.name,
         machine,
-        isa_named(chosen.name).name,
+        chosen.name if dtype == DTYPES[0] else f"{chosen.name} {dtype}",
         threads,
         (best, limits.gbps),
         results,

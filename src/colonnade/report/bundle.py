@@ -25,9 +25,10 @@ def enrich(rows: Sequence[Mapping[str, Any]], peak: Mapping[str, float]) -> list
         op = row["workload"].partition("(")[0]
         kind = row["workload"].partition("kind=")[2].partition(",")[0]
         flops = row["gflops"] * row["ms"] * 1e6 if row["gflops"] else 0.0
-        compute = flops / peak["gflops"] / 1e6 if peak["gflops"] else 0.0
+        # the peak is that of f32
+        compute = flops / peak["gflops"] / row.get("lanes", 1) / 1e6 if peak["gflops"] else 0.0
         memory = row["bytes"] / peak["gbps"] / 1e6 if peak["gbps"] else 0.0
-        moves = op in ("reorder", "interleave") or (op == "convert" and kind not in ("import", "export"))
+        moves = op in ("reorder", "interleave", "precision") or (op == "convert" and kind not in ("import", "export"))
         role = "conversion" if moves else op
         made.append(
             dict(row)
@@ -53,10 +54,12 @@ def totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         at["ms"] += row["ms"]
     total = sum(row["ms"] for row in layers)
     flops = sum(row["gflops"] * row["ms"] for row in layers if row["gflops"])  # in 10^6
+    shares = sum((row["peak_share"] or 0.0) * row["ms"] for row in layers)
     conversions = roles.get("conversion", {"steps": 0, "ms": 0.0})
     return {
         "ms": total,
         "gflops": flops / total if total else 0.0,
+        "peak_share": shares / total if total else 0.0,
         "limit_ms": sum(row["limit_ms"] for row in layers),
         "roles": roles,
         "conversions": {**conversions, "share": conversions["ms"] / total if total else 0.0},

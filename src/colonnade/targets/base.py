@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Protocol
 
 from colonnade.errors import UserError
-from colonnade.kernels.isa import Isa, available
+from colonnade.kernels.isa import ISAS, Isa, available
 
 DTYPES = ("f32", "f16")  # of convolutions
-HALF = "RISC-V's Zvfh"  # what f16 takes
+HALF = "RISC-V's Zvfh (emulated by newer QEMUs, of which COLONNADE_QEMU may name one)"  # what f16 takes
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ``UserError`` for what convolutions cannot compute with."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,12 @@ class Machine:
     def pick_isa(self, name: str | None = None, dtype: str = DTYPES[0]) -> Isa:
         """The ISA called ``name``, which the machine must have, or its best one; for convolutions in ``dtype``. Raises
         ``UserError``."""
-        if dtype not in DTYPES:
-            raise UserError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+        check_dtype(dtype)
         rows = [row for row in self.isas if name is None or row.name == name]
         if not rows:
             known = ", ".join(row.name for row in self.isas)
-            raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}")
+            more = f"; f16 takes {HALF}" if any(row.half for row in ISAS if row.name == name) else ""
+            raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}{more}")
         if dtype == "f32":
             return rows[0]
         able = [row.of(2) for row in rows if row.half]

@@ -60,7 +60,7 @@ class Modelled:
         return Machine(
             arch="riscv64",
             cpu=f"{m.name}, modelled",
-            flags=qemu.FLAGS | m.extensions.intersection(qemu.HALF if qemu.half(qemu.program(self.name)) else ()),
+            flags=qemu.FLAGS | (m.extensions if qemu.knows_half() else m.extensions.difference(qemu.HALF)),
             cores=1,
             clusters=((0,),),
             caches=tuple(

@@ -61,6 +61,14 @@ def half(path: str) -> bool:
     return done.returncode == ENDS
 
 
+def knows_half() -> bool:
+    """Is there an emulator, and does it know half precision?"""
+    try:
+        return half(program("half precision"))
+    except UserError:
+        return False
+
+
 def cpu(path: str, vlen: int) -> str:
     """The machine with all that the emulator at ``path`` knows, as its ``-cpu`` takes it."""
     return _cpu(vlen, half(path))
