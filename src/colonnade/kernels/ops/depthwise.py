@@ -54,7 +54,7 @@ DWCONV = Struct(
         *then.MEMBERS,
     ),
 )
-WINDOWS = (3, 5)  # rows and columns of taps that kernels know as a whole: those of stride 2, or of float16
+WINDOWS = (3, 5)  # rows and columns of taps that kernels know as a whole: those of stride 2, or of scalable vectors
 TAP_COUNTS = (1, 2, 3, 5)  # lines that a kernel knows; a column of seven taps is one of five and one of two
 
 
