@@ -31,6 +31,7 @@ from colonnade.layout import (
     Planes,
     Rows,
     elements,
+    fitting,
     panel_lanes,
     place,
     read_planes,
@@ -330,7 +331,7 @@ def _forget(before: np.ndarray, after: np.ndarray, output: Placed, vector: int) 
     layout = output.layout
     if isinstance(layout, Panels):
         lanes = panel_lanes(output, vector)
-        register = vector * 4 // layout.itemsize
+        register = fitting(vector, layout.itemsize)
         whole = -(-layout.planes.lanes // register) * register  # the last vector may be written as a whole
         lanes = np.concatenate([lanes, lanes[:, -1:] + np.arange(1, whole - layout.planes.lanes + 1)], axis=1)
         elements(before, layout)[lanes] = elements(after, layout)[lanes]

@@ -13,6 +13,7 @@ from half import MISSING, emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import Arranger, Case, run
+from test_kernel_packed import loose
 from test_kernel_panels import case_of, pointwise, stored
 from test_kernel_transposed import operands as transposed_operands
 from test_kernel_transposed import transposed
@@ -209,3 +210,15 @@ def test_phases_become_planes_and_pixels_are_repeated(
     assert candidate.kernel.startswith("f16_interleave")
     values = np.random.default_rng(0).standard_normal(x.shape).astype(np.float16).astype(np.float32)
     run(case, candidate, isa, [values], threads=threads, tolerance=0, poison=POISON)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(
+    conv=convs(max_macs=500_000, max_size=24), pattern=patterns, seed=st.integers(0, 2**31),
+    more=st.tuples(*[st.integers(0, 3)] * 4), prologue=st.sampled_from([None, NONE, RELU, RELU6]), data=st.data(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_panels_are_gathered_scaled_or_as_they_are(isa, conv, pattern, seed, more, prologue, data):
+    case, inputs = halved(*loose(replace(conv, prologue=prologue), pattern, seed, more, (1, 1)))
+    threads = data.draw(st.sampled_from([1, 2, 3]))
+    check(case, inputs, data.draw(st.sampled_from(candidates(case, isa, threads))), isa, threads)

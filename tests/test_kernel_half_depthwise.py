@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +14,9 @@ from kernel_harness import run
 from models import Builder
 from test_kernel_depthwise import blocks, depthwise_convs, mine
 from test_kernel_half import MACHINE, POISON, check, halved
+from test_rvv_code import assembly
 
-from colonnade.build.toolchain import FLAGS, Toolchain
 from colonnade.frontend import imported
-from colonnade.kernels import render
 from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import depthwise, then
 from colonnade.kernels.registry import Candidate, candidates, structs
@@ -136,14 +134,7 @@ def test_windows_keep_vectors_and_weights_in_registers(tmp_path):
     is set: ours would meet another. Of both sizes of elements; and all lines are asked for."""
     isa = isa_named("rvv_zvfh")
     windows = [v for v in depthwise.variants(isa) if v.body == "dwwindow.c.in"]
-    for name, content in render.library(isa, windows).items():
-        (tmp_path / name).write_text(content)
-    tool = Toolchain()
-    flags = [*tool.target("program", "riscv64"), *FLAGS, *tool.features("kernels_rvv_zvfh.c", "riscv64")]
-    command = [*tool.command, *flags, "-S", "kernels_rvv_zvfh.c", "-o", "kernels.s"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "kernels.s").read_text()
+    text = assembly(windows, tmp_path, isa)
     bodies = dict(
         re.findall(r"^(f\d\d_dwconv\w+v__rvv_zvfh_\d+):[^\n]*\n(.*?)^\.Lfunc_end", text, re.MULTILINE | re.DOTALL)
     )

@@ -16,6 +16,7 @@ from kernel_harness import Arranger, Case, run
 from models import Builder, onnxruntime_outputs
 from test_kernel_half import MACHINE, POISON, ROUNDED, half
 from test_kernels_other import (
+    ANY_POOL,
     activations,
     batches,
     channels,
@@ -63,14 +64,7 @@ def check(case: Case, isa, inputs, threads: int, tolerance: float, **options) ->
 
 @pytest.mark.parametrize("isa", MACHINE)
 @SOME
-@given(
-    pool=pools() | stems() | squares(),
-    before=halos,
-    after=halos,
-    threads=threads_,
-    seed=seeds,
-    shift=st.sampled_from([0, -5]),
-)
+@ANY_POOL
 def test_pool(isa, pool, before, after, threads, seed, shift):
     """Maxima are exact, means are rounded once: no sum is one of float16."""
     case = pooling(pool, before, after)

@@ -219,15 +219,14 @@ def pooling(pool: Pool2d, before=(1, 1, 3), after=(1, 1, 3), itemsize: int = 4) 
     return arrange.case(pool, [x], arrange.put("y", y_shape, replace(planes(y_shape, after), itemsize=itemsize)))
 
 
-@QUICK
-@given(
-    pool=pools() | stems() | squares(),
-    before=halos,
-    after=halos,
-    threads=threads_,
-    seed=seeds,
+ANY_POOL = given(
+    pool=pools() | stems() | squares(), before=halos, after=halos, threads=threads_, seed=seeds,
     shift=st.sampled_from([0, -5]),
-)
+)  # fmt: skip
+
+
+@QUICK
+@ANY_POOL
 def test_pool(isa, pool, before, after, threads, seed, shift):
     """``shift`` makes all pixels negative: a zero halo read as data would win every maximum."""
     case = pooling(pool, before, after)

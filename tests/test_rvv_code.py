@@ -11,11 +11,12 @@ import pytest
 
 from colonnade.build.toolchain import FLAGS, Toolchain
 from colonnade.kernels import registry, render
-from colonnade.kernels.isa import isa
+from colonnade.kernels.isa import Isa
+from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import conv, registers
 from colonnade.kernels.registry import Variant
 
-RVV = isa("rvv")
+RVV = isa_named("rvv")
 FUNCTION = re.compile(r"^(f32_\w+):[^\n]*\n(.*?)^\.Lfunc_end", re.MULTILINE | re.DOTALL)
 LABEL = re.compile(r"(\.LBB\w+):(?: (\d+))?")  # and how deep in loops
 DEPTH = re.compile(r"^(\.LBB\w+:)((?:[^\n]*\n(?=\s*#))*[^\n]*)", re.MULTILINE)
@@ -24,14 +25,15 @@ BRANCH = re.compile(r"(?:b\w+|j)\s.*?(\.LBB\w+)$")
 FORBIDDEN = re.compile(r"vset|v[ls][1248]r|.*\b(?:sp|s0)\)|call|csrr")
 
 
-def assembly(variants: Iterable[Variant], folder: Path) -> str:
+def assembly(variants: Iterable[Variant], folder: Path, isa: Isa = RVV) -> str:
     """What the default compiler writes for ``variants`` with the flags of a bundle."""
-    files = render.library(RVV, variants)
+    unit = f"kernels_{isa.name}.c"
+    files = render.library(isa, variants)
     for name, content in files.items():
         (folder / name).write_text(content)
     tool = Toolchain()
-    flags = [*tool.target("program", "riscv64"), *FLAGS, *tool.features("kernels_rvv.c", "riscv64")]
-    command = [*tool.command, *flags, "-S", "kernels_rvv.c", "-o", "kernels.s"]
+    flags = [*tool.target("program", "riscv64"), *FLAGS, *tool.features(unit, "riscv64")]
+    command = [*tool.command, *flags, "-S", unit, "-o", "kernels.s"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return (folder / "kernels.s").read_text()

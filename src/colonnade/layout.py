@@ -40,6 +40,11 @@ def begins_outside(phases: tuple[int, int], kept: tuple[tuple[int, int], ...] | 
     return any(not 0 <= px < phases[1] for _, px in kept or ())
 
 
+def fitting(lanes: int, itemsize: int) -> int:
+    """Elements of ``itemsize`` bytes where there is room for so many of float32, as in vector registers."""
+    return lanes * 4 // itemsize
+
+
 @dataclass(frozen=True)
 class Planes:
     """Geometry shared by all planes of one tensor. Lengths in elements (lanes) unless said otherwise.
@@ -189,7 +194,7 @@ class Panels:
 
     def buffer_bytes(self, channels: int) -> int:
         """Bytes of a buffer of ``channels`` channels, for the longest strips."""
-        strip = self.vectors * VECTOR_LANES * 4 // self.itemsize
+        strip = self.vectors * fitting(VECTOR_LANES, self.itemsize)
         return round_up(channels * round_up(self.planes.lanes, strip) * self.itemsize, LINE)
 
     def key(self) -> str:
@@ -298,7 +303,7 @@ def panel_lanes(tensor: Placed, vector: int) -> npt.NDArray[np.int64]:
     ``vector`` f32 lanes."""
     layout = tensor.layout
     assert isinstance(layout, Panels) and vector > 0, f"{tensor.name}: panels of registers with {vector} lanes"
-    strip, channels = layout.vectors * vector * 4 // layout.itemsize, tensor.shape[1]
+    strip, channels = layout.vectors * fitting(vector, layout.itemsize), tensor.shape[1]
     number, lane = np.divmod(np.arange(layout.planes.lanes), strip)
     start = int(tensor.offsets[0]) // layout.itemsize
     return start + number * channels * strip + lane + np.arange(channels)[:, None] * strip

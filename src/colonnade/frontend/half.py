@@ -16,7 +16,18 @@ from math import prod
 import numpy as np
 
 from colonnade.frontend.draft import Draft, Tensor, Value, whole
-from colonnade.workload import Affine, Binary, Conv2d, ConvTranspose2d, GlobalPool, Linear, Pool2d, Precision, Repeat
+from colonnade.workload import (
+    Affine,
+    Binary,
+    Conv2d,
+    ConvTranspose2d,
+    GlobalPool,
+    Linear,
+    Pool2d,
+    Precision,
+    Repeat,
+    WinogradConv2d,
+)
 
 LARGEST = 60000.0  # of a weight or bias: float16 ends at 65504
 ROUNDED = 2.0**-10  # of what is multiplied, at most this share may be lost: it ends at 6e-8 too
@@ -106,9 +117,8 @@ def _can_follow(step: Draft) -> bool:
 def _can(step: Draft, functions: Collection[str]) -> bool:
     """Is it a convolution that has kernels for float16, of numbers that it can hold?"""
     conv = step.workload
-    if type(conv) not in (Conv2d, ConvTranspose2d) or getattr(conv, "prologue", None) is not None:
+    if not isinstance(conv, Conv2d | ConvTranspose2d) or isinstance(conv, WinogradConv2d):
         return False
-    assert isinstance(conv, Conv2d | ConvTranspose2d)
     function = conv.epilogue.activation.function
     if function is not None and function.name not in functions:
         return False

@@ -35,15 +35,8 @@ from colonnade.workload import (
     takes_every_second,
 )
 
-POINTWISE = (
-    Affine,
-    Binary,
-    Unary,
-    Lrn,
-    ChannelNorm,
-    ChannelSoftmax,
-    Precision,
-)  # read and write the same lanes of their planes
+# read and write the same lanes of their planes
+POINTWISE = (Affine, Binary, Unary, Lrn, ChannelNorm, ChannelSoftmax, Precision)
 
 
 class Regions(Ties):

@@ -106,11 +106,7 @@ def _parts(chain: Sequence[Draft], cuts: Sequence[npt.NDArray[np.int64]]) -> lis
             output, last = step.output, step is chain[-1]
             assert output is not None
             shape = (output.shape[0], len(channels), *output.shape[2:])
-            mine = (
-                output
-                if last
-                else Tensor(f"{output.name}.{index}", shape, output.phases, output.kept_phases, output.itemsize)
-            )
+            mine = output if last else replace(output, name=f"{output.name}.{index}", shape=shape)
             constants = {role: array[channels] for role, array in step.constants.items()}
             work = _fewer(step.workload, len(channels))
             written = channels if last else None

@@ -58,6 +58,11 @@ class Isa:
         return self if itemsize == self.itemsize else replace(self, itemsize=itemsize)
 
     @property
+    def forms(self) -> tuple[Isa, ...]:
+        """This ISA for float32, and for float16 where it computes with that."""
+        return (self.of(4), self.of(2)) if self.half else (self.of(4),)
+
+    @property
     def group(self) -> int:
         """Registers at a time of a body that runs along arrays. With one of them a core that issues in order waits for
         every link of a chain, such as a polynomial's."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.registry import Operands, structs
-from colonnade.layout import Panels, Placed, Planes, elements, panel_lanes, read_planes, round_up, write_planes
+from colonnade.layout import Panels, Placed, Planes, elements, fitting, panel_lanes, read_planes, round_up, write_planes
 from colonnade.workload import Array, Convert, ConvPool, evaluate
 
 MAGIC = int.from_bytes(b"CNJOB1", "little")
@@ -253,7 +253,7 @@ def _extents(tensor: Placed, vector: int) -> list[Span]:
     layout = tensor.layout
     if isinstance(layout, Panels):
         lanes = panel_lanes(tensor, vector)
-        strip = layout.vectors * vector * 4 // layout.itemsize
+        strip = layout.vectors * fitting(vector, layout.itemsize)
         whole = layout.planes.lanes // strip * strip
         spans = [(int(lanes[0, 0]), int(lanes[0, 0]) + whole * tensor.shape[1])] if whole else []
         if whole < layout.planes.lanes:
@@ -342,7 +342,7 @@ def _write_expected(
         lanes = panel_lanes(output, vector)
         size = layout.itemsize
         elements(image, layout)[lanes[:, ~layout.planes.valid()[: layout.planes.lanes]]] = np.nan
-        if behind := -layout.planes.lanes % (vector * 4 // size) if whole else 0:
+        if behind := -layout.planes.lanes % fitting(vector, size) if whole else 0:
             last = lanes[:, -1:] + np.arange(1, behind + 1)
             elements(image, layout)[last] = np.nan
             more = [(size * int(a), size * int(b) + size) for a, b in zip(last[:, 0], last[:, -1], strict=True)]

@@ -57,7 +57,7 @@ def ends(
     ring: int,
     index: int,
     count: int,
-    itemsize: int = 4,
+    itemsize: int,
 ) -> dict[str, Field]:
     """What the call of block ``index`` of ``count`` begins and ends with: the first one with the bias (in the order of
     rows, for a kernel with a ring of ``ring`` columns), the last one with the limits and the function."""
@@ -84,7 +84,7 @@ def split(tiled: list[TiledWeights], count: int, feed: int, threads: int) -> int
     return int(threads > 1 and count > 4 and (feed != 0 or least >= 2 * FEWEST))
 
 
-def reach(conv: Conv2d, lmul: int, itemsize: int = 4) -> int:
+def reach(conv: Conv2d, lmul: int, itemsize: int) -> int:
     """Bytes of the lines that a strip of ``lmul`` registers reads of planes, all channels and taps (VLEN 256)."""
     runs = conv.in_channels * conv.kernel[0] * min(conv.kernel[1], conv.stride[1])
     return runs * (32 * lmul + itemsize * (conv.kernel[1] - 1) * conv.dilation[1] // conv.stride[1] + LINE)
@@ -119,9 +119,8 @@ def orders(
 
     ``together``: strips that a function is applied to at a time (``ops.then``).
     """
-    weights = itemsize * max(
-        (sum(tile.values.size for tile in t.tiles) for t in tiled), default=0
-    )  # of one call at a time
+    # of one call at a time
+    weights = itemsize * max((sum(tile.values.size for tile in t.tiles) for t in tiled), default=0)
     least = min((len(tile.columns) for t in tiled for tile in t.tiles), default=0)
     parts = 1
     while parts < 8 and held >= parts * NEAR and least >= 2 * parts * FEWEST:

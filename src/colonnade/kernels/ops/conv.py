@@ -27,7 +27,7 @@ from colonnade.kernels.ops import (
 from colonnade.kernels.ops.shared import u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Struct
-from colonnade.layout import VECTOR_LANES, Panels, Placed, Planes
+from colonnade.layout import VECTOR_LANES, Panels, Placed, Planes, fitting
 from colonnade.workload import Conv2d
 
 PACKED = Struct(
@@ -41,10 +41,7 @@ PLANES_ASKED = 128  # input planes whose next lanes are asked for ahead; of more
 
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every (MR, NV) worth compiling for ``isa``."""
-    yield from (variant(mr, nv, isa) for mr, nv in registers.shapes(isa))
-    if isa.half:
-        half = isa.of(2)
-        yield from (variant(mr, nv, half) for mr, nv in registers.shapes(half))
+    yield from (variant(mr, nv, each) for each in isa.forms for mr, nv in registers.shapes(each))
     yield from pairs.variants(isa)
     yield from depthwise.variants(isa)
     yield from winograd.variants(isa)
@@ -110,7 +107,7 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         tiled, factors = pairs.scaled(tiled, step.rms)
         begun = pairs.fields(tiled, factors, bias, mr, step.rms)
         parts = [tiled]
-    row = nv * VECTOR_LANES * 4 // layout.itemsize if isa.scalable else cut.lanes(isa)
+    row = nv * fitting(VECTOR_LANES, layout.itemsize) if isa.scalable else cut.lanes(isa)
     gathered = packing.panel_bytes(panel, params["strip_block"], row, isa) if panel is not None else 0
     left = windows.Window.of(conv, tiled, layout) if feed == feeds.LEFT else None
     shared = left.left(layout.lanes, nv, layout.itemsize) if left is not None else 0

@@ -74,7 +74,7 @@ def _kernel(isa: Isa) -> str:
 
 
 def _convert_variants(isa: Isa) -> Iterator[Variant]:
-    for each in (isa, isa.of(2)) if isa.half else (isa,):
+    for each in isa.forms:
         yield Variant(_kernel(each), "copy.c.in", {"NV": 4 if isa.scalable else 1, "half": each.itemsize == 2})
 
 
@@ -285,7 +285,7 @@ def _precision_kernel(isa: Isa) -> str:
 
 
 def _precision_variants(isa: Isa) -> Iterator[Variant]:
-    for each in (isa, isa.of(2)) if isa.half else ():
+    for each in isa.forms if isa.half else ():
         yield Variant(_precision_kernel(each), "precision.c.in", {"NV": 4, "NARROW": each.itemsize == 2})
 
 

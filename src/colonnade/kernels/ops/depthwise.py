@@ -181,7 +181,7 @@ def _by_rows(window: int, reach: int) -> Iterator[tuple[int, int]]:
 def variants(isa: Isa) -> Iterator[Variant]:
     """Every (R, NV) worth compiling for ``isa``, for both strides, and others for ``WINDOWS``. Those of float16 beside
     them, where it knows that."""
-    for each in (isa, isa.of(2)) if isa.half else (isa,):
+    for each in isa.forms:
         for stride, window in ((1, 0), (2, 0), *product((1, 2), WINDOWS)):
             for rows, nv in _shapes(each, stride, window):
                 counts = [rows, *_halves(rows)]

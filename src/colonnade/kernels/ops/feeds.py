@@ -181,20 +181,13 @@ def _windowed(
     work, count = costs.cost_in_order(tiled, lanes, mr, nv, isa), -(-lanes // (isa.taken * nv))
     if window.around == 0:
         moved = window.count * count * 90.0 * costs.idle(count, threads)
-        for c in in_place(
-            [tiled], lanes, mr, nv, dense, isa, threads, feed=LEFT, held=isa.itemsize * window.count * lanes
-        ):
+        held = isa.itemsize * window.count * lanes
+        for c in in_place([tiled], lanes, mr, nv, dense, isa, threads, feed=LEFT, held=held):
             yield Candidate(c.kernel, c.params, c.rank + moved)
     blocks_tried = [b for b in ((1, 4, 0) if window.around == 0 else (4, 1, 0)) if b < count] or [0]
     for block, split in product(blocks_tried, (0, 1) if threads > 1 else (0,)):
-        held = isa.taken * nv * (block or count) + window.around
-        moved = (
-            -(-count // (block or count))
-            * window.count
-            * held
-            / (isa.taken * nv)
-            * (40.0 if conv.stride[1] == 1 else 90.0)
-        )
+        held, each = isa.taken * nv * (block or count) + window.around, 40.0 if conv.stride[1] == 1 else 90.0
+        moved = -(-count // (block or count)) * window.count * held / (isa.taken * nv) * each
         idle = costs.idle(len(tiled.tiles) * (1 if split else count), threads)
         params = {"strip_block": block, "prefetch": 0, "split_tiles": split, "dense": dense, "feed": 3, "tail": 0}
         rank = (work * idle + moved * (threads if split else idle)) * (1 + 0.1 * (block != blocks_tried[0]))

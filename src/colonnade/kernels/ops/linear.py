@@ -53,7 +53,7 @@ def _shapes(isa: Isa) -> list[tuple[int, int]]:
 
 
 def _variants(isa: Isa) -> Iterator[Variant]:
-    for each in (isa, isa.of(2)) if isa.half else (isa,):
+    for each in isa.forms:
         for mb, nv in _shapes(each):
             yield Variant(_symbol(mb, nv, each), "splinear.c.in", {"MB": mb, "NV": nv, "half": each.itemsize == 2})
 

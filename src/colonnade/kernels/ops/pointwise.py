@@ -126,7 +126,7 @@ def _symbol(name: str, isa: Isa) -> str:
 
 def _affine_variants(isa: Isa) -> Iterator[Variant]:
     yield Variant(_symbol("affine_rows", isa), "affine_rows.c.in", {"NV": isa.group})
-    for each in (isa, isa.of(2)) if isa.half else (isa,):
+    for each in isa.forms:
         half = {"half": each.itemsize == 2}
         yield Variant(_symbol("affine", each), "affine.c.in", {"NV": isa.group, **half})
         for nv in VECTORS:
@@ -190,10 +190,10 @@ def _binary_variants(isa: Isa) -> Iterator[Variant]:
     for kind in KINDS:
         for form, params in (("", {"BROADCAST": 0}), ("_broadcast", {"BROADCAST": 1}), ("_rows", {})):
             body = "binary_rows.c.in" if form == "_rows" else "binary.c.in"
-            yield Variant(_symbol(kind + form, isa), body, {"NV": isa.group, "KIND": kind, **params})
-            if isa.half and form != "_rows" and kind != "div":  # rows are of float32, and quotients
-                halves = {"NV": isa.group, "KIND": kind, **params, "half": True}
-                yield Variant(_symbol(kind + form, isa.of(2)), body, halves)
+            single = form == "_rows" or kind == "div"  # rows are of float32, and quotients
+            for each in isa.forms[:1] if single else isa.forms:
+                known = {"NV": isa.group, "KIND": kind, "half": each.itemsize == 2}
+                yield Variant(_symbol(kind + form, each), body, {**known, **params})
 
 
 def _binary_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:

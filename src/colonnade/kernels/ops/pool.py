@@ -87,7 +87,7 @@ def _pool_variants(isa: Isa) -> Iterator[Variant]:
         for kind in ("max", "avg"):
             yield Variant(_symbol(f"{kind}pool", 1, isa), "pool.c.in", {"KIND": kind, "MAX_LANES": MAX_LANES})
         return
-    for each in (isa, isa.of(2)) if isa.half else (isa,):
+    for each in isa.forms:
         known = {"TOGETHER": TOGETHER, "half": each.itemsize == 2}
         for kind in ("max", "avg"):
             for nv in GROUPS[each.itemsize]:
@@ -195,7 +195,7 @@ def _factors(pool: Pool2d, axis: int) -> list[float]:
 
 
 def _global_variants(isa: Isa) -> Iterator[Variant]:
-    for each in (isa, isa.of(2)) if isa.half else (isa,):
+    for each in isa.forms:
         for kind in ("max", "sum"):
             params = {"NV": _group(isa), "KIND": kind, "half": each.itemsize == 2}
             yield Variant(_symbol(f"global{kind}", _group(isa), each), "pool_global.c.in", params)

@@ -172,7 +172,7 @@ def _interleave(isa: Isa) -> str:
 
 
 def _interleave_variants(isa: Isa) -> Iterator[Variant]:
-    for each in (isa, isa.of(2)) if isa.half else (isa,):
+    for each in isa.forms:
         params = {"NV": 2 if isa.scalable else 1, "half": each.itemsize == 2}
         yield Variant(_interleave(each), "interleave.c.in", params)
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Const, Field
 from colonnade.kernels.ops.packing import TAP_DTYPE
 from colonnade.kernels.ops.shared import u32
-from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, Planes, round_up
+from colonnade.layout import LINE, VECTOR_LANES, Panels, Placed, Planes, fitting, round_up
 from colonnade.pattern import TiledWeights
 from colonnade.workload import Conv2d, Reach
 
@@ -77,11 +77,11 @@ class Window:
 
     def left(self, lanes: int, nv: int, itemsize: int) -> int:
         """Bytes of all strips' windows where they are left as panels."""
-        return round_up(itemsize * self.count * round_up(lanes, nv * VECTOR_LANES * 4 // itemsize), LINE)
+        return round_up(itemsize * self.count * round_up(lanes, nv * fitting(VECTOR_LANES, itemsize)), LINE)
 
     def bytes(self, lanes: int, nv: int, strip_block: int, itemsize: int) -> int:
         """Scratch of one thread for strips of ``nv`` of the longest vectors, ``strip_block`` of them at a time."""
-        strip, line = nv * VECTOR_LANES * 4 // itemsize, LINE // itemsize
+        strip, line = nv * fitting(VECTOR_LANES, itemsize), LINE // itemsize
         held = min(round_up(lanes, strip), strip_block * strip) if strip_block else round_up(lanes, strip)
         return round_up(itemsize * (self.count * (round_up(held + self.around, line) + line) + strip), LINE)
 
