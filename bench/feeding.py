@@ -26,14 +26,14 @@ from colonnade import targets
 from colonnade.errors import run_script
 from colonnade.frontend.panels import VECTORS
 from colonnade.kernels import registry
-from colonnade.kernels.isa import Isa, available
+from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
 from colonnade.layout import Panels, Placed, Planes, place, round_up
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Step
 from colonnade.tune.job import Run, problem
 from colonnade.tune.measure import Harness, Measurement
-from colonnade.workload import RELU, Affine, Conv2d, Convert, Epilogue, Reach, matrix, unmatrix
+from colonnade.workload import RELU, Affine, Conv2d, Convert, Epilogue, Reach, unmatrix
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,15 @@ def placed(conv: Conv2d, in_place: bool) -> tuple[Placed, Placed, Placed]:
     return x, mine, place("y", (1, conv.out_channels, oh, ow), target, at)
 
 
-def weights(conv: Conv2d, sparsity: float) -> np.ndarray:
-    """[OC, IC/groups, KH, KW]; tiles of eight rows keep the same columns."""
-    rng = np.random.default_rng(0)
-    shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
-    rows = matrix(rng.standard_normal(shape).astype(np.float32))
+def weights(conv: Conv2d, sparsity: float, tile: int = 8, seed: int = 0) -> np.ndarray:
+    """Random [OC, IC/groups, KH, KW]; every ``tile`` rows keep the same columns, a share of ``sparsity`` is gone."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((conv.out_channels, conv.k), dtype=np.float32) / np.sqrt(conv.k, dtype=np.float32)
     if sparsity:
-        kept = ColumnPattern(sparsity, tile=8).kept(conv.k)
-        for start in range(0, conv.out_channels, 8):
-            rows[start : start + 8, rng.permutation(conv.k)[kept:]] = 0
-    return unmatrix(rows, shape)
+        pattern = ColumnPattern(sparsity, tile)
+        for start in range(0, conv.out_channels, tile):
+            rows[start : start + tile, rng.permutation(conv.k)[pattern.kept(conv.k) :]] = 0
+    return unmatrix(rows, conv.weight_shape)
 
 
 def steps(layer: Layer) -> Iterator[tuple[str, Step]]:
@@ -212,8 +211,7 @@ def main() -> None:
     options = parser.parse_args()
     target = targets.parse(options.target)
     machine = target.probe()
-    isas = available(machine.arch, frozenset(machine.flags))
-    isa = next((row for row in isas if row.name == options.isa), isas[0])
+    isa = machine.pick_isa(options.isa or None)
     harness = Harness(target, isa, options.threads)
     print(f"{machine.cpu}, {isa.name}, {options.threads} thread(s), minimum of {options.rounds}")
     print(f"{'layer':36} {'way':10} {'ms':>8} {'GFLOP/s':>8} {'GB/s':>6}  kernel")

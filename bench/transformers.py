@@ -7,17 +7,18 @@ printed. What was exported, pruned and built stays in the folder and is taken as
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from colonnade.bench.ours import Ours
+from colonnade.bundle import Bundle
 from colonnade.errors import run_script
+from colonnade.targets import Local
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,16 +35,11 @@ def export(name: str, path: Path) -> None:
         onnx.save(bert_model(BASE, 1, 128), path)
         return
     import torch
-    import torchvision
+
+    from tests import models
 
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            torchvision.models.vit_b_16(weights=None).eval(), (torch.zeros(1, 3, 224, 224),), dynamo=True, verbose=False
-        )
-    assert program is not None
-    program.save(path)
+    onnx.save(models.export(models.torchvision_zoo().vit_b_16(weights=None), 1, 3, 224, 224), path)
 
 
 def prepare(name: str, folder: Path) -> None:
@@ -62,7 +58,7 @@ def prepare(name: str, folder: Path) -> None:
             cn.build(str(model), target="local", threads=1, out=str(model.with_suffix("")))
 
 
-def feeds_of(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+def feeds_of(manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Random inputs: pictures, or ids, a mask of zeros and ones, two types."""
     rng = np.random.default_rng(0)
     made = {}
@@ -71,16 +67,6 @@ def feeds_of(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
         whole = "int" in str(port.get("type") or port.get("dtype"))
         made[port["name"]] = rng.integers(0, limit, shape) if whole else rng.standard_normal(shape).astype(np.float32)
     return made
-
-
-def ours(bundle: Path, feeds: dict[str, np.ndarray], repeat: int) -> list[float]:
-    """ms of every run of one block."""
-    arguments = [str(bundle / "run"), "--weights", str(bundle / "weights.bin"), "--threads", "1"]
-    for index, (name, array) in enumerate(feeds.items()):
-        np.save(bundle.parent / f"input{index}.npy", array)
-        arguments += ["-i", f"{name}={bundle.parent / f'input{index}.npy'}"]
-    arguments += ["--warmup", "2", "--repeat", str(repeat), "--json"]
-    return [ns / 1e6 for ns in json.loads(subprocess.run(arguments, capture_output=True, check=True).stdout)["run_ns"]]
 
 
 def main() -> None:
@@ -95,16 +81,17 @@ def main() -> None:
     print("| model | 75 % pruned | dense | onnxruntime, dense |\n|---|---|---|---|")
     for name, title in (("bert", "BERT-base, 128 tokens"), ("vit", "ViT-B/16, 224²")):
         prepare(name, options.folder)
-        pruned, dense = options.folder / f"{name}-pruned", options.folder / f"{name}-dense"
-        feeds = feeds_of(json.loads((pruned / "manifest.json").read_text()))
+        pruned, dense = (Bundle.load(options.folder / f"{name}-{kind}") for kind in ("pruned", "dense"))
+        feeds = feeds_of(pruned.manifest)
+        ours = [Ours(bundle, Local(), feeds, 1) for bundle in (pruned, dense)]
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(f"{dense}.onnx", settings, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(f"{dense.path}.onnx", settings, providers=["CPUExecutionProvider"])
         session.run(None, feeds)
         times: list[list[float]] = [[], [], []]
         for _ in range(options.blocks):
-            times[0] += ours(pruned, feeds, 8)
-            times[1] += ours(dense, feeds, 8)
+            for index, side in enumerate(ours):
+                times[index] += [ns / 1e6 for ns in side.block(2, 8)]
             for _ in range(6):
                 start = time.perf_counter()
                 session.run(None, feeds)

@@ -5,25 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-from models import export, onnxruntime_outputs, torchvision_model
+from models import torchvision_model
+from test_parity import compare, stored
 
-from colonnade import ColumnPattern, Session
-from colonnade.api import build
-from colonnade.sparsify.onnx_file import prune_file
-
-TOLERANCE = 1e-4  # of the largest magnitude
 QUICK = (64, 96)
 SLOW = [(1, (224, 224)), (3, (160, 192))]
 
 
 @pytest.fixture(scope="session")
 def files(request: pytest.FixtureRequest, torchvision_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(network, sparsity in percent) → ONNX file of any batch and size, pruned in consecutive rows."""
-    folder = tmp_path_factory.mktemp("more-networks")
-    ready: dict[tuple[str, int], Path] = {}
+    """`stored` networks of torchvision."""
 
     def network(name: str) -> Any:
         if name == "mobilenet_v2":  # real weights: random ones say little about ReLU6
@@ -33,35 +25,7 @@ def files(request: pytest.FixtureRequest, torchvision_models: Any, tmp_path_fact
             return weights.mobilenet_v2()
         return torchvision_model(torchvision_models, name)
 
-    def file(name: str, percent: int) -> Path:
-        if (name, percent) not in ready:
-            path = folder / f"{name}-{percent}.onnx"
-            if percent:
-                prune_file(file(name, 0), path, ColumnPattern(percent / 100, tile=8), group_rows=False)
-            else:
-                model = export(network(name), 1, 3, 224, 224, dynamic=True)
-                for axis, free in ((2, "height"), (3, "width")):
-                    model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = free
-                del model.graph.value_info[:]
-                onnx.save(model, path)
-            ready[name, percent] = path
-        return ready[name, percent]
-
-    return file
-
-
-def compare(file: Path, folder: Path, batch: int, size: tuple[int, int]) -> dict[str, Any]:
-    """The bundle's manifest, after its answers with one thread and two were found right, and equal in two runs."""
-    bundle = build(file, input_shapes={"x": (batch, 3, *size)}, threads=2, out=folder / "bundle")
-    feeds = {"x": np.random.default_rng(0).standard_normal((batch, 3, *size)).astype(np.float32)}
-    expected = onnxruntime_outputs(onnx.load(file), feeds)
-    for threads in (1, 2):
-        with Session(bundle.path, threads=threads) as session:
-            first, second = session.run(feeds), session.run(feeds)
-        for name, wanted in expected.items():
-            np.testing.assert_array_equal(first[name], second[name], "two runs differ")
-            assert np.abs(first[name] - wanted).max() <= TOLERANCE * np.abs(wanted).max()
-    return bundle.manifest
+    return stored(tmp_path_factory.mktemp("more-networks"), network)
 
 
 def kept(manifest: dict[str, Any]) -> float:

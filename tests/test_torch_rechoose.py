@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_torch_finetune import same, tune
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,13 +49,7 @@ def movable(dense: nn.Module, pattern: Any = PATTERNS[0], **options: Any) -> nn.
 
 
 def train(model: nn.Module, data: Any, **options: Any) -> Any:
-    settings = {"epochs": 2, "lr": 0.05, "progress": False} | options
-    return cn.finetune(model, DataLoader(data[0], 32, shuffle=True), DataLoader(data[1], 40), **settings)
-
-
-def same(first: nn.Module, second: nn.Module) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+    return tune(model, data, **{"epochs": 2} | options)
 
 
 def counts_hold(model: nn.Module, pattern: cn.ColumnPattern) -> None:

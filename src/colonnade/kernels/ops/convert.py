@@ -10,7 +10,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, External, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, masks, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, lead, masks, symbol, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed, Planes, Rows
@@ -69,17 +69,13 @@ PRECISION = Struct(
 NO_MASK: dict[str, Field] = {"mask": None, "mask_bytes": 0}
 
 
-def _kernel(isa: Isa) -> str:
-    return f"{isa.prefix}_copy_{4 if isa.scalable else 1}v__{isa.name}"
-
-
 def _convert_variants(isa: Isa) -> Iterator[Variant]:
     for each in isa.forms:
-        yield Variant(_kernel(each), "copy.c.in", {"NV": 4 if isa.scalable else 1, "half": each.itemsize == 2})
+        yield Variant(symbol("copy", each, isa.group), "copy.c.in", {"NV": isa.group, "half": each.itemsize == 2})
 
 
 def _convert_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(_kernel(isa))
+    yield Candidate(symbol("copy", isa, isa.group))
 
 
 def _convert_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -280,17 +276,13 @@ def _zeros_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
     return (Call(candidate.kernel, ZEROS.name, fields),)
 
 
-def _precision_kernel(isa: Isa) -> str:
-    return f"{isa.prefix}_precision_4v__{isa.name}"
-
-
 def _precision_variants(isa: Isa) -> Iterator[Variant]:
     for each in isa.forms if isa.half else ():
-        yield Variant(_precision_kernel(each), "precision.c.in", {"NV": 4, "NARROW": each.itemsize == 2})
+        yield Variant(symbol("precision", each, 4), "precision.c.in", {"NV": 4, "NARROW": each.itemsize == 2})
 
 
 def _precision_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(_precision_kernel(isa))
+    yield Candidate(symbol("precision", isa, 4))
 
 
 def _precision_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

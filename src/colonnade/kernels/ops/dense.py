@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, symbol, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed, Planes, Rows
@@ -150,10 +150,6 @@ EXPRESSIONS = {
 }
 REDUCTIONS = ("sum", "avg", "max", "min", "prod", "l1", "l2", "sumsq", "logsum", "logsumexp")
 MATMUL_SHAPES = ((4, 2), (6, 2), (8, 1), (1, 4), (6, 4))  # (rows, vectors); the last one where there are 32 registers
-
-
-def _symbol(name: str, isa: Isa, group: int = 1) -> str:
-    return f"f32_{name}_{group}v__{isa.name}"
 
 
 def _at(x: Placed) -> Arena:
@@ -301,11 +297,11 @@ def _constant_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]
 
 
 def take_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("take", isa), "take.c.in", {"NV": 1})
+    yield Variant(symbol("take", isa), "take.c.in", {"NV": 1})
 
 
 def take_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(_symbol("take", isa))
+    yield Candidate(symbol("take", isa))
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -336,12 +332,12 @@ def broadcast_tables(shapes: Sequence[tuple[int, ...]]) -> tuple[list[Table], li
 def _elementwise_variants(isa: Isa) -> Iterator[Variant]:
     for kind, expression in EXPRESSIONS.items():
         params = {"NV": 1, "EXPRESSION": expression, "COUNT": 3 if kind == "where" else 2}
-        yield Variant(_symbol(f"{kind}_dense", isa), "elementwise.c.in", params)
+        yield Variant(symbol(f"{kind}_dense", isa), "elementwise.c.in", params)
 
 
 def _elementwise_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     assert isinstance(operands.workload, Elementwise)
-    yield Candidate(_symbol(f"{operands.workload.kind}_dense", isa))
+    yield Candidate(symbol(f"{operands.workload.kind}_dense", isa))
 
 
 def elementwise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -360,12 +356,12 @@ def elementwise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ..
 
 def _reduce_variants(isa: Isa) -> Iterator[Variant]:
     for kind in REDUCTIONS:
-        yield Variant(_symbol(f"reduce_{kind}", isa), "reduce.c.in", {"NV": 1, "KIND": kind})
+        yield Variant(symbol(f"reduce_{kind}", isa), "reduce.c.in", {"NV": 1, "KIND": kind})
 
 
 def _reduce_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     assert isinstance(operands.workload, Reduce)
-    yield Candidate(_symbol(f"reduce_{operands.workload.kind}", isa))
+    yield Candidate(symbol(f"reduce_{operands.workload.kind}", isa))
 
 
 def _reduce_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -430,11 +426,11 @@ def _matmul_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 
 def _normalise_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("normalise", isa, isa.group), "normalise.c.in", {"NV": isa.group})
+    yield Variant(symbol("normalise", isa, isa.group), "normalise.c.in", {"NV": isa.group})
 
 
 def _normalise_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(_symbol("normalise", isa, isa.group))
+    yield Candidate(symbol("normalise", isa, isa.group))
 
 
 def _normalise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -448,11 +444,11 @@ def _normalise_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...
 
 
 def _lookup_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("lookup", isa), "lookup.c.in", {"NV": 1})
+    yield Variant(symbol("lookup", isa), "lookup.c.in", {"NV": 1})
 
 
 def _lookup_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(_symbol("lookup", isa))
+    yield Candidate(symbol("lookup", isa))
 
 
 def _lookup_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from colonnade.kernels.call import Arena, Call, Const, Field
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, extents, f32, lead, masks, same_places, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, extents, f32, lead, masks, same_places, symbol, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Panels, Placed, Rows
@@ -119,31 +119,21 @@ def _planes(output: Placed) -> dict[str, Field]:
     }
 
 
-def _symbol(name: str, isa: Isa) -> str:
-    """``f32_mul_1v__avx512``"""
-    return f"{isa.prefix}_{name}_{isa.group}v__{isa.name}"
-
-
 def _affine_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("affine_rows", isa), "affine_rows.c.in", {"NV": isa.group})
+    yield Variant(symbol("affine_rows", isa, isa.group), "affine_rows.c.in", {"NV": isa.group})
     for each in isa.forms:
         half = {"half": each.itemsize == 2}
-        yield Variant(_symbol("affine", each), "affine.c.in", {"NV": isa.group, **half})
+        yield Variant(symbol("affine", each, isa.group), "affine.c.in", {"NV": isa.group, **half})
         for nv in VECTORS:
-            yield Variant(_to_panels(nv, each), "affine_panels.c.in", {"NV": nv, **half})
-
-
-def _to_panels(nv: int, isa: Isa) -> str:
-    """``f32_affine_panels_2v__rvv``"""
-    return f"{isa.prefix}_affine_panels_{nv}v__{isa.name}"
+            yield Variant(symbol("affine_panels", each, nv), "affine_panels.c.in", {"NV": nv, **half})
 
 
 def _affine_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     output = operands.output
     if output is not None and isinstance(output.layout, Panels):
-        return [Candidate(_to_panels(output.layout.vectors, isa))]
+        return [Candidate(symbol("affine_panels", isa, output.layout.vectors))]
     name = "affine_rows" if isinstance(operands.inputs[0].layout, Rows) else "affine"
-    return [Candidate(_symbol(name, isa))]
+    return [Candidate(symbol(name, isa, isa.group))]
 
 
 def _affine_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -193,14 +183,14 @@ def _binary_variants(isa: Isa) -> Iterator[Variant]:
             single = form == "_rows" or kind == "div"  # rows are of float32, and quotients
             for each in isa.forms[:1] if single else isa.forms:
                 known = {"NV": isa.group, "KIND": kind, "half": each.itemsize == 2}
-                yield Variant(_symbol(kind + form, each), body, {**known, **params})
+                yield Variant(symbol(kind + form, each, isa.group), body, {**known, **params})
 
 
 def _binary_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     workload = operands.workload
     assert isinstance(workload, Binary)
     form = "_rows" if isinstance(operands.inputs[0].layout, Rows) else "_broadcast" if workload.broadcast else ""
-    return [Candidate(_symbol(workload.kind + form, isa))]
+    return [Candidate(symbol(workload.kind + form, isa, isa.group))]
 
 
 def _binary_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -236,11 +226,11 @@ def _binary_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
 
 
 def _softmax_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("softmax", isa), "softmax.c.in", {"NV": isa.group})
+    yield Variant(symbol("softmax", isa, isa.group), "softmax.c.in", {"NV": isa.group})
 
 
 def _softmax_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    return [Candidate(_symbol("softmax", isa))]
+    return [Candidate(symbol("softmax", isa, isa.group))]
 
 
 def _softmax_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from colonnade.kernels.call import Arena, Call, Field, Scratch
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.isa import isa as isa_named
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, symbol, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, round_up
@@ -77,21 +77,16 @@ def _group(isa: Isa) -> int:
     return max(isa.group // 2, 1)
 
 
-def _symbol(name: str, nv: int, isa: Isa) -> str:
-    """``f32_maxpool_2v__rvv``"""
-    return f"{isa.prefix}_{name}_{nv}v__{isa.name}"
-
-
 def _pool_variants(isa: Isa) -> Iterator[Variant]:
     if not isa.scalable:
         for kind in ("max", "avg"):
-            yield Variant(_symbol(f"{kind}pool", 1, isa), "pool.c.in", {"KIND": kind, "MAX_LANES": MAX_LANES})
+            yield Variant(symbol(f"{kind}pool", isa), "pool.c.in", {"KIND": kind, "MAX_LANES": MAX_LANES})
         return
     for each in isa.forms:
         known = {"TOGETHER": TOGETHER, "half": each.itemsize == 2}
         for kind in ("max", "avg"):
             for nv in GROUPS[each.itemsize]:
-                yield Variant(_symbol(f"{kind}pool", nv, each), "pool_rows.c.in", {"NV": nv, "KIND": kind, **known})
+                yield Variant(symbol(f"{kind}pool", each, nv), "pool_rows.c.in", {"NV": nv, "KIND": kind, **known})
         for size, stride in SQUARES:
             yield Variant(_square(size, stride, each), "pool_square.c.in", {"SIZE": size, "STRIDE": stride, **known})
 
@@ -116,7 +111,7 @@ def _pool_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Can
     pool = operands.workload
     assert isinstance(pool, Pool2d)
     if not isa.scalable:
-        yield Candidate(_symbol(f"{pool.kind}pool", 1, isa))
+        yield Candidate(symbol(f"{pool.kind}pool", isa))
         return
     assert operands.output is not None
     if _is_square(pool, operands.output.planes.pitch):
@@ -124,7 +119,7 @@ def _pool_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Can
         return
     for nv in GROUPS[isa.itemsize]:  # vectors end with a row, and each takes as long as some registers by itself
         vectors = sum(-(-width // (nv * isa.taken)) for width in (pool.width, pool.out_width))
-        yield Candidate(_symbol(f"{pool.kind}pool", nv, isa), rank=vectors * (nv + 3))
+        yield Candidate(symbol(f"{pool.kind}pool", isa, nv), rank=vectors * (nv + 3))
 
 
 def _pool_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -198,14 +193,14 @@ def _global_variants(isa: Isa) -> Iterator[Variant]:
     for each in isa.forms:
         for kind in ("max", "sum"):
             params = {"NV": _group(isa), "KIND": kind, "half": each.itemsize == 2}
-            yield Variant(_symbol(f"global{kind}", _group(isa), each), "pool_global.c.in", params)
+            yield Variant(symbol(f"global{kind}", each, _group(isa)), "pool_global.c.in", params)
 
 
 def _global_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
     pool = operands.workload
     assert isinstance(pool, GlobalPool)
     reads = isa.of(operands.inputs[0].layout.itemsize)  # what it writes is float32 in any case
-    yield Candidate(_symbol(f"global{'max' if pool.kind == 'max' else 'sum'}", _group(isa), reads))
+    yield Candidate(symbol(f"global{'max' if pool.kind == 'max' else 'sum'}", reads, _group(isa)))
 
 
 def _global_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

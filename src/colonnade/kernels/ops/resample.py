@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from colonnade.kernels.call import Arena, Call, Field, Scratch
 from colonnade.kernels.isa import Isa
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, masks, same_places, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, masks, same_places, symbol, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import LINE, round_up
@@ -61,11 +61,11 @@ LRN = Struct(
 
 
 def _resample_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(f"f32_resample_1v__{isa.name}", "resample.c.in", {"NV": 1})
+    yield Variant(symbol("resample", isa), "resample.c.in", {"NV": 1})
 
 
 def _resample_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(f"f32_resample_1v__{isa.name}")
+    yield Candidate(symbol("resample", isa))
 
 
 def _resample_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -102,11 +102,11 @@ def _resample_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]
 
 
 def _lrn_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(f"f32_lrn_1v__{isa.name}", "lrn.c.in", {"NV": 1})
+    yield Variant(symbol("lrn", isa), "lrn.c.in", {"NV": 1})
 
 
 def _lrn_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(f"f32_lrn_1v__{isa.name}")
+    yield Candidate(symbol("lrn", isa))
 
 
 def _lrn_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:

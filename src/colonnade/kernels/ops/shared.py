@@ -1,4 +1,4 @@
-"""What the binders of several operators need: offset tables, masks, and the fields of a plane writer."""
+"""What the binders of several operators need: names, offset tables, masks, and the fields of a plane writer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.kernels.call import Arena, Const, Field
+from colonnade.kernels.isa import Isa
 from colonnade.kernels.structs import Member
 from colonnade.layout import ELEMENTS, Placed, Planes
 
@@ -14,6 +15,11 @@ LEAD_MEMBERS = (
     Member("lead", "char *", "zero lanes in front of the output's first plane"),
     Member("lead_bytes", "u32"),
 )
+
+
+def symbol(name: str, isa: Isa, nv: int = 1) -> str:
+    """Of a kernel that takes ``nv`` registers at a time: ``f32_maxpool_2v__rvv``."""
+    return f"{isa.prefix}_{name}_{nv}v__{isa.name}"
 
 
 def u32(values: npt.ArrayLike) -> Const:

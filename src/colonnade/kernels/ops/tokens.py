@@ -10,7 +10,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Field
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops import dense
-from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, masks, same_places, u32
+from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, masks, same_places, symbol, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
 from colonnade.layout import Placed
@@ -51,24 +51,20 @@ CHANNEL_SOFTMAX = Struct(
 WIDTH = 4
 
 
-def _symbol(name: str, isa: Isa) -> str:
-    return f"f32_{name}_{WIDTH}v__{isa.name}"
-
-
 def _norm_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("channel_norm", isa), "channel_norm.c.in", {"NV": WIDTH})
+    yield Variant(symbol("channel_norm", isa, WIDTH), "channel_norm.c.in", {"NV": WIDTH})
 
 
 def _softmax_variants(isa: Isa) -> Iterator[Variant]:
-    yield Variant(_symbol("channel_softmax", isa), "channel_softmax.c.in", {"NV": WIDTH})
+    yield Variant(symbol("channel_softmax", isa, WIDTH), "channel_softmax.c.in", {"NV": WIDTH})
 
 
 def _norm_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(_symbol("channel_norm", isa))
+    yield Candidate(symbol("channel_norm", isa, WIDTH))
 
 
 def _softmax_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(_symbol("channel_softmax", isa))
+    yield Candidate(symbol("channel_softmax", isa, WIDTH))
 
 
 def _planes(x: Placed, y: Placed) -> dict[str, Field]:
