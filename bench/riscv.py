@@ -4,8 +4,8 @@
                            [--dtype f16] [--cores 4] [--jobs 2] [--json FILE] [--stalls] [--sensitivity]
 
 All figures are **modelled** (docs/machine-models.md): the programs run under an instrumented QEMU. XNNPACK is Debian
-trixie's riscv64 package, fetched by apt with folders of its own into the cache and run from there; nothing of it is
-kept in this repository. Ours are the best of a few candidates of the static ranking, each checked against numpy first.
+trixie's riscv64 package, fetched by scripts/trixie.sh into the cache and run from there; nothing of it is kept in this
+repository. Ours are the best of a few candidates of the static ranking, each checked against numpy first.
 `bound` is what the vector units alone need for the arithmetic that was executed; the rest are stalls. Results stay in
 the cache, so that after a change only what it touches is run again.
 """
@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import subprocess
 import tempfile
 import threading
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import platformdirs
+from feeding import weights
 
 from colonnade.build.toolchain import Toolchain
 from colonnade.errors import run_script
@@ -42,10 +42,10 @@ from colonnade.plan import Step
 from colonnade.targets.model import Modelled as Target
 from colonnade.tune.job import Problem, Run, encode, problem
 from colonnade.tune.measure import Harness
-from colonnade.workload import RELU, Conv2d, Convert, ConvPool, Epilogue, Pool2d, WinogradConv2d, unmatrix
+from colonnade.workload import RELU, Conv2d, Convert, ConvPool, Epilogue, Pool2d, WinogradConv2d
 from colonnade.workload.winograd import SIZES
 
-SUITE = "trixie"
+TRIXIE = Path(__file__).resolve().parent.parent / "scripts" / "trixie.sh"  # fetches packages
 PACKAGES = ("libxnnpack0.20241108", "libxnnpack-dev", "libpthreadpool0", "libpthreadpool-dev", "libc6", "libgcc-s1")
 
 
@@ -92,12 +92,13 @@ def resnet50() -> Iterator[Layer]:
         width, size = out, size // 2
 
 
-def stem(conv: Conv2d, rng: np.random.Generator) -> Step:
-    """The first layer, which our kernel computes together with the max pool behind it: that is counted with ours."""
+def stem(conv: Conv2d, rng: np.random.Generator, itemsize: int) -> Step:
+    """The first layer, which our kernel computes together with the max pool behind it: that is counted with ours. What
+    it reads is float32 whatever ``itemsize`` is."""
     pool = Pool2d("max", 1, conv.out_channels, conv.out_height, conv.out_width, (3, 3), (2, 2), (1, 1, 1, 1))
     pitch = pool.out_width + 1
     source = Planes(1, conv.height, conv.width, conv.width, conv.height)
-    target = Planes(1, pool.out_height, pool.out_width, pitch, pitch, lead=pitch + 1)
+    target = Planes(1, pool.out_height, pool.out_width, pitch, pitch, lead=pitch + 1, itemsize=itemsize)
     x = place("x", (1, conv.in_channels, conv.height, conv.width), source, 0)
     at = round_up(source.buffer_bytes(conv.in_channels), 64)
     y = place("y", (1, conv.out_channels, pool.out_height, pool.out_width), target, at)
@@ -108,8 +109,7 @@ def stem(conv: Conv2d, rng: np.random.Generator) -> Step:
 
 def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0, winograd: str = "", itemsize: int = 4) -> Step:
     """The layer on placed planes, its halo beside them, or panels as wide as the frontend has them for such tiles;
-    ``sparsity`` of whole columns in tiles of ``tile`` rows gone, behind a transform if one is named. The first layer
-    stays in float32 whatever ``itemsize`` is."""
+    ``sparsity`` of whole columns in tiles of ``tile`` rows gone, behind a transform if one is named."""
     pad, s, k = layer.kernel // 2, layer.stride, layer.kernel
     conv = Conv2d(
         1,
@@ -125,7 +125,7 @@ def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0, winograd: 
     if winograd:
         conv = WinogradConv2d(**{part.name: getattr(conv, part.name) for part in fields(conv)}, m=SIZES[winograd])
     if layer.kernel == 7:
-        return stem(conv, np.random.default_rng(seed))
+        return stem(conv, np.random.default_rng(seed), itemsize)
     out = conv.out_height
     edge = -(-pad // s)
     pitch = -(-layer.size // s) + max(edge, 1)  # one pitch for all maps of a resolution: where 1x1 and 3x3 meet
@@ -139,13 +139,7 @@ def step(layer: Layer, sparsity: float, tile: int = 8, seed: int = 0, winograd: 
     written: Layout = Panels(replace(target, lead=0), strip) if layer.target == "panels" else target
     x = place("x", (1, layer.ic, layer.size, layer.size), read, 0)
     y = place("y", (1, layer.oc, out, out), written, round_up(read.buffer_bytes(layer.ic), 64))
-    rng = np.random.default_rng(seed)
-    rows = rng.standard_normal((layer.oc, conv.k), dtype=np.float32) / np.sqrt(conv.k, dtype=np.float32)
-    if sparsity:
-        pattern = ColumnPattern(sparsity, tile)
-        for start in range(0, layer.oc, tile):
-            rows[start : start + tile, rng.permutation(conv.k)[pattern.kept(conv.k) :]] = 0
-    constants = {"weight": unmatrix(rows, conv.weight_shape), "bias": np.zeros(layer.oc, np.float32)}
+    constants = {"weight": weights(conv, sparsity, tile, seed), "bias": np.zeros(layer.oc, np.float32)}
     return Step(layer.name, conv, (x,), y, constants)
 
 
@@ -249,7 +243,7 @@ def lanes_bound(layer: Layer, sparsity: float, vlen: int, itemsize: int) -> floa
     per_group = (
         ColumnPattern(sparsity, tile=8).kept(layer.ic * layer.kernel**2) if sparsity else layer.ic * layer.kernel**2
     )
-    return layer.oc * per_group * -(-lanes // (vlen // 8 // (4 if layer.kernel == 7 else itemsize)))
+    return layer.oc * per_group * -(-lanes // (vlen // 8 // itemsize))
 
 
 def im2col_bytes(layer: Layer) -> int:
@@ -260,33 +254,17 @@ def im2col_bytes(layer: Layer) -> int:
 
 def fetch(folder: Path) -> Path:
     """The root with XNNPACK's packages for riscv64, fetched when it is not there yet."""
-    root = folder / "root"
+    root, packages = folder / "root", folder / "packages"
     if (root / "lib").exists():
         return root
-    sources = "".join(p.read_text() for p in sorted(Path("/etc/apt").glob("sources.list.d/*.sources")))
-    sources += Path("/etc/apt/sources.list").read_text() if Path("/etc/apt/sources.list").exists() else ""
-    mirror = re.search(r"(?:URIs:\s*|^deb\s+(?:\[[^]]*\]\s+)?)(\S+/debian)/?\s", sources, re.M)
-    if mirror is None:
-        raise SystemExit("no Debian mirror in apt's sources: XNNPACK cannot be fetched here")
-    for name in ("lists/partial", "cache/archives/partial", "root", "packages"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "status").touch()
-    keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    (folder / "sources.list").write_text(f"deb [arch=riscv64 signed-by={keys}] {mirror[1]} {SUITE} main\n")
-    options = {
-        "Dir::Etc::SourceList": folder / "sources.list", "Dir::Etc::SourceParts": "/dev/null", "Dir::State": folder,
-        "Dir::State::Lists": folder / "lists", "Dir::State::status": folder / "status", "Dir::Cache": folder / "cache",
-        "APT::Architecture": "riscv64", "APT::Architectures": "riscv64", "Acquire::Languages": "none",
-        "APT::Sandbox::User": "root",
-    }  # fmt: skip
-    apt = ["apt-get", "-q", *(f"-o{name}={value}" for name, value in options.items())]
+    root.mkdir(parents=True, exist_ok=True)
     try:
-        subprocess.run([*apt, "update"], check=True, capture_output=True)
-        subprocess.run([*apt, "download", *PACKAGES], check=True, capture_output=True, cwd=folder / "packages")
-        for package in sorted((folder / "packages").glob("*.deb")):
-            subprocess.run(["dpkg", "-x", str(package), str(root)], check=True, capture_output=True)
+        subprocess.run([TRIXIE, packages, "riscv64", *PACKAGES], check=True, capture_output=True, text=True)
+        for package in sorted(packages.glob("*.deb")):
+            subprocess.run(["dpkg", "-x", package, root], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit(f"XNNPACK's riscv64 packages cannot be fetched: {error}") from error
+        said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]
+        raise SystemExit(f"XNNPACK's riscv64 packages cannot be fetched: {said}") from error
     (root / "lib").symlink_to("usr/lib")  # last: a fetch that broke off is begun again
     return root
 
@@ -326,7 +304,7 @@ def main() -> None:
         "--winograd", default=[], type=lambda names: names.split(","), metavar="4x1",
         help="3x3 layers lose their columns behind such a transform, where that is faster at the same sparsity",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=("f32", "f16"), default="f32", help="of ours, but for the first layer")
+    parser.add_argument("--dtype", choices=("f32", "f16"), default="f32", help="of ours")
     parser.add_argument("--layers", default="", help="only layers whose name contains one of these, comma-separated")
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--cores", type=int, default=1, help="that work together, with one L2 and one memory")

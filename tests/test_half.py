@@ -52,8 +52,9 @@ def compare(file: Path, folder: Path, size: int) -> list[str]:
 
 @pytest.mark.parametrize("percent", [0, 75])
 def test_resnet18_in_small(half_qemu, files, tmp_path, percent):  # noqa: F811
-    """All convolutions but the stem, which is joined with its pool, and copies into phases between them."""
+    """All convolutions, the stem joined with its pool, and copies into phases between them."""
     kernels = compare(files("resnet18", percent), tmp_path, 64)
+    assert sum(k.startswith("f16_convpool") for k in kernels) == 1
     assert sum(k.startswith("f16_spconv") for k in kernels) == 19
     assert sum(k.startswith("f16_copy") for k in kernels) == 3
 

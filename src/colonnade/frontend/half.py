@@ -1,9 +1,9 @@
 """Convolutions in float16: which of them, and the steps that change what stands between them and all others.
 
 Numbers of 11 bits are enough for most networks' convolutions, and a vector holds twice as many. Those whose weights
-float16 cannot hold stay in float32, as do stems that are joined with their max pool, for minimal filtering multiplies
-errors. Pools, sums, products and scales of their maps are in float16 too where this takes no more conversions; all
-other steps stay in float32, and linear layers have their weights alone in float16.
+float16 cannot hold stay in float32. Stems that are joined with their max pool read float32, most often the user's
+array, and write float16. Pools, sums, products and scales of such maps are in float16 too where this takes no more
+conversions; all other steps stay in float32, and linear layers have their weights alone in float16.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from colonnade.workload import (
     Affine,
     Binary,
     Conv2d,
+    ConvPool,
     ConvTranspose2d,
     GlobalPool,
     Linear,
@@ -47,7 +48,7 @@ def halve(steps: Sequence[Draft], functions: Collection[str]) -> list[Draft]:
     for step in steps:
         inputs = []
         for value in step.inputs:
-            wanted = 2 if id(step) in chosen and not value.is_rows else 4
+            wanted = 2 if id(step) in chosen and _reads_half(step) and not value.is_rows else 4
             for tensor in value.tensors:
                 if tensor.itemsize != wanted and (tensor, wanted) not in made:
                     other = Tensor(f"{tensor.name}.f{8 * wanted}", tensor.shape, itemsize=wanted)
@@ -78,7 +79,7 @@ def _with_others(steps: Sequence[Draft], convolutions: set[int]) -> set[int]:
     readers: dict[Tensor, list[int]] = defaultdict(list)
     for step in steps:
         if not _can_follow(step):
-            takes[id(step)] = 2 if id(step) in convolutions else 4
+            takes[id(step)] = 2 if id(step) in convolutions and _reads_half(step) else 4
         for tensor in {tensor for value in step.inputs for tensor in value.tensors}:
             readers[tensor].append(id(step))
     halves = {step.output for step in steps if id(step) in convolutions}
@@ -100,7 +101,12 @@ def _with_others(steps: Sequence[Draft], convolutions: set[int]) -> set[int]:
             takes[id(step)] = 2 if reads and converted(step, 2) <= converted(step, 4) else 4
             if takes[id(step)] == 2 and step.output is not None and not step.output.is_rows:
                 halves.add(step.output)
-    return {step for step, itemsize in takes.items() if itemsize == 2}
+    return convolutions | {step for step, itemsize in takes.items() if itemsize == 2}
+
+
+def _reads_half(step: Draft) -> bool:
+    """Does it read float16, if it computes with it?"""
+    return not isinstance(step.workload, ConvPool)
 
 
 def _can_follow(step: Draft) -> bool:
@@ -117,6 +123,8 @@ def _can_follow(step: Draft) -> bool:
 def _can(step: Draft, functions: Collection[str]) -> bool:
     """Is it a convolution that has kernels for float16, of numbers that it can hold?"""
     conv = step.workload
+    if isinstance(conv, ConvPool):
+        return _fits(step)
     if not isinstance(conv, Conv2d | ConvTranspose2d) or isinstance(conv, WinogradConv2d):
         return False
     function = conv.epilogue.activation.function

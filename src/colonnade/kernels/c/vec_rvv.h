@@ -400,6 +400,13 @@ VEC_INLINE uint64_t vec_shifted_now(uint64_t x, uint64_t by)
     __asm__ volatile("sll %0, %0, %1" : "+r"(x) : "r"(by));
     return x;
 }
+/* all ones where x is negative, else 0: what no compiler takes for a comparison */
+VEC_INLINE int64_t vec_negative_now(int64_t x)
+{
+    int64_t sign;
+    __asm__("srai %0, %1, 63" : "=r"(sign) : "r"(x));
+    return sign;
+}
 VEC_INLINE float vec_float_now(const float *p)
 {
     float x;

@@ -5,6 +5,9 @@ four and three taps on rows of either parity, and F(4, 4) makes 4 rows from 14 p
 sum takes 28, F(6, 4) 6 rows from 18 where it takes 42. With few channels the transform of the input is small beside the
 products, and the products' sums go back into rows while they are still near. The pool takes them from there, so
 what lies between both layers, the largest map of most networks, is never written.
+
+In float16 sums are plain, for a filter multiplies what rounding costs. What is read is float32 (most often it is the
+user's array) and rounded on the way.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from colonnade.kernels.ops import filtering, pairs, registers
 from colonnade.kernels.ops.shared import LEAD_MEMBERS, f32, lead, u32
 from colonnade.kernels.registry import Candidate, Operands, Operator, Variant
 from colonnade.kernels.structs import Member, Struct
-from colonnade.layout import LINE, VECTOR_LANES, round_up
+from colonnade.layout import LINE, VECTOR_LANES, fitting, round_up
 from colonnade.workload import Conv2d, ConvPool
 from colonnade.workload import filtering as minimal
 from colonnade.workload.conv_pool import BEFORE, FILTERS, taps
@@ -58,8 +61,8 @@ STRUCT = Struct(
         Member("line_count", "u32"),
         Member("columns", "u32"),
         Member("block_count", "u32"),
-        Member("position", "u32", "bytes from a position to the next"),
-        Member("wide", "u32", "lanes of a row of it; each line has one a phase"),
+        Member("position", "u32", "bytes from a position (of plain sums: a row) to the next"),
+        Member("wide", "u32", "lanes of a row of it (of all its rows); each line has one a phase"),
         Member("transformed", "u32", "lanes of all of it"),
         Member("sum_lanes", "u32", "of scratch, for the sums of a block"),
         Member("room", "u32", "lanes of a row to be pooled, with those around it"),
@@ -83,9 +86,17 @@ STRUCT = Struct(
         Member("most", "f32", "and the largest"),
         Member("low", "f32"),
         Member("high", "f32"),
+        Member("band", "u32", "of plain sums: rows of the convolution at a time"),
+        Member("window", "u32", "and those that such rows read of a line"),
+        Member("parities", "u32", "lines of a channel"),
     ),
 )
 PLAIN, PAIRED = "convpool", "pairpool"
+HALF_SHAPE = 8, 2  # (MR, NV) in float16
+HALF_RING = 7  # columns held ahead there: a row of a 7x7 kernel, and all registers that sums leave
+AGAIN = 8  # of a block's weights, those that follow it once more
+BANDS = range(2, 17)  # rows of the convolution at a time
+BAND_ROOM = 64 << 10  # bytes that what is read and written for them should not exceed, if two rows do not
 SHARED_CACHE = 512 << 10  # bytes of the second cache of cores in order (SpacemiT K1)
 MARGIN = BEFORE  # zero lanes in front of a row of transformed inputs, and of -inf in front of a row to be pooled
 
@@ -105,23 +116,41 @@ def symbol(m: int, r: int, mr: int, nv: int, isa: Isa, kind: str = PLAIN) -> str
     return f"f32_{kind}{m}x{r}_{mr}x{nv}v__{isa.name}"
 
 
+def half_symbol(isa: Isa) -> str:
+    """``f16_convpool_8x2v__rvv_zvfh``"""
+    return registers.symbol(*HALF_SHAPE, isa, PLAIN)
+
+
 def variants(isa: Isa) -> Iterator[Variant]:
-    """Every filter by every (MR, NV)."""
+    """Every filter by every (MR, NV), and the plain sum in float16."""
     for (m, r), (kind, mr, nv) in product(FILTERED, shapes(isa, paired=True)):
         counts = registers.row_counts(mr)
         params = {
             "M": m, "N": minimal.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
             "rings": {c: (registers.ring(mr, nv)[0], registers.ring(c, nv)[1]) for c in counts},
             "lines": filtering.lines, "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN,
+            "half": False,
             **(pairs.params(counts, isa) if kind == PAIRED else pairs.UNPAIRED), "W": 2 if isa.scalable else 1,
         }  # fmt: skip
         yield Variant(symbol(m, r, mr, nv, isa, kind), "conv_pool.c.in", params)
+    if isa.half:
+        mr, nv = HALF_SHAPE
+        counts = registers.row_counts(mr)
+        params = {
+            "half": True, "MR": mr, "NV": nv, "row_counts": counts, "rings": {c: registers.ring(c, nv) for c in counts},
+            "RING": HALF_RING, "AGAIN": AGAIN, "MARGIN": MARGIN, "MOST": BANDS[-1] // 2 + 3,
+        }  # fmt: skip
+        yield Variant(half_symbol(isa.of(2)), "conv_pool.c.in", params)
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
-    """The filters and shapes, by the multiply-adds, loads and broadcasts of a column and the sums of the filter."""
+    """The plain sum in float16; filters and shapes by multiply-adds, loads and broadcasts of a column and the filter's
+    sums."""
     work = step.workload
     assert isinstance(work, ConvPool)
+    if isa.itemsize == 2:
+        yield Candidate(half_symbol(isa))
+        return
     conv = work.conv
     line_count = conv.in_channels * len(_Columns.of(conv).first)
     columns = line_count * conv.kernel[1]
@@ -182,11 +211,50 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     else:  # the user's array
         base, pitch, image = External(step.external), conv.width, conv.in_channels * conv.height * conv.width
         planes = 4 * conv.height * conv.width * np.arange(conv.in_channels, dtype=np.int64)
+    common: dict[str, Field] = {
+        "source": base,
+        "arena": Arena(),
+        "rows": u32(output.offsets),
+        "scratch": Scratch(),
+        **lead(output),
+        "images": conv.batch,
+        "height": conv.height,
+        "width": conv.width,
+        "in_pitch": pitch,
+        "in_image": image,
+        "stride_y": conv.stride[0],
+        "stride_x": conv.stride[1],
+        "conv_height": conv.out_height,
+        "conv_width": conv.out_width,
+        "top": pool.padding[0],
+        "left": pool.padding[1],
+        "out_height": pool.out_height,
+        "out_width": pool.out_width,
+        "pitch": target.pitch,
+        "image_rows": target.image_rows,
+        "tail": target.plane - target.batch * target.image_rows * target.pitch,
+        "low": float(conv.epilogue.activation.low),
+        "high": float(conv.epilogue.activation.high),
+    }
+    columns = _Columns.of(conv)
+    found = np.zeros(conv.in_channels * len(columns.first), LINE_DTYPE)
+    found["plane"] = np.repeat(planes, len(columns.first))
+    found["first"] = np.tile(columns.first, conv.in_channels)
+    common |= {"lines": Const(found), "line_count": len(found), "parities": len(columns.first)}
+    bound = _bind_half if target.itemsize == 2 else _bind
+    fields, scratch = bound(step, candidate, columns)
+    return (Call(candidate.kernel, STRUCT.name, {**common, **fields, "scratch_bytes": scratch}, scratch),)
+
+
+def _bind(step: Operands, candidate: Candidate, columns: _Columns) -> tuple[dict[str, Field], int]:
+    """The fields that differ, and bytes of scratch a thread, of a kernel with a filter."""
+    work = step.workload
+    assert isinstance(work, ConvPool)
+    conv, pool = work.conv, work.pool
     isa = isa_named(candidate.kernel.rpartition("__")[2])
     (m, r), (mr, nv) = (
         (int(n) for n in part.strip(ascii_lowercase).split("x")) for part in candidate.kernel.split("_")[1:3]
     )
-    columns = _Columns.of(conv)
     n, ring = minimal.size(m, r), registers.places(mr, nv, isa)
     parities, kw, sx = len(columns.first), conv.kernel[1], conv.stride[1]
     reach = max(0, int(columns.shifts.max()))
@@ -196,9 +264,6 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     wide = round_up(MARGIN + most + 2 * lanes, LINE // 4)
     room = round_up(MARGIN + max(conv.out_width, 2 * round_up(pool.out_width, lanes or 1)) + 2, LINE // 4)
     line_count, k = conv.in_channels * parities, conv.in_channels * parities * kw
-    found = np.zeros(line_count, LINE_DTYPE)
-    found["plane"] = np.repeat(planes, parities)
-    found["first"] = np.tile(columns.first, conv.in_channels)
     position = (line_count * sx + 1) * wide
     at = (np.arange(line_count)[:, None] * sx + columns.phases) * wide + MARGIN + columns.shifts
     # up to whole turns of the ring by columns of zeros, then what the next position begins with
@@ -228,19 +293,11 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
     transformed = (n - 1) * position + round_up(int(offsets.max()) // 4 + conv.out_width + 2 * lanes, LINE // 4)
     scratch = 4 * (transformed + sums + (mr * (m - 2) + conv.out_channels * 4 + 1) * room)
     fields: dict[str, Field] = {
-        "source": base,
-        "arena": Arena(),
-        "lines": Const(found),
         "offsets": u32(offsets),
         "weights": f32(np.append(_by_block(wanted, blocks), np.zeros(8))),  # a core in order reads a few ahead
         "start": f32(_by_block(start, blocks)),
         **paired,
         "blocks": u32(blocks),
-        "rows": u32(output.offsets),
-        "scratch": Scratch(),
-        **lead(output),
-        "scratch_bytes": scratch,
-        "line_count": line_count,
         "columns": padded,
         "block_count": len(blocks) - 1,
         "position": 4 * position,
@@ -248,26 +305,82 @@ def bind(step: Operands, candidate: Candidate) -> tuple[Call, ...]:
         "transformed": transformed,
         "sum_lanes": sums,
         "room": room,
-        "images": conv.batch,
-        "height": conv.height,
-        "width": conv.width,
-        "in_pitch": pitch,
-        "in_image": image,
-        "stride_y": conv.stride[0],
-        "stride_x": sx,
-        "conv_height": conv.out_height,
-        "conv_width": conv.out_width,
-        "top": pool.padding[0],
-        "left": pool.padding[1],
-        "out_height": pool.out_height,
-        "out_width": pool.out_width,
-        "pitch": target.pitch,
-        "image_rows": target.image_rows,
-        "tail": target.plane - target.batch * target.image_rows * target.pitch,
-        "low": float(conv.epilogue.activation.low),
-        "high": float(conv.epilogue.activation.high),
+        "band": m,
+        "window": n,
     }
-    return (Call(candidate.kernel, STRUCT.name, fields, scratch),)
+    return fields, scratch
+
+
+def _band(conv: Conv2d, lines: int, pitch: int, strip: int) -> int:
+    """Rows of the convolution at a time, ``pitch`` lanes apart: those with the fewest strips (of ``strip`` lanes), of
+    bands whose rows are near, be they read or written. ``lines``: rows of what is read that every one more takes."""
+
+    def strips(rows: int) -> int:
+        return -(-((rows - 1) * pitch + conv.out_width) // strip) if rows else 0
+
+    def cost(rows: int) -> float:
+        whole, rest = divmod(conv.out_height, rows)
+        return (whole * strips(rows) + strips(rest)) * (1 + 0.01 / rows)  # rows between bands are read twice
+
+    near = [n for n in BANDS if 2 * n * pitch * (HALF_SHAPE[0] + lines) <= BAND_ROOM and n <= conv.out_height]
+    return min(near, key=cost, default=BANDS[0])
+
+
+def _bind_half(step: Operands, candidate: Candidate, columns: _Columns) -> tuple[dict[str, Field], int]:
+    """The fields that differ, and bytes of scratch a thread, of the kernel for float16."""
+    work = step.workload
+    assert isinstance(work, ConvPool)
+    assert not step.inputs or step.inputs[0].layout.itemsize == 4, f"{work.key()}: reads float32"
+    conv, (mr, nv) = work.conv, HALF_SHAPE
+    sx = conv.stride[1]
+    before, behind = max(0, -int(columns.shifts.min())), max(0, int(columns.shifts.max()))
+    # lanes from a row to the next: zeros between what is read serve both rows, the pool needs two of its own
+    pitch = max(-(-conv.width // sx) + before, conv.out_width + max(behind, 2))
+    parities = len(columns.first)
+    phases = conv.in_channels * parities * sx
+    band = _band(conv, phases, pitch, nv * isa_named(candidate.kernel.rpartition("__")[2]).of(2).taken)
+    window = band + taps(conv) - 1
+    wide = window * pitch
+    at, rows = [], []  # of every column, by channel, row and column of the kernel: where it stands, a weight a channel
+    for channel, parity in product(range(conv.in_channels), range(parities)):
+        planes = ((channel * parities + parity) * sx + columns.phases) * wide + MARGIN + columns.shifts
+        for row, tap in enumerate(columns.taken[parity]):
+            if tap is not None:
+                at.append(planes + row * pitch)
+                rows.append(step.constants["weight"][:, channel, tap].T)
+    offsets, weights = np.concatenate(at), np.concatenate(rows)
+    # small weights first: what rounding loses grows with what has been summed so far
+    order = np.argsort(np.square(weights, dtype=np.float64).sum(1), kind="stable")
+    offsets, weights = offsets[order], weights[order]
+    zeros = -len(offsets) % HALF_RING  # up to whole turns of the ring
+    offsets = np.append(offsets, np.full(zeros, phases * wide + MARGIN))
+    weights = np.pad(weights, ((0, zeros), (0, 0)))
+    blocks = np.cumsum([0, *registers.heights(conv.out_channels, mr)])
+    by_block = [weights[:, a:b].reshape(-1) for a, b in pairwise(blocks)]
+    # the next strip is loaded before it is known that there is none
+    strip = nv * fitting(VECTOR_LANES, 2)
+    transformed = round_up(int(offsets.max()) + band * pitch + 2 * strip, LINE // 2)
+    room = round_up(conv.out_width + 3, LINE // 2)
+    fields: dict[str, Field] = {
+        "offsets": u32(2 * offsets),
+        "weights": Const(np.concatenate([np.append(w, np.resize(w, AGAIN)) for w in by_block]).astype(np.float16)),
+        "start": Const(step.constants.get("bias", np.zeros(conv.out_channels)).astype(np.float16)),
+        "start_pairs": None,
+        "unscale": None,
+        "blocks": u32(blocks),
+        "columns": len(offsets),
+        "block_count": len(blocks) - 1,
+        "position": 2 * pitch,
+        "wide": wide,
+        "transformed": transformed,
+        "sum_lanes": mr * band * pitch,
+        "room": room,
+        "band": band,
+        "window": window,
+        "least": 0.0,
+        "most": 0.0,
+    }
+    return fields, 2 * round_up(transformed + MARGIN + mr * band * pitch + 2 * conv.out_channels * room, LINE // 2)
 
 
 def _by_block(table: npt.NDArray[np.float64], blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
