@@ -41,12 +41,22 @@ from colonnade.layout import (
 from colonnade.workload import Cast, Conv2d, Workload, evaluate
 from colonnade.workload.base import NONE
 
+# ISAs that kernels run for in tests: the host's, and RISC-V's by vector length, of which one is quick
+NAMES = [
+    *(i.name for i in ISAS if i.arch in ("any", "x86_64")),
+    *(row.label if row.label.endswith("256") else pytest.param(row.label, marks=pytest.mark.slow) for row in RVV),
+]
 SLACK = 4096  # bytes after the last plane that a strip of several vectors may read, never write
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def values(shape: int | tuple[int, ...], seed: int) -> np.ndarray:
+    """Random float32."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +213,7 @@ def run(
     """
     calls = registry.bind(case, candidate)
     wanted = expected(case, inputs)
-    vector = target.vlen // 32 if isinstance(target, Emulated) else target.lanes
+    vector = target.vlen // 32 if isinstance(target, Emulated) else target.lanes or target.emulates // 32
     if case.output is not None:
         wanted = wanted.reshape(case.output.shape)  # dense arrays have any shape
     with guarded(case.arena + slack, LINE, poison) as (base, arena):
@@ -242,6 +252,21 @@ def run(
     scale = max(magnitude, float(finite.max()) if finite.size else 0.0, _unclipped(case, inputs))
     np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance * scale, err_msg=candidate.key())
     return result
+
+
+def check(
+    case: Case,
+    isa: Isa,
+    inputs: Sequence[np.ndarray],
+    threads: int,
+    tolerance: float = 2e-6,
+    magnitude: float = 0.0,
+    slack: int = 0,
+) -> None:
+    """`run` of every legal candidate; none of them may read past the last tensor, but for ``slack`` bytes."""
+    for candidate in registry.candidates(case, isa, threads):
+        assert candidate.kernel.endswith(f"__{isa.name}")
+        run(case, candidate, isa, inputs, threads, tolerance=tolerance, slack=slack, magnitude=magnitude)
 
 
 def _unclipped(case: Any, inputs: Sequence[np.ndarray]) -> float:

@@ -60,8 +60,31 @@ def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
     assert lines["bench"].startswith("without") and "pip install 'colonnade[bench]'" in lines["bench"]
 
 
-def test_the_emulator_that_is_named(monkeypatch, tmp_path):
-    """COLONNADE_QEMU decides which one is looked at."""
-    monkeypatch.setenv("COLONNADE_QEMU", str(tmp_path / "none"))
+@pytest.mark.parametrize(
+    ("script", "mode", "found"),
+    [
+        (None, 0, "{} is no program that can be executed"),
+        ("exit 0", 0o644, "{} is no program that can be executed"),
+        ("exit 1", 0o755, "{} does not answer as QEMU does"),
+        ("cat; echo hello 9.1", 0o755, "{} does not answer as QEMU does"),
+        ("echo qemu-riscv64 version 7.1.0", 0o755, "qemu-riscv64 version 7.1.0"),
+    ],
+)
+def test_the_emulator_that_is_named(monkeypatch, tmp_path, script, mode, found):
+    """COLONNADE_QEMU decides which one is looked at, and what to do."""
+    path = tmp_path / "emulator"
+    if script is not None:
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(mode)
+    monkeypatch.setenv("COLONNADE_QEMU", str(path))
     (check,) = cli_doctor.qemu()
-    assert check.state == "without" and "COLONNADE_QEMU" in check.found
+    assert (check.state, check.found) == ("without", found.format(f"COLONNADE_QEMU={path}"))
+    assert check.remedy.endswith("unset COLONNADE_QEMU, or name an emulator by it") and "\n" not in check.line()
+
+
+def test_no_emulator_is_named(monkeypatch):
+    """An empty name is none."""
+    monkeypatch.setenv("COLONNADE_QEMU", "")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    (check,) = cli_doctor.qemu()
+    assert check.found == "no qemu-riscv64" and "install qemu-user" in check.remedy

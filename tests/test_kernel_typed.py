@@ -8,13 +8,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from emulated import RVV
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_harness import Arranger, need, run
+from kernel_harness import NAMES, Arranger, need, run
 
 from colonnade.kernels import registry
-from colonnade.kernels.isa import ISAS, Isa
+from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops.typed import OUTSIDE
 from colonnade.layout import Placed, Rows
 from colonnade.workload import (
@@ -31,10 +30,6 @@ from colonnade.workload.small import FLOATS, INTEGERS, POWERS
 from colonnade.workload.typed import DOUBLES, FLOATING, REDUCED, TYPED, WIDE, as_lanes, lanes
 
 FEW = settings(max_examples=12, deadline=None)
-NAMES = [
-    *(i.name for i in ISAS if i.arch in ("any", "x86_64")),
-    *(row.label if row.label.endswith("256") else pytest.param(row.label, marks=pytest.mark.slow) for row in RVV),
-]
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 EDGES = [0.0, -0.0, 1.0, -1.5, 2.5, 3.5, 448.0, 464.0, 480.0, 6e4, 1e6, 3e38, 1e-3, 2**-9, 1e-7, 1e-40, np.inf, np.nan]
 

@@ -9,7 +9,7 @@ import pytest
 from emulated import RVV
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_harness import SLACK, Arranger, Case, need, run
+from kernel_harness import SLACK, Arranger, Case, check, need, run, values
 
 from colonnade.kernels import registry
 from colonnade.kernels.isa import ISAS, Isa
@@ -55,19 +55,6 @@ def planes(shape, halo=(1, 1, 3), phases=(1, 1), kept=None) -> Planes:
     n, _, h, w = shape
     rows, columns = -(-h // phases[0]), -(-w // phases[1])
     return Planes(n, h, w, columns + halo[0], rows + halo[1], halo[2], phases, kept)
-
-
-def values(shape, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def check(
-    case: Case, isa: Isa, inputs, threads: int, tolerance: float = 2e-6, magnitude: float = 0.0, slack: int = 0
-) -> None:
-    """Every legal candidate; none of these kernels may read past the last tensor, but for ``slack`` bytes."""
-    for candidate in registry.candidates(case, isa, threads):
-        assert candidate.kernel.endswith(f"__{isa.name}")
-        run(case, candidate, isa, inputs, threads, tolerance=tolerance, slack=slack, magnitude=magnitude)
 
 
 @QUICK

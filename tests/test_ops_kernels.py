@@ -6,15 +6,14 @@ from math import prod
 
 import numpy as np
 import pytest
-from emulated import RVV
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_harness import Arranger, need, run
+from kernel_harness import NAMES, Arranger, check, need, run, values
 
 from colonnade.frontend.context import counting
 from colonnade.frontend.ops_resize import Axis, positions, taps
 from colonnade.kernels import registry
-from colonnade.kernels.isa import ISAS, Isa
+from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops.dense import EXPRESSIONS, REDUCTIONS, broadcast_tables
 from colonnade.kernels.ops.unary import SCALAR, VECTOR
 from colonnade.layout import Planes, Rows
@@ -44,10 +43,6 @@ from colonnade.workload import (
 )
 
 FEW = settings(max_examples=25, deadline=None)
-NAMES = [
-    *(i.name for i in ISAS if i.arch in ("any", "x86_64")),
-    *(row.label if row.label.endswith("256") else pytest.param(row.label, marks=pytest.mark.slow) for row in RVV),
-]
 threads_ = st.integers(1, 3)
 seeds = st.integers(0, 2**31)
 widths = st.integers(1, 30)
@@ -58,10 +53,6 @@ def isa(request: pytest.FixtureRequest) -> Isa:
     return need(request.param)
 
 
-def values(shape, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
 def dense(arrange: Arranger, name: str, shape: tuple[int, ...]):
     placed = (shape[0] if shape else 1, prod(shape[1:]))
     return arrange.put(name, placed, Rows(*placed))
@@ -70,11 +61,6 @@ def dense(arrange: Arranger, name: str, shape: tuple[int, ...]):
 def planes(arrange: Arranger, name: str, shape: tuple[int, int, int, int], beside: int = 2, below: int = 1):
     n, _, h, w = shape
     return arrange.put(name, shape, Planes(n, h, w, w + beside, h + below, 5))
-
-
-def check(case, isa: Isa, inputs, threads: int = 1, tolerance: float = 3e-6) -> None:
-    for candidate in registry.candidates(case, isa, threads):
-        run(case, candidate, isa, inputs, threads, tolerance=tolerance, slack=0)
 
 
 # where each function is defined, and what it does with the numbers at hand

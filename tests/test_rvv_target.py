@@ -98,6 +98,25 @@ def test_half_precision_is_asked_for_where_the_emulator_knows_it(monkeypatch, tm
     assert (tmp_path / "asked").read_text() == "\n"  # once
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_who_lacks_half_precision_is_told(monkeypatch, tmp_path, half):
+    """A core without it lacks it under any emulator; of others an emulator without it does."""
+    monkeypatch.setenv(targets.qemu.VARIABLE, emulator(tmp_path, "exit 57" if half else "exit 1"))
+    newer = " (no emulator here knows it: COLONNADE_QEMU may name a newer one)"
+    for target, more in (("model:c908", ""), ("model:x60", newer), ("qemu", newer)):
+        machine = parse(target).probe()
+        if half and more:
+            assert machine.pick_isa(dtype="f16").half
+            continue
+        with pytest.raises(UserError) as caught:
+            machine.pick_isa(dtype="f16")
+        wanted = f"{machine.cpu} does not compute with f16, which takes RISC-V's Zvfh{more}; leave out --dtype f16"
+        assert str(caught.value) == wanted
+        with pytest.raises(UserError) as caught:
+            machine.pick_isa("rvv_zvfh")
+        assert str(caught.value).endswith(f"it has: rvv, portable; f16 takes RISC-V's Zvfh{more}")
+
+
 def test_an_emulator_may_be_named_by_a_relative_path(monkeypatch, tmp_path):
     path = emulator(tmp_path, "exit 1")
     monkeypatch.chdir(tmp_path)

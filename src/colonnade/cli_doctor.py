@@ -113,18 +113,21 @@ def qemu() -> list[Check]:
     from colonnade.targets.qemu import PROGRAM, VARIABLE, half, program
 
     purpose = "--target qemu (RISC-V without a board)"
+    named = os.environ.get(VARIABLE)
+    who = f"{VARIABLE}={named}" if named else PROGRAM
+    remedy = f"unset {VARIABLE}, or name an emulator by it" if named else _install(PROGRAM)
     try:
         path = program(purpose)
-    except UserError as error:
-        if VARIABLE in os.environ:
-            return [Check("qemu", "without", str(error), purpose, f"unset {VARIABLE}, or name a program by it")]
-        return [_apt(PROGRAM, "qemu", purpose)]
-    said = _answer(path, "--version")
-    if said is None:
-        return [_apt(PROGRAM, "qemu", purpose)]
-    number = re.search(r"(\d+)\.(\d+)", said)
-    if number is None or (int(number[1]), int(number[2])) < QEMU_SINCE:
-        return [Check("qemu", "without", said, purpose, "version 7.2 or newer is needed: a newer qemu-user package")]
+    except UserError:
+        found = f"{who} is no program that can be executed" if named else f"no {who}"
+        return [Check("qemu", "without", found, purpose, remedy)]
+    said = _answer(path, "--version") or ""
+    number = re.search(r"^qemu\S* version (\d+)\.(\d+)", said)
+    if number is None:
+        return [Check("qemu", "without", f"{who} does not answer as QEMU does", purpose, remedy)]
+    if (int(number[1]), int(number[2])) < QEMU_SINCE:
+        remedy = remedy if named else "a newer qemu-user package"
+        return [Check("qemu", "without", said, purpose, f"version 7.2 or newer is needed: {remedy}")]
     return [Check("qemu", "ok", said + (", half precision" if half(path) else ""))]
 
 
@@ -134,7 +137,7 @@ def ssh() -> list[Check]:
     words = (os.environ.get("COLONNADE_SSH") or "ssh").split()
     said = _answer(words[0], "-V")
     if said is None:
-        return [_apt("ssh", "ssh", purpose)]
+        return [Check("ssh", "without", "no ssh", purpose, _install("ssh"))]
     if "OpenSSH" not in said:
         return [Check("ssh", "without", said or words[0], purpose, "an OpenSSH client is needed: " + _install("ssh"))]
     keys = sorted(path.stem for path in (Path.home() / ".ssh").glob("id_*.pub"))
@@ -192,7 +195,9 @@ def _answer(program: str, option: str) -> str | None:
     if path is None:
         return None
     try:
-        done = subprocess.run([path, option], capture_output=True, text=True, errors="replace", timeout=20)
+        done = subprocess.run(
+            [path, option], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return ((done.stdout + done.stderr).strip().splitlines() or [""])[0]
@@ -203,7 +208,3 @@ def _install(program: str) -> str:
     if shutil.which("apt-get"):
         return f"{'' if os.getuid() == 0 else 'sudo '}apt-get install {package}"
     return f"install {package} (its name on Debian)"
-
-
-def _apt(program: str, name: str, purpose: str) -> Check:
-    return Check(name, "without", f"no {program}", purpose, _install(program))

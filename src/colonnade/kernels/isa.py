@@ -16,7 +16,8 @@ class Isa:
     those by which it shows that additions have pipes of their own beside the multiply-adds'; ``adders``: has it?
     ``broadcast_flags``, ``broadcasts``: likewise, that a scalar of memory reaches all lanes by the load ports alone.
     ``half``: does it compute with float16, in vectors of twice as many lanes? Its name begins with that of the ISA
-    whose header it shares. ``itemsize``: bytes of the elements that kernels are looked for: see ``of``.
+    whose header it shares. ``emulates``: VLEN of the machine whose vectors it emulates, for the answers; nobody gets
+    such an ISA unasked. ``itemsize``: bytes of the elements that kernels are looked for: see ``of``.
     """
 
     name: str
@@ -30,12 +31,13 @@ class Isa:
     broadcast_flags: tuple[str, ...] = ()
     broadcasts: bool = False
     half: bool = False
+    emulates: int = 0
     itemsize: int = 4
 
     @property
     def header(self) -> str:
         """File of its vector primitives under ``kernels/c``."""
-        return f"vec_{self.name.partition('_')[0]}.h"
+        return "vec_emulated.h" if self.emulates else f"vec_{self.name.partition('_')[0]}.h"
 
     @property
     def scalable(self) -> bool:
@@ -80,6 +82,7 @@ ISAS: tuple[Isa, ...] = (
     Isa("rvv", "riscv64", 0, 32, ("v",), ("v",)),
     Isa("rvv_zvfh", "riscv64", 0, 32, ("v", "zfhmin", "zvfh"), ("v", "zvfh"), half=True),
     Isa("portable", "any", 8, 16, (), ()),
+    Isa("rvv_emulated", "x86_64", 0, 32, ("avx2", "fma", "f16c"), ("avx2", "fma", "f16c"), half=True, emulates=256),
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from colonnade.errors import UserError
 from colonnade.kernels.isa import ISAS, Isa, available
 
 DTYPES = ("f32", "f16")  # of convolutions
-HALF = "RISC-V's Zvfh (emulated by newer QEMUs, of which COLONNADE_QEMU may name one)"  # what f16 takes
+HALF = "RISC-V's Zvfh"  # what f16 takes
 
 
 def check_dtype(dtype: str) -> None:
@@ -39,7 +39,7 @@ class Machine:
     share a last private cache (their numbers), in order; ``governor`` is empty where frequency is not managed;
     ``model`` is the board's name and ``isa_text`` its ISA string, where the kernel tells them; ``temperature`` in
     degrees Celsius, the hottest sensor, 0 when there is none; ``cpus`` are the cores that somebody chose, empty when
-    nobody did.
+    nobody did; ``no_half`` tells what to do where it lacks float16 for want of an emulator that knows it.
     """
 
     arch: str
@@ -57,6 +57,7 @@ class Machine:
     isa_text: str = field(default="", repr=False)
     temperature: float = 0.0
     cpus: tuple[int, ...] = ()
+    no_half: str = field(default="", repr=False)
 
     @property
     def isas(self) -> tuple[Isa, ...]:
@@ -74,20 +75,23 @@ class Machine:
         return f"{self.arch}|{self.cpu}|vlenb={self.vlenb}|cores={self.cores}|{caches}{chosen}"
 
     def pick_isa(self, name: str | None = None, dtype: str = DTYPES[0]) -> Isa:
-        """The ISA called ``name``, which the machine must have, or its best one; for convolutions in ``dtype``. Raises
-        ``UserError``."""
+        """The ISA called ``name``, which the machine must have, or the best one of its own; for convolutions in
+        ``dtype``. Raises ``UserError``."""
         check_dtype(dtype)
         rows = [row for row in self.isas if name is None or row.name == name]
         if not rows:
             known = ", ".join(row.name for row in self.isas)
-            more = f"; f16 takes {HALF}" if any(row.half for row in ISAS if row.name == name) else ""
+            more = f"; f16 takes {HALF}{self.no_half}" if any(row.half for row in ISAS if row.name == name) else ""
             raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}{more}")
         if dtype == "f32":
             return rows[0]
-        able = [row.of(2) for row in rows if row.half]
+        able = [row.of(2) for row in rows if row.half and (name or not row.emulates)]
         if not able:
-            who = f"ISA {name}" if name else self.cpu or self.arch
-            raise UserError(f"{who} does not compute with f16, which takes {HALF}; leave out --dtype f16")
+            who, why = (f"ISA {name}", "") if name else (self.cpu or self.arch, self.no_half)
+            emulating = [f", or take --isa {row.name} for its answers" for row in rows if row.half]
+            raise UserError(
+                f"{who} does not compute with f16, which takes {HALF}{why}; leave out --dtype f16{''.join(emulating)}"
+            )
         return able[0]
 
 

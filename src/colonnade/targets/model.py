@@ -57,10 +57,11 @@ class Modelled:
     def probe(self) -> Machine:
         """See ``Target.probe``: the modelled core, alone."""
         m = self.model
+        known = m.extensions if qemu.knows_half() else m.extensions.difference(qemu.HALF)
         return Machine(
             arch="riscv64",
             cpu=f"{m.name}, modelled",
-            flags=qemu.FLAGS | (m.extensions if qemu.knows_half() else m.extensions.difference(qemu.HALF)),
+            flags=qemu.FLAGS | known,
             cores=1,
             clusters=((0,),),
             caches=tuple(
@@ -70,6 +71,7 @@ class Modelled:
             vlenb=m.vlen // 8,
             memory=1 << 32,
             memory_free=1 << 31,
+            no_half="" if known == m.extensions else qemu.NO_HALF,
         )
 
     def run(

@@ -28,6 +28,7 @@ FORM = "qemu[:vlen=128|256|512|1024][,poison]"
 # rv64gcv, as /proc/cpuinfo of a board would say it
 FLAGS = frozenset("imafdcv")
 HALF = ("zfh", "zvfh")  # what a newer emulator has besides
+NO_HALF = f" (no emulator here knows it: {VARIABLE} may name a newer one)"
 ENDS = 57  # the exit code by which a program shows that it ran
 
 
@@ -36,7 +37,7 @@ def program(needed_by: str) -> str:
     named = os.environ.get(VARIABLE)
     path = shutil.which(named or PROGRAM)
     if path is None:
-        remedy = f"{VARIABLE}={named} is no program" if named else "apt-get install qemu-user"
+        remedy = f"{VARIABLE}={named} is no program that can be executed" if named else "apt-get install qemu-user"
         raise UserError(f"{needed_by} needs {PROGRAM}: {remedy}")
     return str(Path(path).absolute())
 
@@ -128,6 +129,7 @@ class Qemu:
             vlenb=self.vlen // 8,
             memory=os.sysconf("SC_PHYS_PAGES") * page,
             memory_free=pages * page,
+            no_half="" if more else NO_HALF,
         )
 
     def run(

@@ -59,7 +59,7 @@ class Harness:
     @property
     def vector(self) -> int:
         """f32 lanes of a vector register."""
-        return self.isa.lanes or self.machine.vlenb // 4
+        return self.isa.lanes or (self.isa.emulates // 8 or self.machine.vlenb) // 4
 
     @cached_property
     def program(self) -> Path:

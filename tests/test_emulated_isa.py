@@ -1,0 +1,56 @@
+"""The ISA that emulates a RISC-V core on this machine: the same bits as that core's kernels under QEMU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_harness import machine_has
+from zoo import ZOO, model_of, pruned, random_feeds
+
+import colonnade as cn
+from colonnade import frontend, targets
+from colonnade.bench.ours import Ours
+from colonnade.errors import UserError
+from colonnade.runtime.session import Session
+from colonnade.targets import Local
+
+NAME = "rvv_emulated"
+pytestmark = pytest.mark.skipif(not machine_has(NAME), reason=f"this machine has no {NAME}")
+
+
+def answers(model: Any, place: str, feeds: dict[str, np.ndarray], dtype: str, folder: Path) -> list[np.ndarray]:
+    """Of the network as it is built for ``place``."""
+    isa = NAME if place == "local" else None
+    bundle = cn.build(model, place, isa=isa, dtype=dtype, out=folder / f"{place[:4]}-{dtype}")
+    if place == "local":
+        with Session(bundle.path, threads=2) as session:
+            return list(session.run(feeds).values())
+    return [np.asarray(y) for y in Ours(bundle, targets.parse(place), feeds, 1).outputs(timeout=600)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("mobilenet_v3_large", "f32"), ("mobilenet_v3_large", "f16"), ("yolo_like", "f16"), ("googlenet", "f16")],
+)
+def test_networks_answer_as_on_a_board(half_qemu: str, name: str, dtype: str, tmp_path: Path) -> None:
+    """Not a bit differs: convolutions of all kinds, depthwise ones, pools, functions, sums."""
+    model = pruned(model_of(name, ZOO[name].emulated), 0.5, tmp_path)
+    feeds = random_feeds(frontend.load(model))
+    here, there = (answers(model, place, feeds, dtype, tmp_path) for place in ("local", "qemu:vlen=256"))
+    for mine, wanted in zip(here, there, strict=True):
+        assert np.count_nonzero(wanted) > wanted.size // 2, "the network answers nothing"
+        np.testing.assert_array_equal(mine.reshape(-1), wanted.reshape(-1))
+
+
+def test_nobody_gets_it_unasked() -> None:
+    """Neither for float32, where it is the last of all, nor for float16, which the machine itself lacks."""
+    machine = Local().probe()
+    assert machine.isas[-1].name == NAME
+    assert machine.pick_isa(NAME, "f16").itemsize == 2
+    with pytest.raises(UserError, match=f"does not compute with f16, .* or take --isa {NAME} for its answers"):
+        machine.pick_isa(None, "f16")
