@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from colonnade.cli_pattern import Exclude
-from colonnade.cli_tune import Compiler, Cpus, Db, IsaName, Target, Threads, seconds
+from colonnade.cli_tune import Compiler, Cpus, Db, Dtype, IsaName, Target, Threads, seconds
 from colonnade.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def fit(
     threads: Threads = None,
     cpus: Cpus = None,
     isa: IsaName = None,
+    dtype: Dtype = "f32",
     batch: Batch = None,
     budget: Budget = "180s",
     db: Db = None,
@@ -99,7 +100,7 @@ def fit(
         found = make(
             model, images, target, latency=wanted, speedup=speedup, max_drop=max_drop, out=output, points=points,
             settings=settings, calibration=calibration, test=test, preprocess=preprocess, threads=threads, cpus=cpus,
-            isa=isa, batch=batch, db=db, cc=cc, force=force, progress=progress, notice=console.print,
+            isa=isa, dtype=dtype, batch=batch, db=db, cc=cc, force=force, progress=progress, notice=console.print,
         )  # fmt: skip
     _print(found, model)
     if found.best is None and (found.goal.latency is not None or found.goal.max_drop is not None):
@@ -121,6 +122,7 @@ def plan(
     threads: Threads = None,
     cpus: Cpus = None,
     isa: IsaName = None,
+    dtype: Dtype = "f32",
     batch: Batch = None,
     budget: Budget = "180s",
     db: Db = None,
@@ -143,13 +145,14 @@ def plan(
     with Stages(console) as progress:
         made = make_plan(
             model, images, output, target, latency=wanted, speedup=speedup, settings=settings, calibration=calibration,
-            preprocess=preprocess, threads=threads, cpus=cpus, isa=isa, batch=batch, db=db, cc=cc, force=force,
-            progress=progress, notice=console.print,
+            preprocess=preprocess, threads=threads, cpus=cpus, isa=isa, dtype=dtype, batch=batch, db=db, cc=cc,
+            force=force, progress=progress, notice=console.print,
         )  # fmt: skip
     for note in made.notes:
         typer.echo(note)
+    kind = " in float16" if dtype == "f16" else ""
     typer.echo(
-        f"{output}: {made.pruned} of {made.layers} layers pruned, layer times {1e3 * made.seconds:.2f} ms of "
+        f"{output}: {made.pruned} of {made.layers} layers pruned, layer times{kind} {1e3 * made.seconds:.2f} ms of "
         f"{1e3 * made.dense:.2f} ms dense ({made.dense / made.seconds:.2f} times)"
     )
 
@@ -204,7 +207,8 @@ def _print(found: Fit, model: Path) -> None:
     best = found.best
     timed = found.latency_is
     dense = found.points[0]
-    table = Table(title=f"{model.name}: {found.goal}", title_justify="left")
+    kind = " in float16" if found.dtype == "f16" else ""
+    table = Table(title=f"{model.name}{kind}: {found.goal}", title_justify="left")
     table.add_column("")
     for heading in (f"ms, {timed}", "speed", "work left", "top-1" if found.labelled else "", "lost", "same answers"):
         if heading:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade import accuracy
+from colonnade.fitting.answers import answer, emulated
 from colonnade.fitting.clock import Clock
 from colonnade.fitting.goal import Point
 from colonnade.fitting.kept import digest, read_json, write_json
@@ -51,6 +52,8 @@ class Maker:
         self.calibrating, self.testing, self.input_name = calibrating, testing, input_name
         self.where, self.settings, self.preprocess = where, settings, preprocess
         self.local = where.target.name == "local"
+        # a folder may hold points of both: pruned files may be alike, but not what they are planned by and turn into
+        self.ending = "" if where.dtype == "f32" else f"-{where.dtype}"
         self.labelled = testing.labels is not None
         self.notes: list[str] = []
         self.reference: accuracy.Accuracy | None = None
@@ -59,9 +62,9 @@ class Maker:
 
     def dense(self, budget: float) -> Point:
         """The network as it is."""
-        at = self.folder / "dense"
+        at = self.folder / f"dense{self.ending}"
         bundle = self._build(self.source, at, "dense")
-        answers = self._answers(at, read_json(at / STATE), bundle, self.source, "dense")
+        answers = self._answers(at, {**read_json(at / STATE), "dtype": self.where.dtype}, bundle, self.source, "dense")
         self._check_labels(answers)
         self.reference = answers
         latency = self._latency("dense", bundle)
@@ -69,6 +72,8 @@ class Maker:
             "plan": "dense", "bundle": str(bundle.path), "kept": 1.0, "predicted_s": budget,
             **self._judged(answers, answers),
         }  # fmt: skip
+        if self.where.dtype != "f32":
+            record["beside_f32"] = self._beside_float32(at, answers)
         return Point("dense", budget, latency, 0.0, record)
 
     def plan(self, choices: allocate.Choices, chosen: Mapping[str, Choice], rest: float) -> Planned:
@@ -79,13 +84,15 @@ class Maker:
             choices, chosen, plan_head(self.source, choices, chosen, rest, self.where, self.settings.method)
         )
         name = digest({}, layers={name: str(pattern) for name, pattern in plan.layers.items()})
-        return Planned(plan, name, f"{dense / total:.2f}x-{name[:4]}", total, allocate.loss(chosen))
+        return Planned(plan, name, f"{dense / total:.2f}x-{name[:4]}{self.ending}", total, allocate.loss(chosen))
 
     def existing(self) -> list[Point]:
-        """The points that an earlier call left in the folder."""
+        """The points of this dtype that an earlier call left in the folder."""
         found = []
         for state in sorted(self.folder.glob(f"*x-*/{STATE}")):
-            if (state.parent / "pruned.onnx").is_file() and (content := read_json(state)):
+            content = read_json(state)
+            mine = content.get("dtype", "f32") == self.where.dtype  # there was only one at first
+            if content and mine and (state.parent / "pruned.onnx").is_file():
                 found.append(self._finish(state.parent, content, state.parent.name))
         return found
 
@@ -97,8 +104,8 @@ class Maker:
         at.mkdir()
         planned.plan.write(at / "plan.toml")
         self._prune(planned.plan, at / "pruned.onnx", stage)
-        content = {"plan": planned.digest, "budget": planned.seconds, "predicted_loss": planned.loss,
-                   "seconds": time.monotonic() - began}  # fmt: skip
+        content = {"plan": planned.digest, "dtype": self.where.dtype, "budget": planned.seconds,
+                   "predicted_loss": planned.loss, "seconds": time.monotonic() - began}  # fmt: skip
         write_json(at / STATE, content)
         return self._finish(at, content, stage)
 
@@ -165,8 +172,8 @@ class Maker:
         if (at / STATE).is_file() and path.is_dir() and stage not in self.bundles:
             known = Bundle.load(path)
             wanted = {
-                "target": self.where.target.name, "isa": self.where.isa.name, "threads": self.where.threads,
-                "compiler": self.where.toolchain.version,
+                "target": self.where.target.name, "isa": self.where.isa.name, "dtype": self.where.dtype,
+                "threads": self.where.threads, "compiler": self.where.toolchain.version,
             }  # fmt: skip
             if all(known.manifest.get(word) == value for word, value in wanted.items()):
                 self.bundles[stage] = known
@@ -184,17 +191,33 @@ class Maker:
     def _answers(
         self, at: Path, content: dict[str, Any], bundle: Bundle, onnx_file: Path, stage: str
     ) -> accuracy.Accuracy:
-        """Through the bundle where it runs here, else through onnxruntime; written down in the folder."""
+        """As `answer` gets them; written down in the folder."""
         labels = self.testing.labels
         if "answers" in content:
             return accuracy.Accuracy(np.array(content["answers"], np.int64), labels)
-        count = len(self.testing)
-        found = accuracy.evaluate(
-            bundle.path if self.local else onnx_file, self.testing, threads=self.where.threads,
-            progress=lambda done, _: self.tell(stage, 0.9 + 0.1 * done / count, "answering"),
+        found = answer(
+            bundle, onnx_file, self.where, self.testing,
+            lambda done, count: self.tell(stage, 0.9 + 0.1 * done / count, "answering"),
         )  # fmt: skip
         write_json(at / STATE, {**content, "answers": found.answers.tolist()})
         return found
+
+    def _beside_float32(self, at: Path, dense: accuracy.Accuracy) -> dict[str, Any]:
+        """What float16 alone changes, judged and remarked on; float32's answers are written down in the folder."""
+        content = read_json(at / STATE)
+        if "answers_f32" not in content:
+            single = accuracy.evaluate(self.source, self.testing, threads=self.where.threads)
+            content["answers_f32"] = single.answers.tolist()
+            write_json(at / STATE, content)
+        base = accuracy.Accuracy(np.array(content["answers_f32"], np.int64), self.testing.labels)
+        judged = self._judged(base, dense)
+        text = f"dense, float16 answers as float32 does on {100 * judged['agreement']:.1f} % of the images"
+        if self.labelled:
+            text += f" (top-1 {100 * dense.top1:.1f} % and {100 * base.top1:.1f} %)"
+        self.notes.append(text)
+        if emulated(self.where):
+            self.notes.append("answers in float16 are emulated on this machine; the target may add up in another order")
+        return judged
 
     def _check_labels(self, dense: accuracy.Accuracy) -> None:
         """Folders that are not the model's classes say nothing about its answers."""

@@ -84,7 +84,8 @@ def choices_of(
     tell("layer times", 0.0, "reading the model")
     alike = USUAL if USUAL in settings.tiles else max(settings.tiles)  # the tile in which transforms are compared
     first = {t.name: [ColumnPattern(TILE_SPARSITY, tile) for tile in settings.tiles] for t in targets}
-    if settings.method == "obs":
+    # what is pruned behind a transform is computed in float32, between conversions
+    if settings.method == "obs" and where.dtype == "f32":
         for t in targets:
             sizes = [m for m in PAYS if transformable(model, t.node, t.tensor, m, LARGEST)]
             first[t.name] += [ColumnPattern(TILE_SPARSITY, alike, winograd=m) for m in sizes]
@@ -160,16 +161,18 @@ def _losses(
     wanted: Mapping[str, Sequence[ColumnPattern]],
     make: Callable[[], dict[str, dict[ColumnPattern, float]]],
 ) -> dict[str, dict[ColumnPattern, float]]:
-    """Losses as kept, where the kept ones are of these inputs, method and patterns; else made, and kept."""
+    """Losses as kept, where the kept ones are of these inputs, method and patterns; else made, and kept beside those
+    of other patterns. They are of what is pruned away, whatever the rest is computed with."""
     key = digest(inputs)
     content = read_json(keep) if keep is not None else {}
+    known: dict[str, dict[str, float]] = {}
     if (content.get("inputs"), content.get("method")) == (key, method):
         known = content["losses"]
         if all(str(p) in known.get(n, {}) for n, row in wanted.items() for p in row):
             return {name: {p: known[name][str(p)] for p in row} for name, row in wanted.items()}
     made = make()
     if keep is not None:
-        rows = {name: {str(p): loss for p, loss in row.items()} for name, row in made.items()}
+        rows = {name: known.get(name, {}) | {str(p): loss for p, loss in row.items()} for name, row in made.items()}
         write_json(keep, {"inputs": key, "method": method, "losses": rows})
     return made
 
@@ -200,6 +203,7 @@ def make_plan(
     threads: int | None = None,
     cpus: str | None = None,
     isa: str | None = None,
+    dtype: str = "f32",
     batch: int | None = None,
     db: str | Path | None = None,
     cc: str = "zig",
@@ -219,7 +223,7 @@ def make_plan(
     check_writable(Path(out), force=force)
     source = Path(model)
     proto = load_onnx(source)
-    where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice)
+    where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice, dtype)
     pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration, seed=settings.seed)
     inputs = {input_for(source, proto, pictures.inputs): pictures.inputs}
     choices, rest, notes = choices_of(source, proto, inputs, where, settings, progress)
@@ -248,25 +252,28 @@ def plan_head(
         f"Which layers of {source.name} lose how much. Edit it and pass it back:",
         f"    colonnade prune {source.name} --plan THIS -o OUT.onnx{how}",
         f"Layer times add up to {1e3 * total:.2f} ms of {1e3 * dense:.2f} ms dense on {where.target.name} "
-        f"({where.isa.name}, {where.threads} thread(s)).",
+        f"({where.isa.name}, {'float16, ' if where.dtype == 'f16' else ''}{where.threads} thread(s)).",
         f"loss: divergence of the answers when only this layer is pruned, by {method} (nats an image).",
     ]
 
 
 def place_of(
     target: str, threads: int | None, cpus: str | None, isa: str | None, batch: int | None, db: str | Path | None,
-    cc: str, budget: float, notice: Callable[[str], None] | None,
+    cc: str, budget: float, notice: Callable[[str], None] | None, dtype: str = "f32",
 ) -> Place:  # fmt: skip
-    """Where layers are timed. Raises UserError for a target whose times mean nothing."""
+    """Where layers are timed. Raises UserError for a target whose times mean nothing, or which does not compute with
+    ``dtype``."""
     from colonnade import targets
     from colonnade.build.toolchain import Toolchain
 
+    targets.check_dtype(dtype)
     place = targets.parse(target)
     if place.untimed:
         raise UserError(f"{place.name}: {place.untimed}; take a board (ssh://…), local, or a machine model (model:x60)")
     place, count = targets.settle(place, threads, cpus)
     toolchain = Toolchain(cc, notice=notice)
-    return Place(place, place.probe().pick_isa(isa), count, toolchain, Path(db) if db else None, budget, batch)
+    chosen = place.probe().pick_isa(isa, dtype)
+    return Place(place, chosen, count, toolchain, Path(db) if db else None, budget, batch)
 
 
 def input_for(source: Path, model: onnx.ModelProto, images: npt.NDArray[Any]) -> str:

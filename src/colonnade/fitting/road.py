@@ -16,6 +16,7 @@ import numpy as np
 
 from colonnade import accuracy
 from colonnade.errors import UserError
+from colonnade.fitting import answers
 from colonnade.fitting.goal import Goal, Point, next_budget
 from colonnade.fitting.kept import digest, read_json, write_json
 from colonnade.fitting.maker import STATE, Maker
@@ -31,13 +32,15 @@ LEAST_CALIBRATION, LEAST_TEST = 8, 8
 class Fit:
     """What came out. points: the dense network first, then by falling latency; best: meets the goal, None where no
     point does or nothing was asked; labelled: whether losses are of top-1 (else: answers unlike the dense network's);
-    latency_is: ``measured`` or ``modelled on …``; notes: remarks for the user."""
+    latency_is: ``measured`` or ``modelled on …``; dtype: what convolutions compute with; notes: remarks for the
+    user."""
 
     folder: Path
     goal: Goal
     points: list[Point] = field(default_factory=list)
     labelled: bool = False
     latency_is: str = "measured"
+    dtype: str = "f32"
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -68,6 +71,7 @@ def fit(
     threads: int | None = None,
     cpus: str | None = None,
     isa: str | None = None,
+    dtype: str = "f32",
     batch: int | None = None,
     db: str | Path | None = None,
     cc: str = "zig",
@@ -83,13 +87,14 @@ def fit(
             optional: without, or where the folders are not the model's classes, the share of changed answers stands for
             the loss, which it is never smaller than.
         target: as for `build`; not ``qemu``, whose times mean nothing.
-        latency: seconds at most; speedup: so many times as fast as the dense network; max_drop: points of top-1 that
-            may be lost. One of them, or none for the frontier alone.
+        latency: seconds at most; speedup: so many times as fast as the dense network (in ``dtype``); max_drop: points
+            of top-1 that may be lost. One of them, or none for the frontier alone.
         out: the folder of points and bundles; ``NAME.fit`` by default. A folder of the same model and images is gone on
             with.
         points: pruned networks to make at most.
         calibration, test: images to use at most for either.
-        threads, cpus, isa, batch, db, cc, preprocess, notice: as for `build`.
+        threads, cpus, isa, dtype, batch, db, cc, preprocess, notice: as for `build`. With ``f16`` the dense network is
+            in float16 too, and so are all answers.
         force: replace what another model or other images left in `out`.
         progress: hears (stage, share done, what is at hand).
 
@@ -109,7 +114,8 @@ def fit(
     goal = Goal(latency, None if max_drop is None else max_drop / 100)
     source = Path(model)
     proto = load_onnx(source)
-    where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice)
+    where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice, dtype)
+    answers.check(where)
     tell = progress or (lambda *_: None)
     tell("images", 0.0, "")
     pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration + test, seed=settings.seed)
@@ -125,7 +131,8 @@ def fit(
     choices, rest, more = choices_of(
         source, proto, {input_name: calibrating.inputs}, where, settings, progress, folder / LOSSES
     )
-    made = Fit(folder, goal, latency_is=getattr(where.target, "modelled", "") or "measured", notes=[*notes, *more])
+    latency_is = getattr(where.target, "modelled", "") or "measured"
+    made = Fit(folder, goal, latency_is=latency_is, dtype=where.dtype, notes=[*notes, *more])
     maker = Maker(source, folder, key, calibrating, testing, input_name, where, settings, preprocess, tell)
     dense = maker.dense(rest + sum(row[0].seconds for row in choices.values()))
     made.labelled = maker.labelled
@@ -210,6 +217,7 @@ def record(made: Fit) -> dict[str, Any]:
         "format": FORMAT,
         "goal": {"latency_s": made.goal.latency, "max_drop": made.goal.max_drop},
         "latency_is": made.latency_is,
+        "dtype": made.dtype,
         "labelled": made.labelled,
         "best": best.name if best else None,
         "met": best is not None,

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from colonnade.arranging import arranged
 from colonnade.bench import layouts
 from colonnade.build.toolchain import Toolchain
-from colonnade.frontend import imported, load
+from colonnade.frontend import imported
 from colonnade.kernels.isa import Isa
+from colonnade.kernels.ops import then
 from colonnade.onnx_winograd import rewrite
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Step
@@ -78,7 +79,8 @@ class _Steps:
 
 @dataclass(frozen=True)
 class Place:
-    """Where is measured, with what, and for how long at most (seconds; 0: not at all)."""
+    """Where is measured, with what, and for how long at most (seconds; 0: not at all). isa: for convolutions in float16
+    as ``Isa.of(2)``."""
 
     target: Target
     isa: Isa
@@ -88,6 +90,11 @@ class Place:
     budget: float = 0.0
     batch: int | None = None
 
+    @property
+    def dtype(self) -> str:
+        """What convolutions compute with: ``f32`` or ``f16``."""
+        return self.isa.prefix
+
     def build(self, model: Path | onnx.ModelProto, out: Path, **options: Any) -> Bundle:
         """A bundle for this place; options: more of those that `api.build` has."""
         from colonnade.api import build
@@ -95,7 +102,7 @@ class Place:
         chosen = self.target.probe().cpus
         return build(
             model, self.target.name, threads=self.threads, cpus=",".join(map(str, chosen)) if chosen else None,
-            isa=self.isa.name, batch=self.batch, out=out, db=self.db, cc=self.toolchain.cc, **options,
+            isa=self.isa.name, dtype=self.dtype, batch=self.batch, out=out, db=self.db, cc=self.toolchain.cc, **options,
         )  # fmt: skip
 
 
@@ -116,9 +123,10 @@ def layer_times(
     whole = made.plan()
     steps = {step.name: step for step in whole.steps}
     names = {name: step for name, step in step_names(layers, steps).items() if step is not None}
+    half = then.FUNCTIONS if where.isa.itemsize == 2 else None
     own: dict[tuple[str, ColumnPattern], Step] = {}
     for pattern in dict.fromkeys(p for row in patterns.values() for p in row):
-        copy = load(pruned_alike(model, layers, pattern), batch=where.batch, layout_costs=costs)
+        copy = imported(pruned_alike(model, layers, pattern), batch=where.batch).arrange(costs, half).plan()
         # what goes in is nearly as large as in the whole network
         alike = {step.name: replace(step, rms=made.rms.get(step.name)) for step in copy.steps}
         for name in [name for name in names if pattern in patterns.get(name, ())]:
