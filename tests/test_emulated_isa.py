@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from kernel_harness import machine_has
+from models import Builder
 from zoo import ZOO, model_of, pruned, random_feeds
 
 import colonnade as cn
 from colonnade import frontend, targets
 from colonnade.bench.ours import Ours
+from colonnade.cli import run_verb
 from colonnade.errors import UserError
 from colonnade.runtime.session import Session
 from colonnade.targets import Local
@@ -54,3 +57,19 @@ def test_nobody_gets_it_unasked() -> None:
     assert machine.pick_isa(NAME, "f16").itemsize == 2
     with pytest.raises(UserError, match=f"does not compute with f16, .* or take --isa {NAME} for its answers"):
         machine.pick_isa(None, "f16")
+
+
+@pytest.mark.parametrize("verb", ["bench", "report", "tune", "build"])
+def test_its_times_mean_nothing(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who asks for them is told so, and gets nothing."""
+    model, out = tmp_path / "m.onnx", tmp_path / "out.html"
+    made = Builder(7)
+    onnx.save(made.build(made.conv(made.input("x", (1, 8, 6, 6)), 8, 8, 3)), model)
+    words = [verb, str(model), "--isa", NAME]
+    if verb == "build":
+        words += ["--tune", "-o", str(out)]
+    if verb == "report":
+        words = [verb, str(cn.build(model, "local", isa=NAME, out=tmp_path / "b").path), "-o", str(out)]
+    assert run_verb(words) == 2
+    assert f"error: ISA {NAME} gives another machine's answers, not its times" in capsys.readouterr().err
+    assert not out.exists()

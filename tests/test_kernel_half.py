@@ -12,20 +12,25 @@ from emulated import HALF
 from half import MISSING, emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_harness import Arranger, Case, run
+from kernel_harness import Arranger, Case, machine_has, run
 from test_kernel_packed import loose
 from test_kernel_panels import case_of, pointwise, stored
 from test_kernel_transposed import operands as transposed_operands
 from test_kernel_transposed import transposed
 from test_kernel_windows import windowed
 
+from colonnade.kernels.isa import isa as isa_named
 from colonnade.kernels.ops import registers, then
 from colonnade.kernels.registry import Candidate, candidates
 from colonnade.layout import Layout, Panels, Planes, Rows
 from colonnade.pattern import ColumnPattern
 from colonnade.workload import NONE, RELU, RELU6, Affine, Conv2d, Epilogue, Interleave, Linear, Repeat
 
-MACHINE = [pytest.param(row, id=row.label, marks=pytest.mark.skipif(not emulator(), reason=MISSING)) for row in HALF]
+HERE = "rvv_emulated"
+MACHINE = [
+    *(pytest.param(row, id=row.label, marks=pytest.mark.skipif(not emulator(), reason=MISSING)) for row in HALF),
+    pytest.param(isa_named(HERE), id=HERE, marks=pytest.mark.skipif(not machine_has(HERE), reason=f"no {HERE}")),
+]
 POISON = float(np.array([0x7E00, 0x7E00], np.uint16).view(np.float32)[0])  # two NaN of 16 bits
 ROUNDED = 2.0**-11  # relative error of a float16
 

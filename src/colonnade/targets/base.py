@@ -14,6 +14,13 @@ DTYPES = ("f32", "f16")  # of convolutions
 HALF = "RISC-V's Zvfh"  # what f16 takes
 
 
+def check_timed(isa: Isa) -> Isa:
+    """The ISA, if its times mean something. Raises ``UserError`` for one that is emulated."""
+    if isa.emulates:
+        raise UserError(f"ISA {isa.name} gives another machine's answers, not its times; build and run with it alone")
+    return isa
+
+
 def check_dtype(dtype: str) -> None:
     """Raises ``UserError`` for what convolutions cannot compute with."""
     if dtype not in DTYPES:

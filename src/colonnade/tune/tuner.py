@@ -19,7 +19,7 @@ from colonnade.kernels.call import Call
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
 from colonnade.plan import Plan, Variants
-from colonnade.targets.base import Machine, Target
+from colonnade.targets.base import Machine, Target, check_timed
 from colonnade.tune import walks
 from colonnade.tune.database import Database, Place, Record
 from colonnade.tune.job import Problem, Run, Tunable, problem
@@ -325,9 +325,10 @@ def tune(
     if target.untimed:
         raise UserError(f"{target.name}: {target.untimed}; build without tuning, the static ranking chooses")
     machine = target.probe()
+    used = check_timed(isa or machine.isas[0])
     database = Database(db_path)
     try:
-        harness = Harness(target, isa or machine.isas[0], threads, toolchain)
+        harness = Harness(target, used, threads, toolchain)
         chooser = Chooser(database, place(machine, harness.isa, threads, harness.toolchain), harness.isa)
         varied = None if isinstance(model, Steps) else model
         plan = model if isinstance(model, Steps) else settle(model, chooser)

@@ -129,7 +129,6 @@ def variants(isa: Isa) -> Iterator[Variant]:
             "M": m, "N": minimal.size(m, r), "MR": mr, "NV": nv, "row_counts": counts,
             "rings": {c: (registers.ring(mr, nv)[0], registers.ring(c, nv)[1]) for c in counts},
             "lines": filtering.lines, "INTO": filtering.into(m, r), "BACK": filtering.back(m, r), "MARGIN": MARGIN,
-            "half": False,
             **(pairs.params(counts, isa) if kind == PAIRED else pairs.UNPAIRED), "W": 2 if isa.scalable else 1,
         }  # fmt: skip
         yield Variant(symbol(m, r, mr, nv, isa, kind), "conv_pool.c.in", params)
@@ -140,7 +139,7 @@ def variants(isa: Isa) -> Iterator[Variant]:
             "half": True, "MR": mr, "NV": nv, "row_counts": counts, "rings": {c: registers.ring(c, nv) for c in counts},
             "RING": HALF_RING, "AGAIN": AGAIN, "MARGIN": MARGIN, "MOST": BANDS[-1] // 2 + 3,
         }  # fmt: skip
-        yield Variant(half_symbol(isa.of(2)), "conv_pool.c.in", params)
+        yield Variant(half_symbol(isa.of(2)), "conv_pool_half.c.in", params)
 
 
 def candidates(step: Operands, isa: Isa, threads: int) -> Iterator[Candidate]:
