@@ -24,7 +24,7 @@ from colonnade.kernels.ops import registers, then
 from colonnade.kernels.registry import Candidate, candidates
 from colonnade.layout import Layout, Panels, Planes, Rows
 from colonnade.pattern import ColumnPattern
-from colonnade.workload import NONE, RELU, RELU6, Affine, Conv2d, Epilogue, Interleave, Linear, Repeat
+from colonnade.workload import NONE, RELU, RELU6, Affine, Conv2d, Convert, Epilogue, Interleave, Linear, Repeat
 
 HERE = "rvv_emulated"
 MACHINE = [
@@ -101,6 +101,26 @@ def test_any_convolution_through_panels(isa, conv, pattern, seed, vectors, which
     case, inputs = halved(*case_of(conv, pattern, seed, strips, extra))
     threads = data.draw(st.sampled_from([1, 2, 3]))
     check(case, inputs, data.draw(st.sampled_from(candidates(case, isa, threads))), isa, threads)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 4), height=st.integers(1, 20), width=st.integers(1, 90),
+    phases=st.tuples(st.integers(1, 3), st.integers(1, 3)), extra=st.integers(0, 3), threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_users_numbers_are_rounded_as_they_come(isa, batch, channels, height, width, phases, extra, threads):
+    """Into planes and phases; nothing behind the array is read, and NaN stays."""
+    arranger, shape = Arranger(), (batch, channels, height, width)
+    rows, columns = (-(-size // count) + extra for size, count in zip((height, width), phases, strict=True))
+    y = arranger.put("y", shape, Planes(batch, height, width, columns, rows, lead=extra, phases=phases, itemsize=2))
+    case = arranger.case(Convert("import", shape), [], y, external="input")
+    (candidate,) = candidates(case, isa, threads)
+    assert candidate.kernel.startswith("f16_import")
+    values = np.random.default_rng(width).standard_normal(shape).astype(np.float32)
+    values[0, 0, 0, 0], values[-1, -1, -1, -1] = 6e4, np.nan
+    result = run(case, candidate, isa, [values], threads=threads, tolerance=ROUNDED, poison=POISON)
+    np.testing.assert_array_equal(result, values.astype(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize("isa", MACHINE)

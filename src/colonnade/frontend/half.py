@@ -20,6 +20,7 @@ from colonnade.workload import (
     Affine,
     Binary,
     Conv2d,
+    Convert,
     ConvPool,
     ConvTranspose2d,
     GlobalPool,
@@ -43,6 +44,7 @@ def halve(steps: Sequence[Draft], functions: Collection[str]) -> list[Draft]:
     for step in steps:
         if id(step) in chosen and step.output is not None and not step.output.is_rows:
             step.output.itemsize = 2
+    _import_rounded(steps, chosen)
     made: dict[tuple[Tensor, int], Tensor] = {}
     result: list[Draft] = []
     for step in steps:
@@ -62,6 +64,18 @@ def halve(steps: Sequence[Draft], functions: Collection[str]) -> list[Draft]:
             step.constants = {**step.constants, "weight": rounded}
         result.append(step)
     return result
+
+
+def _import_rounded(steps: Sequence[Draft], chosen: set[int]) -> None:
+    """The user's numbers are rounded where they are imported, if nobody reads them as they are."""
+    wanted: dict[Tensor, set[int]] = defaultdict(set)
+    for step in steps:
+        for tensor in {tensor for value in step.inputs if not value.is_rows for tensor in value.tensors}:
+            wanted[tensor].add(2 if id(step) in chosen and _reads_half(step) else 4)
+    for step in steps:
+        imported = isinstance(step.workload, Convert) and step.workload.kind == "import"
+        if imported and step.output is not None and wanted[step.output] == {2}:
+            step.output.itemsize = 2
 
 
 def _as(value: Value, wanted: int, made: dict[tuple[Tensor, int], Tensor]) -> Value:

@@ -71,11 +71,17 @@ NO_MASK: dict[str, Field] = {"mask": None, "mask_bytes": 0}
 
 def _convert_variants(isa: Isa) -> Iterator[Variant]:
     for each in isa.forms:
-        yield Variant(symbol("copy", each, isa.group), "copy.c.in", {"NV": isa.group, "half": each.itemsize == 2})
+        params = {"half": each.itemsize == 2, "NARROW": False}
+        yield Variant(symbol("copy", each, isa.group), "copy.c.in", {"NV": isa.group, **params})
+    if isa.half:
+        yield Variant(symbol("import", isa.of(2), 2), "copy.c.in", {"NV": 2, "half": True, "NARROW": True})
 
 
 def _convert_candidates(operands: Operands, isa: Isa, threads: int) -> Iterable[Candidate]:
-    yield Candidate(symbol("copy", isa, isa.group))
+    workload = operands.workload
+    assert isinstance(workload, Convert)
+    narrow = workload.kind == "import" and isa.itemsize == 2
+    yield Candidate(symbol("import", isa, 2) if narrow else symbol("copy", isa, isa.group))
 
 
 def _convert_bind(operands: Operands, candidate: Candidate) -> tuple[Call, ...]:
@@ -98,7 +104,7 @@ def _import(operands: Operands) -> dict[str, Field]:
         return _matrix(source, np.zeros(1, np.int64), Arena(), y.offsets, y.layout)
     channels, height, width = y.shape[1:]
     starts = np.arange(channels) * height * width
-    return _to_planes(source, starts, y, channels * height * width, width, (1, 1))
+    return _to_planes(source, starts, y, channels * height * width, width, (1, 1), 4)
 
 
 def _planes(operands: Operands) -> dict[str, Field]:
@@ -172,9 +178,11 @@ def _whole(x: Placed) -> Planes:
 
 
 def _to_planes(
-    source: Field, starts: npt.NDArray[np.int64], y: Placed, image: int, pitch: int, stride: tuple[int, int]
-) -> dict[str, Field]:
-    """``starts``: element of pixel (0, 0) of every channel; ``image`` and ``pitch`` of the source in elements."""
+    source: Field, starts: npt.NDArray[np.int64], y: Placed, image: int, pitch: int, stride: tuple[int, int],
+    itemsize: int = 0,
+) -> dict[str, Field]:  # fmt: skip
+    """``starts``: element of pixel (0, 0) of every channel; ``image`` and ``pitch`` of the source in elements, of
+    ``itemsize`` bytes (0: of the output's)."""
     layout = y.planes
     (oy, ox), (sy, sx) = layout.phases, stride
     held = [layout.held(phase) for phase in layout.stored_phases]
@@ -185,7 +193,7 @@ def _to_planes(
     return {
         "from": source,
         "to": Arena(),
-        "in": u32((starts[:, None] + shifts).reshape(-1) * layout.itemsize),
+        "in": u32((starts[:, None] + shifts).reshape(-1) * (itemsize or layout.itemsize)),
         "out": u32(y.offsets),
         "extent": u32([(rows.stop, columns.stop - columns.start, columns.start) for rows, columns in held]),
         **NO_MASK,
