@@ -24,7 +24,21 @@ from colonnade.kernels.ops import registers, then
 from colonnade.kernels.registry import Candidate, candidates
 from colonnade.layout import Layout, Panels, Planes, Rows
 from colonnade.pattern import ColumnPattern
-from colonnade.workload import NONE, RELU, RELU6, Affine, Conv2d, Convert, Epilogue, Interleave, Linear, Repeat
+from colonnade.workload import (
+    NONE,
+    RELU,
+    RELU6,
+    Activation,
+    Affine,
+    Conv2d,
+    Convert,
+    Epilogue,
+    Function,
+    Interleave,
+    Linear,
+    Repeat,
+    evaluate,
+)
 
 HERE = "rvv_emulated"
 MACHINE = [
@@ -247,3 +261,20 @@ def test_panels_are_gathered_scaled_or_as_they_are(isa, conv, pattern, seed, mor
     case, inputs = halved(*loose(replace(conv, prologue=prologue), pattern, seed, more, (1, 1)))
     threads = data.draw(st.sampled_from([1, 2, 3]))
     check(case, inputs, data.draw(st.sampled_from(candidates(case, isa, threads))), isa, threads)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("name", ["silu", "hard_swish"])
+def test_functions_of_every_number(isa, name):
+    """What a convolution applies to its sums, in float16: four units of the last place, or what is lost near zero."""
+    numbers = np.arange(1 << 16).astype(np.uint16).view(np.float16).astype(np.float32)
+    x = numbers[np.abs(numbers) < 32].reshape(1, 1, 160, -1)  # NaN is no less
+    epilogue = Epilogue(False, Activation(function=Function.of(name)))
+    conv = Conv2d(1, 1, 1, *x.shape[2:], (1, 1), epilogue=epilogue)
+    case, _ = halved(*operands(conv, None, 0))
+    case = replace(case, constants={"weight": np.ones((1, 1, 1, 1), np.float32)})
+    result = run(case, candidates(case, isa, 1)[0], isa, [x], tolerance=ROUNDED, poison=POISON).astype(np.float64)
+    exact = evaluate(conv, [x.astype(np.float64)], case.constants).astype(np.float64)
+    units = np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64)
+    assert (np.abs(result - exact) <= 4 * units + 1e-3 * (x < -1)).all()
+    assert (np.abs(result - exact) / units)[x > -1].mean() < 0.5

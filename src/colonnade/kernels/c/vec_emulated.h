@@ -207,16 +207,19 @@ static _Thread_local __attribute__((unused)) size_t vec_length;
 #define VEC_SINGLE(L) \
     /* an estimate of 1 / b as vfrec7's table has it, by the middle of what has the first 7 bits of b behind its point; then as \
      * in vec_rvv.h */ \
-    VEC_INLINE vec##L##_t vec##L##_over(vec##L##_t a, vec##L##_t b, size_t vl) \
+    VEC_INLINE vec##L##_t vec##L##_inverse(vec##L##_t b, size_t vl) \
     { \
         const vec##L##_word_t bits = (vec##L##_word_t)b, exponent = 253 - (bits >> 23); \
         const vec##L##_t middle = (vec##L##_t)((bits & 0x7f0000) | 0x3f808000); \
         const vec##L##_word_t parts = __builtin_convertvector((2.0f / middle - 1.0f) * 128.0f + 0.5f, vec##L##_word_t) << 16; \
         const vec##L##_mask_t tiny = (vec##L##_int_t)exponent == 0; \
-        vec##L##_t r = vec##L##_merge(tiny, (vec##L##_t)((parts | 0x800000) >> 1), (vec##L##_t)(exponent << 23 | parts)); \
+        const vec##L##_t r = vec##L##_merge(tiny, (vec##L##_t)((parts | 0x800000) >> 1), (vec##L##_t)(exponent << 23 | parts)); \
         (void)vl; \
-        r *= 2.0f - b * r; \
-        const vec##L##_t q = a * r; \
+        return r * (2.0f - b * r); \
+    } \
+    VEC_INLINE vec##L##_t vec##L##_over(vec##L##_t a, vec##L##_t b, size_t vl) \
+    { \
+        const vec##L##_t r = vec##L##_inverse(b, vl), q = a * r; \
         return vec##L##_fused(r, vec##L##_fused(-b, q, a), q); \
     } \
     VEC_INLINE vec##L##_t vec##L##_gather_now(const float *p, vec##L##_t at) \
@@ -261,6 +264,18 @@ static _Thread_local __attribute__((unused)) size_t vec_length;
         const half_bits##L##_t moved = ((lost < 0) | (lost > 0)) & ((bits & 1) - 1); /* nothing where they are no numbers */ \
         return __builtin_convertvector((half_wide##L##_t)(bits + (towards & moved)), half_fused##L##_t); \
     }
+#define VEC_HALF_WIDTH(L) \
+    VEC_INLINE half##L##_t half##L##_power(half##L##_t v, size_t vl) { return (void)vl, (half##L##_t)(((half##L##_word_t)v << 10) + (15u << 10)); } \
+    /* likewise, of b from 1 to 2^13 */ \
+    VEC_INLINE half##L##_t half##L##_inverse(half##L##_t b, size_t vl) \
+    { \
+        const half##L##_word_t bits = (half##L##_word_t)b, exponent = 29 - (bits >> 10); \
+        const half_wide##L##_t middle = __builtin_convertvector((half##L##_t)((bits & 0x3f8) | 0x3c04), half_wide##L##_t); \
+        const half##L##_word_t parts = __builtin_convertvector((2.0f / middle - 1.0f) * 128.0f + 0.5f, half##L##_word_t) << 3; \
+        const half##L##_t r = (half##L##_t)(exponent << 10 | parts), product = b * r, left = 2 - product; /* each of them rounded */ \
+        (void)vl; \
+        return r * left; \
+    }
 #define VEC_CONVERT(L, H) \
     VEC_INLINE vec##L##_t half##H##_widened(half##H##_t v, size_t vl) { return (void)vl, __builtin_convertvector(v, vec##L##_t); } \
     VEC_INLINE half##H##_t vec##L##_narrowed(vec##L##_t v, size_t vl) { return (void)vl, __builtin_convertvector(v, half##H##_t); } \
@@ -291,6 +306,7 @@ VEC_EACH(VEC_HALF_FUSED)
 VEC_GROUPS(vec, 32, float)
 VEC_GROUPS(half, 16, _Float16)
 VEC_EACH(VEC_SINGLE)
+VEC_EACH(VEC_HALF_WIDTH)
 VEC_HALVES(VEC_HALF, vec, 32, float)
 VEC_HALVES(VEC_HALF, half, 16, _Float16)
 VEC_CONVERT(2, 1)

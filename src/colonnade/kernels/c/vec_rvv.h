@@ -216,11 +216,15 @@ VEC_INLINE vbool4_t vec_mask4(const uint8_t *bits, size_t lane, size_t vl) { ret
     VEC_INLINE V##L##_t V##L##_mul(V##L##_t a, V##L##_t b, size_t vl) { return __riscv_vfmul_vv_f##W##m##L(a, b, vl); } \
     VEC_INLINE V##L##_t V##L##_div(V##L##_t a, V##L##_t b, size_t vl) { return __riscv_vfdiv_vv_f##W##m##L(a, b, vl); } \
     /* a division takes five cycles a lane on some cores: an estimate of 1 / b of 7 bits, a step of Newton's, and one more \
-     * for the quotient */ \
+     * for a quotient */ \
+    VEC_INLINE V##L##_t V##L##_inverse(V##L##_t b, size_t vl) \
+    { \
+        const V##L##_t r = __riscv_vfrec7_v_f##W##m##L(b, vl); \
+        return __riscv_vfmul_vv_f##W##m##L(r, __riscv_vfrsub_vf_f##W##m##L(__riscv_vfmul_vv_f##W##m##L(b, r, vl), 2.0f, vl), vl); \
+    } \
     VEC_INLINE V##L##_t V##L##_over(V##L##_t a, V##L##_t b, size_t vl) \
     { \
-        V##L##_t r = __riscv_vfrec7_v_f##W##m##L(b, vl); \
-        r = __riscv_vfmul_vv_f##W##m##L(r, __riscv_vfrsub_vf_f##W##m##L(__riscv_vfmul_vv_f##W##m##L(b, r, vl), 2.0f, vl), vl); \
+        const V##L##_t r = V##L##_inverse(b, vl); \
         const V##L##_t q = __riscv_vfmul_vv_f##W##m##L(a, r, vl); \
         return __riscv_vfmacc_vv_f##W##m##L(q, r, __riscv_vfnmsac_vv_f##W##m##L(a, b, q, vl), vl); \
     } \
@@ -359,6 +363,11 @@ VEC_HALF(vec, 32, 64, float, 8, 4)
 VEC_INLINE vbool2_t vec_mask2(const uint8_t *bits, size_t lane, size_t vl) { return __riscv_vlm_v_b2(bits + lane / 8, vl); }
 #define VEC_HALF_WIDTH(L, RATIO) \
     VEC_GROUP(half, 16, _Float16, L, RATIO) \
+    VEC_INLINE half##L##_t half##L##_power(half##L##_t v, size_t vl) \
+    { \
+        const vuint16m##L##_t bits = __riscv_vsll_vx_u16m##L(__riscv_vreinterpret_v_f16m##L##_u16m##L(v), 10, vl); \
+        return __riscv_vreinterpret_v_u16m##L##_f16m##L(__riscv_vadd_vx_u16m##L(bits, 15u << 10, vl)); \
+    } \
     /* for up to 32 lanes, by a type of its own: the next vector instruction needs its type again */ \
     VEC_INLINE vbool##RATIO##_t half##L##_mask_now(uint32_t bits) \
     { \
