@@ -44,7 +44,8 @@ def test_parse_names_the_forms() -> None:
 def test_probe_of_this_machine() -> None:
     machine = targets.parse("local").probe()
     assert machine.cores == len(os.sched_getaffinity(0))
-    assert machine.isas[-1].name == "portable" and machine.memory > machine.memory_free > 0
+    own = [isa.name for isa in machine.isas if not isa.emulates]
+    assert own[-1] == "portable" and machine.memory > machine.memory_free > 0
     assert sorted(c for cluster in machine.clusters for c in cluster) == sorted(os.sched_getaffinity(0))
     assert machine.pick_isa("portable").name == "portable"
     with pytest.raises(UserError, match="cannot run ISA 'rvv9'"):
