@@ -59,6 +59,15 @@ def test_nobody_gets_it_unasked() -> None:
         machine.pick_isa(None, "f16")
 
 
+def test_a_build_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not that tuning would help."""
+    made = Builder(7)
+    onnx.save(made.build(made.conv(made.input("x", (1, 8, 6, 6)), 8, 8, 3)), tmp_path / "m.onnx")
+    assert run_verb(["build", str(tmp_path / "m.onnx"), "--isa", NAME, "-o", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "its times are not" in said and "untuned" not in said
+
+
 @pytest.mark.parametrize("verb", ["bench", "report", "tune", "build"])
 def test_its_times_mean_nothing(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Who asks for them is told so, and gets nothing."""

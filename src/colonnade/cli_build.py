@@ -45,6 +45,7 @@ def build(
     from rich.console import Console
 
     from colonnade.api import build as make
+    from colonnade.kernels.isa import isa as known_isa
 
     console = Console(stderr=True)
     options: dict[str, Any] = {
@@ -69,7 +70,9 @@ def build(
     if manifest.get("left_to_the_host"):
         typer.echo(f"cut at {', '.join(outputs or [])}; left to the host: {manifest['left_to_the_host']}")
     tuning = manifest["tuning"]
-    if tuning["untuned"]:
+    if known_isa(manifest["isa"]).emulates:
+        typer.echo(f"{manifest['isa']} emulates another machine: its answers are that one's, its times are not")
+    elif tuning["untuned"]:
         typer.echo(f"{tuning['untuned']} of {tuning['tunable']} layers untuned (`colonnade tune`, or build --tune)")
 
 
