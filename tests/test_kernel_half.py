@@ -278,3 +278,19 @@ def test_functions_of_every_number(isa, name):
     units = np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64)
     assert (np.abs(result - exact) <= 4 * units + 1e-3 * (x < -1)).all()
     assert (np.abs(result - exact) / units)[x > -1].mean() < 0.5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize("limits", [RELU, RELU6, NONE])
+def test_infinity_less_itself_is_no_number(isa, limits):
+    """Behind limits too, which compare integers: an overflow is seen in the end."""
+    conv = Conv2d(1, 2, 3, 5, 40, (1, 1), epilogue=Epilogue(False, limits))
+    case, (x, *_) = halved(*operands(conv, None, 1))
+    weight = np.zeros((3, 2, 1, 1), np.float32)
+    weight[:, 0], weight[:, 1] = 1, -1
+    case = replace(case, constants={**case.constants, "weight": weight})
+    x[0, :, 2, 7] = np.inf
+    for candidate in candidates(case, isa, 1):
+        found = run(case, candidate, isa, [x], tolerance=8 * ROUNDED, poison=POISON)
+        assert np.isnan(found[0, :, 2, 7]).all() and np.isnan(found).sum() == 3

@@ -17,7 +17,8 @@ from test_kernel_half import MACHINE, POISON, ROUNDED, half
 from colonnade.frontend import imported
 from colonnade.kernels.registry import candidates
 from colonnade.plan import Step
-from colonnade.workload import NONE, RELU, ConvPool, Precision
+from colonnade.workload import NONE, RELU, Conv2d, ConvPool, Pool2d, Precision
+from colonnade.workload.conv_pool import joinable
 
 
 def halved(case: Case, external: bool = False) -> Case:
@@ -63,6 +64,17 @@ def test_bands_and_blocks(isa, work, activation):
     first = check(case, isa, x, 1)
     for threads in (2, 3):
         np.testing.assert_array_equal(check(case, isa, x, threads), first)
+
+
+@pytest.mark.parametrize("isa", MACHINE)
+@pytest.mark.parametrize(("channels", "kernel", "stride"), [(2, 7, (2, 8)), (7, 3, (1, 8)), (1, 7, (2, 8))])
+def test_columns_that_nobody_reads(isa, channels, kernel, stride):
+    """A kernel of one column takes one phase of eight; the others stand where nothing else does."""
+    conv = Conv2d(1, channels, 5, 60, 640, (kernel, 1), stride, (kernel // 2, 0, kernel // 2, 0))
+    pool = Pool2d("max", 1, 5, conv.out_height, conv.out_width, (3, 3), (2, 2), (1, 1, 1, 1))
+    assert joinable(conv, pool)
+    case, (x,) = case_of(ConvPool(conv, pool), 2, 0)
+    check(halved(case), isa, x, 2)
 
 
 @pytest.mark.parametrize("isa", MACHINE)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from colonnade import accuracy
+from colonnade.build.toolchain import Toolchain
 from colonnade.bundle import Bundle
 from colonnade.errors import UserError
 from colonnade.fitting.times import Place
@@ -32,6 +33,7 @@ def check(where: Place) -> None:
     if emulated(where):
         try:
             Local().probe().pick_isa(EMULATED, where.dtype)
+            _ = Toolchain().version  # of what compiles for this machine, whatever compiles for the target
         except UserError as error:
             raise UserError(f"answers in float16 are emulated on this machine: {error}") from error
 
@@ -59,6 +61,6 @@ def answer(
     with tempfile.TemporaryDirectory(prefix="colonnade-") as room:
         twin = build(
             onnx_file, "local", threads=threads, isa=EMULATED, dtype=where.dtype, batch=where.batch,
-            out=Path(room) / "answers", db=where.db, cc=where.toolchain.cc,
+            out=Path(room) / "answers", db=where.db,
         )  # fmt: skip
         return accuracy.evaluate(twin.path, images, threads=threads, progress=progress)

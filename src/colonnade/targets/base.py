@@ -89,6 +89,9 @@ class Machine:
         if not rows:
             known = ", ".join(row.name for row in self.isas)
             more = f"; f16 takes {HALF}{self.no_half}" if any(row.half for row in ISAS if row.name == name) else ""
+            for row in ISAS:
+                if row.name == name and row.emulates:
+                    more = f"; {name} takes {row.arch} with {', '.join(row.flags)}"
             raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}{more}")
         if dtype == "f32":
             return rows[0]

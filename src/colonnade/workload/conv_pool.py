@@ -60,4 +60,5 @@ def joinable(conv: Conv2d, pool: Pool2d) -> bool:
         and conv.epilogue.activation.function is None
         and (pool.kind, pool.kernel, pool.stride, pool.dilation) == ("max", (3, 3), (2, 2), (1, 1))
         and max(pool.padding[:2]) <= 1
+        and max(pool.padding[2:]) <= 2  # every window holds a pixel
     )

@@ -38,7 +38,14 @@ static _Thread_local __attribute__((unused)) size_t vec_length;
     } \
     VEC_INLINE size_t V##L##_setvl(size_t n) { return n < V##L##_lanes ? n : V##L##_lanes; } \
     VEC_INLINE void V##L##_type(size_t vl) { vec_length = V##L##_setvl(vl); } \
-    VEC_INLINE V##L##_t V##L##_whole(T x) { return x - (V##L##_t){0}; } \
+    VEC_INLINE V##L##_t V##L##_whole(T x) \
+    { \
+        V##L##_t v; \
+        VEC_ALL(i, V##L##_lanes) v[i] = x; \
+        return v; \
+    } \
+    /* arithmetic makes one NaN, which is positive: limits as integers count on that */ \
+    VEC_INLINE V##L##_t V##L##_made(V##L##_t v) { return V##L##_merge(v != v, V##L##_whole((T)__builtin_nanf("")), v); } \
     VEC_INLINE V##L##_t V##L##_load_whole_now(const T *p) \
     { \
         V##L##_t v; \
@@ -75,25 +82,25 @@ static _Thread_local __attribute__((unused)) size_t vec_length;
     } \
     VEC_INLINE V##L##_t V##L##_splat(T x, size_t vl) { return (void)vl, V##L##_whole(x); } \
     VEC_INLINE V##L##_t V##L##_splat_now(T x) { return V##L##_whole(x); } \
-    VEC_INLINE V##L##_t V##L##_fmav(V##L##_t acc, V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, V##L##_fused(a, b, acc); } \
-    VEC_INLINE V##L##_t V##L##_fma_now(V##L##_t acc, T s, V##L##_t v) { return V##L##_fused(V##L##_whole(s), v, acc); } \
+    VEC_INLINE V##L##_t V##L##_fmav(V##L##_t acc, V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, V##L##_made(V##L##_fused(a, b, acc)); } \
+    VEC_INLINE V##L##_t V##L##_fma_now(V##L##_t acc, T s, V##L##_t v) { return V##L##_made(V##L##_fused(V##L##_whole(s), v, acc)); } \
     VEC_INLINE V##L##_t V##L##_fma(V##L##_t acc, T s, V##L##_t v, size_t vl) { return (void)vl, V##L##_fma_now(acc, s, v); } \
     VEC_INLINE V##L##_t V##L##_fma_next(V##L##_t acc, T s, V##L##_t v, T *next) { return (void)next, V##L##_fma_now(acc, s, v); } \
-    VEC_INLINE V##L##_t V##L##_add(V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, a + b; } \
-    VEC_INLINE V##L##_t V##L##_sub(V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, a - b; } \
-    VEC_INLINE V##L##_t V##L##_mul(V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, a * b; } \
-    VEC_INLINE V##L##_t V##L##_div(V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, a / b; } \
-    VEC_INLINE V##L##_t V##L##_scale(V##L##_t v, T s, size_t vl) { return (void)vl, v * s; } \
-    VEC_INLINE V##L##_t V##L##_scale_now(V##L##_t v, T s) { return v * s; } \
-    VEC_INLINE V##L##_t V##L##_plus(V##L##_t v, T s, size_t vl) { return (void)vl, v + s; } \
-    VEC_INLINE V##L##_t V##L##_plus_now(V##L##_t v, T s) { return v + s; } \
-    VEC_INLINE V##L##_t V##L##_sum_now(V##L##_t a, V##L##_t b) { return a + b; } \
+    VEC_INLINE V##L##_t V##L##_add(V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, V##L##_made(a + b); } \
+    VEC_INLINE V##L##_t V##L##_sub(V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, V##L##_made(a - b); } \
+    VEC_INLINE V##L##_t V##L##_mul(V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, V##L##_made(a * b); } \
+    VEC_INLINE V##L##_t V##L##_div(V##L##_t a, V##L##_t b, size_t vl) { return (void)vl, V##L##_made(a / b); } \
+    VEC_INLINE V##L##_t V##L##_scale(V##L##_t v, T s, size_t vl) { return (void)vl, V##L##_made(v * V##L##_whole(s)); } \
+    VEC_INLINE V##L##_t V##L##_scale_now(V##L##_t v, T s) { return V##L##_made(v * V##L##_whole(s)); } \
+    VEC_INLINE V##L##_t V##L##_plus(V##L##_t v, T s, size_t vl) { return (void)vl, V##L##_made(v + V##L##_whole(s)); } \
+    VEC_INLINE V##L##_t V##L##_plus_now(V##L##_t v, T s) { return V##L##_made(v + V##L##_whole(s)); } \
+    VEC_INLINE V##L##_t V##L##_sum_now(V##L##_t a, V##L##_t b) { return V##L##_made(a + b); } \
     VEC_INLINE V##L##_t V##L##_abs(V##L##_t v, size_t vl) { return (void)vl, (V##L##_t)((V##L##_word_t)v << 1 >> 1); } \
     VEC_INLINE V##L##_t V##L##_sqrt(V##L##_t v, size_t vl) \
     { \
         (void)vl; \
         VEC_ALL(i, V##L##_lanes) v[i] = (T)sqrtf((float)v[i]); \
-        return v; \
+        return V##L##_made(v); \
     } \
     /* as integers */ \
     VEC_INLINE V##L##_t V##L##_larger_now(V##L##_t a, V##L##_t b) { return V##L##_merge((V##L##_int_t)a > (V##L##_int_t)b, a, b); } \
@@ -206,7 +213,7 @@ static _Thread_local __attribute__((unused)) size_t vec_length;
     }
 #define VEC_SINGLE(L) \
     /* an estimate of 1 / b as vfrec7's table has it, by the middle of what has the first 7 bits of b behind its point; then as \
-     * in vec_rvv.h */ \
+     * in vec_rvv.h; b from 1 to 2^126 */ \
     VEC_INLINE vec##L##_t vec##L##_inverse(vec##L##_t b, size_t vl) \
     { \
         const vec##L##_word_t bits = (vec##L##_word_t)b, exponent = 253 - (bits >> 23); \
@@ -277,9 +284,9 @@ static _Thread_local __attribute__((unused)) size_t vec_length;
         return r * left; \
     }
 #define VEC_CONVERT(L, H) \
-    VEC_INLINE vec##L##_t half##H##_widened(half##H##_t v, size_t vl) { return (void)vl, __builtin_convertvector(v, vec##L##_t); } \
-    VEC_INLINE half##H##_t vec##L##_narrowed(vec##L##_t v, size_t vl) { return (void)vl, __builtin_convertvector(v, half##H##_t); } \
-    VEC_INLINE vec##L##_t vec##L##_plus_half(vec##L##_t v, half##H##_t x, size_t vl) { return v + half##H##_widened(x, vl); }
+    VEC_INLINE vec##L##_t half##H##_widened(half##H##_t v, size_t vl) { return (void)vl, vec##L##_made(__builtin_convertvector(v, vec##L##_t)); } \
+    VEC_INLINE half##H##_t vec##L##_narrowed(vec##L##_t v, size_t vl) { return (void)vl, half##H##_made(__builtin_convertvector(v, half##H##_t)); } \
+    VEC_INLINE vec##L##_t vec##L##_plus_half(vec##L##_t v, half##H##_t x, size_t vl) { return vec##L##_made(v + half##H##_widened(x, vl)); }
 #define VEC_SPLIT(L) \
     VEC_INLINE void vec##L##_split2(const float *p, vec##L##_t *a, vec##L##_t *b, size_t vl) \
     { \

@@ -358,7 +358,8 @@ def _bind_half(step: Operands, candidate: Candidate, columns: _Columns) -> tuple
     by_block = [weights[:, a:b].reshape(-1) for a, b in pairwise(blocks)]
     # the next strip is loaded before it is known that there is none
     strip = nv * fitting(VECTOR_LANES, 2)
-    transformed = round_up(int(offsets.max()) + band * pitch + 2 * strip, LINE // 2)
+    read, written = int(offsets.max()) + band * pitch + 2 * strip, phases * wide + MARGIN  # not all phases need be read
+    transformed = round_up(max(read, written), LINE // 2)
     room = round_up(conv.out_width + 3, LINE // 2)
     fields: dict[str, Field] = {
         "offsets": u32(2 * offsets),
