@@ -15,7 +15,7 @@ from math import prod
 
 import numpy as np
 
-from colonnade.frontend.draft import Draft, Tensor, Value, whole
+from colonnade.frontend.draft import Draft, Tensor, Value, is_import, whole
 from colonnade.workload import (
     Affine,
     Binary,
@@ -44,13 +44,14 @@ def halve(steps: Sequence[Draft], functions: Collection[str]) -> list[Draft]:
     for step in steps:
         if id(step) in chosen and step.output is not None and not step.output.is_rows:
             step.output.itemsize = 2
-    _import_rounded(steps, chosen)
+    reading = {id(step) for step in steps if id(step) in chosen and _reads_half(step)}
+    _import_rounded(steps, reading)
     made: dict[tuple[Tensor, int], Tensor] = {}
     result: list[Draft] = []
     for step in steps:
         inputs = []
         for value in step.inputs:
-            wanted = 2 if id(step) in chosen and _reads_half(step) and not value.is_rows else 4
+            wanted = 2 if id(step) in reading and not value.is_rows else 4
             for tensor in value.tensors:
                 if tensor.itemsize != wanted and (tensor, wanted) not in made:
                     other = Tensor(f"{tensor.name}.f{8 * wanted}", tensor.shape, itemsize=wanted)
@@ -66,15 +67,16 @@ def halve(steps: Sequence[Draft], functions: Collection[str]) -> list[Draft]:
     return result
 
 
-def _import_rounded(steps: Sequence[Draft], chosen: set[int]) -> None:
-    """The user's numbers are rounded where they are imported, if nobody reads them as they are."""
+def _import_rounded(steps: Sequence[Draft], reading: set[int]) -> None:
+    """The user's numbers are rounded where they are imported, if nobody reads them as they are. ``reading``: the steps
+    that read float16, by their ids."""
     wanted: dict[Tensor, set[int]] = defaultdict(set)
     for step in steps:
         for tensor in {tensor for value in step.inputs if not value.is_rows for tensor in value.tensors}:
-            wanted[tensor].add(2 if id(step) in chosen and _reads_half(step) else 4)
+            wanted[tensor].add(2 if id(step) in reading else 4)
     for step in steps:
-        imported = isinstance(step.workload, Convert) and step.workload.kind == "import"
-        if imported and step.output is not None and wanted[step.output] == {2}:
+        brings = isinstance(step.workload, Convert) and is_import(step)
+        if brings and step.output is not None and wanted[step.output] == {2}:
             step.output.itemsize = 2
 
 

@@ -88,10 +88,10 @@ class Machine:
         rows = [row for row in self.isas if name is None or row.name == name]
         if not rows:
             known = ", ".join(row.name for row in self.isas)
-            more = f"; f16 takes {HALF}{self.no_half}" if any(row.half for row in ISAS if row.name == name) else ""
-            for row in ISAS:
-                if row.name == name and row.emulates:
-                    more = f"; {name} takes {row.arch} with {', '.join(row.flags)}"
+            asked = next((row for row in ISAS if row.name == name), None)
+            more = f"; f16 takes {HALF}{self.no_half}" if asked and asked.half else ""
+            if asked and asked.emulates:
+                more = f"; {name} takes {asked.arch} with {', '.join(asked.flags)}"
             raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}{more}")
         if dtype == "f32":
             return rows[0]
