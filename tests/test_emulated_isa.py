@@ -57,6 +57,8 @@ def test_nobody_gets_it_unasked() -> None:
     assert machine.pick_isa(NAME, "f16").itemsize == 2
     with pytest.raises(UserError, match=f"does not compute with f16, .* or take --isa {NAME} for its answers"):
         machine.pick_isa(None, "f16")
+    with pytest.raises(UserError, match=r"leave out --dtype f16$"):  # its times would mean nothing
+        machine.pick_isa(None, "f16", timed=True)
 
 
 def test_a_build_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

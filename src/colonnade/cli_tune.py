@@ -62,7 +62,7 @@ def tune(
     steps = imported(model, batch=batch)
     machine_of, count = targets.settle(machine_of, threads, cpus)
     machine = machine_of.probe()
-    chosen_isa = machine.pick_isa(isa, dtype)
+    chosen_isa = machine.pick_isa(isa, dtype, timed=True)
     toolchain = Toolchain(cc, notice=console.print)
     made = arranged(steps, machine, chosen_isa, db)
     with bar(console, "tuning") as progress:

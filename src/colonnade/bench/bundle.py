@@ -14,7 +14,7 @@ from colonnade.build.toolchain import Toolchain
 from colonnade.bundle import Bundle
 from colonnade.errors import UserError
 from colonnade.report.bundle import FORMAT, enrich, totals
-from colonnade.targets.base import Target, check_timed
+from colonnade.targets.base import Target
 from colonnade.targets.peak import measure_peak
 
 REPEAT_S = 1.0
@@ -30,7 +30,7 @@ def measure(bundle: Bundle, target: Target, threads: int, toolchain: Toolchain) 
     machine, manifest = target.probe(), bundle.manifest
     if manifest["arch"] != machine.arch:
         raise UserError(f"{bundle.path}: this bundle needs {manifest['arch']}; {target.name} is {machine.arch}")
-    isa = check_timed(machine.pick_isa(manifest["isa"]))
+    isa = machine.pick_isa(manifest["isa"], timed=True)
     ours = Ours(bundle, target, random_inputs(dict(manifest)), threads)
     load = Load() if target.name == "local" else None
     peak = measure_peak(target, isa, threads, toolchain)

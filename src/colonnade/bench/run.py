@@ -23,7 +23,7 @@ from colonnade.kernels import registry
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.registry import Candidate
 from colonnade.plan import Plan, Variants
-from colonnade.targets.base import DTYPES, Machine, Target, check_dtype, check_timed
+from colonnade.targets.base import DTYPES, Machine, Target, check_dtype
 from colonnade.targets.peak import Peak, look, measure_peak
 from colonnade.tune.database import Database
 from colonnade.tune.tuner import Chooser, place
@@ -119,13 +119,13 @@ def bench(
             if vs:
                 raise UserError(f"{model}: --vs needs the ONNX file, other runtimes cannot run a bundle")
             bundle = Bundle.load(model)
-            chosen = check_timed(machine.pick_isa(bundle.manifest["isa"]))
+            chosen = machine.pick_isa(bundle.manifest["isa"], timed=True)
             bundles = {"colonnade": bundle}
         else:
             from colonnade.arranging import arranged
             from colonnade.frontend import imported
 
-            chosen = check_timed(machine.pick_isa(isa, dtype))
+            chosen = machine.pick_isa(isa, dtype, timed=True)
             made = arranged(imported(model, batch=batch), machine, chosen, db)
             bundles, notes = build_both(made, machine, chosen, threads, folder, db, toolchain)
         inputs = random_inputs(dict(next(iter(bundles.values())).manifest))

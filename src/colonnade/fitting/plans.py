@@ -272,7 +272,7 @@ def place_of(
         raise UserError(f"{place.name}: {place.untimed}; take a board (ssh://…), local, or a machine model (model:x60)")
     place, count = targets.settle(place, threads, cpus)
     toolchain = Toolchain(cc, notice=notice)
-    chosen = targets.check_timed(place.probe().pick_isa(isa, dtype))
+    chosen = place.probe().pick_isa(isa, dtype, timed=True)
     return Place(place, chosen, count, toolchain, Path(db) if db else None, budget, batch)
 
 

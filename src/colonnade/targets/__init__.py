@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from colonnade.errors import UserError
 from colonnade.targets import probe
-from colonnade.targets.base import DTYPES, Cache, Machine, Outcome, Target, check_dtype, check_timed
+from colonnade.targets.base import DTYPES, Cache, Machine, Outcome, Target, check_dtype
 from colonnade.targets.local import Local, on_cores
 from colonnade.targets.qemu import Qemu
 from colonnade.targets.ssh import Ssh
 
 __all__ = [
-    "DTYPES", "Cache", "Local", "Machine", "Outcome", "Qemu", "Ssh", "Target", "check_dtype", "check_timed",
-    "on_cores", "parse", "settle",
+    "DTYPES", "Cache", "Local", "Machine", "Outcome", "Qemu", "Ssh", "Target", "check_dtype", "on_cores",
+    "parse", "settle",
 ]  # fmt: skip
 
 FORMS = "local, qemu[:vlen=256], model:x60, ssh://user@host[:port]"

@@ -81,9 +81,9 @@ class Machine:
         chosen = f"|cpus={','.join(map(str, self.cpus))}" if self.cpus else ""
         return f"{self.arch}|{self.cpu}|vlenb={self.vlenb}|cores={self.cores}|{caches}{chosen}"
 
-    def pick_isa(self, name: str | None = None, dtype: str = DTYPES[0]) -> Isa:
+    def pick_isa(self, name: str | None = None, dtype: str = DTYPES[0], timed: bool = False) -> Isa:
         """The ISA called ``name``, which the machine must have, or the best one of its own; for convolutions in
-        ``dtype``. Raises ``UserError``."""
+        ``dtype``, and ``timed`` where times are taken. Raises ``UserError``."""
         check_dtype(dtype)
         rows = [row for row in self.isas if name is None or row.name == name]
         if not rows:
@@ -93,6 +93,8 @@ class Machine:
             if asked and asked.emulates:
                 more = f"; {name} takes {asked.arch} with {', '.join(asked.flags)}"
             raise UserError(f"{self.cpu or self.arch} cannot run ISA {name!r}; it has: {known}{more}")
+        if timed:
+            rows = [check_timed(row) for row in rows if name or not row.emulates]
         if dtype == "f32":
             return rows[0]
         able = [row.of(2) for row in rows if row.half and (name or not row.emulates)]
