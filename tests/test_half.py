@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from models import Builder, bottlenecks, onnxruntime_outputs
+from everywhere import compare
+from models import Builder, bottlenecks
 from test_kernel_half import halved
 from test_kernel_panels import case_of
 from test_parity import files  # noqa: F401  (a fixture)
@@ -25,7 +25,6 @@ from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.onnx_file import prune_file
 from colonnade.targets import Qemu, qemu
 from colonnade.targets.base import Machine
-from colonnade.targets.qemu import VLENS
 from colonnade.tune.job import Run, problem
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.workload import RELU, Conv2d, Epilogue, Linear
@@ -34,26 +33,11 @@ from tests.zoo import ZOO, emulated, model_of, pruned
 TOLERANCE = 0.01  # of the largest answer: a few dozen layers, each rounded to 11 bits
 
 
-def compare(file: Path, folder: Path, size: int) -> list[str]:
-    """Its kernels, if it gives onnxruntime's answers at all vector lengths, the same bits for two threads."""
-    bundle = build(file, "qemu:vlen=256", dtype="f16", input_shapes={"x": (1, 3, size, size)}, out=folder / "bundle")
-    assert (bundle.manifest["isa"], bundle.manifest["dtype"]) == ("rvv_zvfh", "f16")
-    feeds = {"x": np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)}
-    (wanted,) = onnxruntime_outputs(onnx.load(file), feeds).values()
-    for vlen in VLENS:
-        (answer,) = Ours(bundle, Qemu(vlen, poison=True), feeds, 1).outputs()
-        assert answer.dtype == np.float32
-        assert np.abs(answer - wanted).max() <= TOLERANCE * np.abs(wanted).max(), vlen
-        if vlen == 128:
-            (again,) = Ours(bundle, Qemu(vlen), feeds, 2).outputs()
-            np.testing.assert_array_equal(again, answer, "two threads, or lanes without poison, give other bits")
-    return [step["kernel"] for step in bundle.manifest["steps"]]
-
-
 @pytest.mark.parametrize("percent", [0, 75])
 def test_resnet18_in_small(half_qemu, files, tmp_path, percent):  # noqa: F811
     """All convolutions, the stem joined with its pool, and copies into phases between them."""
-    kernels = compare(files("resnet18", percent), tmp_path, 64)
+    bundle = compare(files("resnet18", percent), tmp_path, (1, 3, 64, 64), TOLERANCE, "f16")
+    kernels = [step["kernel"] for step in bundle.manifest["steps"]]
     assert sum(k.startswith("f16_convpool") for k in kernels) == 1
     assert sum(k.startswith("f16_spconv") for k in kernels) == 19
     assert sum(k.startswith("f16_copy") for k in kernels) == 3
@@ -64,7 +48,7 @@ def test_bottlenecks_in_panels(half_qemu, tmp_path, tile):
     onnx.save(bottlenecks(), tmp_path / "model.onnx")
     if tile:
         prune_file(tmp_path / "model.onnx", tmp_path / "pruned.onnx", ColumnPattern(0.5, tile))
-    compare(tmp_path / ("pruned.onnx" if tile else "model.onnx"), tmp_path, 22)
+    compare(tmp_path / ("pruned.onnx" if tile else "model.onnx"), tmp_path, (1, 3, 22, 22), TOLERANCE, "f16")
 
 
 def test_weights_beyond_float16_stay_as_they_are(half_qemu, tmp_path):

@@ -10,10 +10,11 @@ import onnx
 import pytest
 import test_kernels_other
 from emulated import emulated
+from everywhere import compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import Arranger, Case, run
-from models import Builder, onnxruntime_outputs
+from models import Builder
 from test_kernel_half import MACHINE, POISON, ROUNDED, half
 from test_kernels_other import (
     ANY_POOL,
@@ -31,16 +32,12 @@ from test_kernels_other import (
     values,
 )
 
-from colonnade.api import build
-from colonnade.bench.ours import Ours
 from colonnade.frontend.load import imported
 from colonnade.kernels.ops import then
 from colonnade.kernels.ops.pool import GROUPS, SQUARES
 from colonnade.kernels.registry import candidates
 from colonnade.layout import Placed, Rows
 from colonnade.plan import Plan
-from colonnade.targets import Qemu
-from colonnade.targets.qemu import VLENS
 from colonnade.workload import NONE, RELU6, Binary, Convert, GlobalPool, Pool2d, Precision
 
 SOME = settings(max_examples=60, deadline=None)
@@ -280,11 +277,4 @@ def test_a_network_with_pools_answers_as_onnxruntime_does(half_qemu, tmp_path):
     b, y = branches()
     model = b.build(y)
     onnx.save(model, tmp_path / "model.onnx")
-    bundle = build(tmp_path / "model.onnx", "qemu:vlen=256", dtype="f16", out=tmp_path / "bundle")
-    feeds = {"x": np.random.default_rng(0).standard_normal((1, 3, 24, 26)).astype(np.float32)}
-    (wanted,) = onnxruntime_outputs(model, feeds).values()
-    for vlen in VLENS:
-        (answer,) = Ours(bundle, Qemu(vlen, poison=True), feeds, 1).outputs()
-        assert np.abs(answer - wanted).max() <= 0.01 * np.abs(wanted).max(), vlen
-        (again,) = Ours(bundle, Qemu(vlen), feeds, 2).outputs()
-        np.testing.assert_array_equal(again, answer, "two threads, or lanes without poison, give other bits")
+    compare(tmp_path / "model.onnx", tmp_path, (1, 3, 24, 26), 0.01, "f16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -15,49 +14,23 @@ import numpy as np
 import onnx
 import pytest
 from emulated import INSTALLED, MISSING
+from everywhere import compare
 from models import bottlenecks, onnxruntime_outputs
 from onnx import helper, numpy_helper
 from test_parity import TOLERANCE, files  # noqa: F401  (a fixture)
 
-from colonnade.api import build
-from colonnade.bench.ours import Ours
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.onnx_file import prune_file
 from colonnade.targets import Qemu
-from colonnade.targets.qemu import VLENS
 from colonnade.workload.winograd import SIZES
 from tests.zoo import SPARSITIES, ZOO, emulated, model_of, pruned
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason=MISSING)
 
 
-def digest(folder: Path) -> str:
-    """Of all files of a bundle, their names and contents."""
-    words = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        words.update(f"{path.relative_to(folder)}:{path.stat().st_size}:".encode() + path.read_bytes())
-    return words.hexdigest()
-
-
-def compare(file: Path, folder: Path, size: int) -> None:
-    """At all vector lengths, lanes beyond the vector length poisoned; 1 thread and, at one length, 2."""
-    bundle = build(file, "qemu:vlen=256", input_shapes={"x": (1, 3, size, size)}, out=folder / "bundle")
-    assert bundle.manifest["isa"] == "rvv" and bundle.manifest["arch"] == "riscv64"
-    before = digest(bundle.path)
-    feeds = {"x": np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)}
-    (wanted,) = onnxruntime_outputs(onnx.load(file), feeds).values()
-    for vlen in VLENS:
-        (answer,) = Ours(bundle, Qemu(vlen, poison=True), feeds, 1).outputs()
-        assert np.abs(answer - wanted).max() <= TOLERANCE * np.abs(wanted).max(), vlen
-        if vlen == 128:
-            (again,) = Ours(bundle, Qemu(vlen), feeds, 2).outputs()
-            np.testing.assert_array_equal(again, answer, "two threads, or lanes without poison, give other bits")
-    assert digest(bundle.path) == before
-
-
 @pytest.mark.parametrize("percent", [0, 75])
 def test_resnet18_in_small(files, tmp_path, percent):  # noqa: F811
-    compare(files("resnet18", percent), tmp_path, 64)
+    compare(files("resnet18", percent), tmp_path, (1, 3, 64, 64), TOLERANCE)
 
 
 @pytest.mark.parametrize("tile, vectors", [(None, "x2v"), (2, "x4v")])
@@ -67,7 +40,7 @@ def test_bottlenecks_in_panels(tmp_path, tile, vectors):
     onnx.save(bottlenecks(), tmp_path / "model.onnx")
     if tile:
         prune_file(tmp_path / "model.onnx", tmp_path / "pruned.onnx", ColumnPattern(0.5, tile))
-    compare(tmp_path / ("pruned.onnx" if tile else "model.onnx"), tmp_path, 22)
+    compare(tmp_path / ("pruned.onnx" if tile else "model.onnx"), tmp_path, (1, 3, 22, 22), TOLERANCE)
     steps = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["steps"]
     inner = [step["kernel"] for step in steps if step["params"].get("feed") == 2]
     assert len(inner) >= 5 and all(vectors in kernel for kernel in inner)
@@ -81,7 +54,7 @@ def test_bottlenecks_behind_a_transform(tmp_path, size):
     seen = {"x": np.random.default_rng(1).standard_normal((8, 3, 22, 22)).astype(np.float32)}
     pattern = ColumnPattern(0.5, 8, winograd=size)
     prune_file(tmp_path / "model.onnx", tmp_path / "pruned.onnx", pattern, method="obs", calibration=seen)
-    compare(tmp_path / "pruned.onnx", tmp_path, 22)
+    compare(tmp_path / "pruned.onnx", tmp_path, (1, 3, 22, 22), TOLERANCE)
     steps = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["steps"]
     assert sum(step["params"].get("winograd") == SIZES[size][0] for step in steps) >= 2
 
@@ -91,7 +64,7 @@ def test_bottlenecks_behind_a_transform(tmp_path, size):
 @pytest.mark.parametrize("percent", [0, 75])
 @pytest.mark.parametrize("network", ["resnet18", "resnet50"])
 def test_resnets_at_every_vector_length(files, tmp_path, network, percent):  # noqa: F811
-    compare(files(network, percent), tmp_path, 224)
+    compare(files(network, percent), tmp_path, (1, 3, 224, 224), TOLERANCE)
 
 
 # every network of the zoo at its smallest size, dense and pruned: one on each day, all on demand
