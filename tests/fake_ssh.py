@@ -1,7 +1,8 @@
 """Stands in for the ssh client: runs the command on this machine, in the folder of an imagined board.
 
 The board is ``$FAKE_BOARD``: its ``home``, a ``bin`` in front of PATH, a ``log`` of what was asked, and files that
-spoil things: ``say`` (its text is the client's error, nothing runs), ``cut`` (seconds until the connection breaks).
+spoil things: ``say`` (its text is the client's error, nothing runs), ``cut`` (seconds until the connection breaks),
+``greet`` (what its login shell prints before any command).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def main() -> int:
     if (board / "say").exists():
         print((board / "say").read_text(), file=sys.stderr)
         return 255
+    if (board / "greet").exists():
+        print((board / "greet").read_text(), end="", flush=True)
     environment = {"HOME": str(board / "home"), "PATH": f"{board / 'bin'}:{os.environ['PATH']}"}
     child = subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE, cwd=board / "home", env=environment)
     assert child.stdin is not None

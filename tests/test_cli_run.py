@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from models import Builder
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -48,6 +49,27 @@ def bundle(model: Path) -> Path:
     out = model.with_name("small.bundle")
     assert run_verb(["build", str(model), "-o", str(out), "--preprocess", str(spec)]) == 0
     return out
+
+
+def test_names_in_brackets_are_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They look like what rich, which prints tables, takes for styles."""
+    made, file = Builder(), tmp_path / "m[red]x.onnx"
+    x, channels = made.input("x", (1, 3, 8, 8)), 3
+    for name in ("net[bold]/conv", "[/x]"):
+        x, channels = made.op("Conv", x, made.random(8, channels, 3, 3), name=name, pads=(1, 1, 1, 1)), 8
+    onnx.save(made.build(x), file)
+    pruned, out, page = tmp_path / "p[b].onnx", tmp_path / "b", tmp_path / "r.html"
+    verbs = [
+        ["inspect", str(file)], ["prune", str(file), "-o", str(pruned), "--sparsity", "0.5"],
+        ["build", str(pruned), "-o", str(out)], ["report", str(out), "-o", str(page)],
+        ["bench", str(pruned), "--blocks", "1"],
+    ]  # fmt: skip
+    for words in verbs:
+        assert run_verb(words) == 0, capsys.readouterr().err
+        said = capsys.readouterr().out
+        shown = {"inspect": ["[/x]", "net[bold]"], "prune": ["[/x]", "net[bold]"], "report": ["[/x]"]}
+        shown["bench"] = ["net[bold]"]  # which leaves out what stands behind the last slash
+        assert all(name in said for name in shown.get(words[0], [])), words
 
 
 @pytest.fixture

@@ -20,10 +20,12 @@ from plans import affine_only, first_choices, network, reference
 from colonnade import codegen
 from colonnade.build import Toolchain, host
 from colonnade.build.cache import root
+from colonnade.build.toolchain import FLAGS, cc_features
 from colonnade.bundle import Bundle, check_place, write_bundle
 from colonnade.codegen.weights import HEADER, checksum
 from colonnade.errors import UserError
-from colonnade.kernels.isa import isa
+from colonnade.kernels import registry, render
+from colonnade.kernels.isa import ISAS, isa
 from colonnade.plan import Plan, Port
 
 PORTABLE = isa("portable")
@@ -234,6 +236,23 @@ def test_build_script_rebuilds_by_hand(copied: Path) -> None:
     assert script.returncode == 0, script.stderr
     assert not re.search(r"^(model|runtime|machine|pool|main)\.[ch]:.*warning", script.stderr, re.M), script.stderr
     assert run(copied, "--repeat", "2").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.allow_skip("gcc is one of the compilers that --cc and build.sh take, not one that is needed")
+@pytest.mark.parametrize("name", [row.name for row in ISAS if row.arch in ("any", "x86_64")])
+def test_gcc_accepts_every_kernel(name: str, tmp_path: Path) -> None:
+    """What the compiler that everything else is built with accepts, it need not."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("gcc is not installed")
+    files = render.library(isa(name), registry.variants(isa(name)).values())
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    unit = f"kernels_{name}.c"
+    flags = [*FLAGS, *cc_features(isa(name).features, "x86_64"), "-w"]
+    done = subprocess.run([compiler, *flags, "-fsyntax-only", unit], cwd=tmp_path, capture_output=True, text=True)
+    assert unit in files and done.returncode == 0, done.stderr[:2000]
 
 
 def test_c_program_through_model_h(bundle: Bundle, tmp_path: Path) -> None:

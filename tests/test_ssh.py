@@ -134,6 +134,30 @@ def test_options_leave_nothing_to_chance(ssh: Ssh, board: Path) -> None:
         assert "ForwardAgent=no" in options and "ServerAliveInterval" in options
 
 
+@pytest.mark.parametrize("greeting", ["Welcome", "Welcome\n\nto the board\n"])
+def test_what_a_login_shell_says_is_not_the_programs(ssh: Ssh, board: Path, program: Path, greeting: str) -> None:
+    """sshd's shell reads ~/.bashrc for commands too."""
+    alone = ssh.run(program, ["cores"])
+    (board / "greet").write_text(greeting)
+    lines: list[str] = []
+    greeted = ssh.run(program, ["cores"], on_line=lines.append)
+    assert greeted.ok and greeted.stdout == alone.stdout and lines == alone.stdout.splitlines()
+
+
+def test_verbs_on_a_board_that_greets(board: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnx
+    from models import Builder
+
+    from colonnade.cli import run_verb
+
+    (board / "greet").write_text("Welcome\n\nto the board\n")
+    made = Builder()
+    onnx.save(made.build(made.conv(made.input("x", (1, 3, 8, 8)), 3, 8, 3)), tmp_path / "m.onnx")
+    common = ["--target", "ssh://board", "--threads", "1", "--db", str(tmp_path / "db")]
+    assert run_verb(["tune", str(tmp_path / "m.onnx"), *common, "--budget", "1s"]) == 0, capsys.readouterr().err
+    assert run_verb(["bench", str(tmp_path / "m.onnx"), *common, "--blocks", "1"]) == 0, capsys.readouterr().err
+
+
 def test_probe_of_a_machine_without_riscv(ssh: Ssh) -> None:
     local = targets.Local().probe()
     found = ssh.probe()

@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models import Builder
 
 from colonnade.build.toolchain import Toolchain
 from colonnade.errors import UserError
+from colonnade.frontend import imported
 from colonnade.kernels import registry, render
 from colonnade.kernels.isa import isa
 from colonnade.kernels.registry import Candidate
@@ -32,13 +34,15 @@ from colonnade.targets import Local
 from colonnade.targets.peak import Peak
 from colonnade.tune import network as meeting
 from colonnade.tune import search, walks
+from colonnade.tune import tune as tuning
 from colonnade.tune.database import Database, Place, Record
-from colonnade.tune.job import Run, problem
+from colonnade.tune.job import Run, expected, problem
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.tune.network import HEATS, NETWORK, Standing, decide, rivals, siblings, standing
+from colonnade.tune.search import judged
 from colonnade.tune.tuner import Chooser, Tuner, source_digest
 from colonnade.tune.tuner import place as where
-from colonnade.workload import RELU, Binary
+from colonnade.workload import RELU, Binary, evaluate, without_function
 
 PORTABLE = isa("portable")
 GOOD = "f32_add_1v__portable"
@@ -151,11 +155,41 @@ def test_the_static_ranking_skips_what_is_known_to_fail(tmp_path: Path) -> None:
     subject = tuner(tmp_path / "t.db", ["bad_value", GOOD])
     step = sample()
     spot = subject.chooser.place
-    subject.chooser.database.add(
-        step.key(), spot, Candidate("bad_value"), "digest of bad_value", 0, Measurement("wrong")
-    )
+    source = judged("digest of bad_value", "wrong")
+    subject.chooser.database.add(step.key(), spot, Candidate("bad_value"), source, 0, Measurement("wrong"))
     choice = subject.chooser.choose(Model((step,)))
     assert (choice.candidates[0].kernel, choice.untuned) == (GOOD, 1)
+
+
+@pytest.mark.parametrize("function", ["Sqrt", "Log", "Reciprocal", "Tan", "Acosh", "Sigmoid", "Floor"])
+def test_functions_that_are_not_everywhere_smooth_or_defined(tmp_path: Path, function: str) -> None:
+    """Their kernels are right: where the definition has no number, or rounding decides, nothing is compared."""
+    made = Builder()
+    x = made.conv(made.input("x", (1, 3, 9, 9)), 3, 8, 3, pads=(1, 1, 1, 1))
+    steps = imported(made.build(made.op(function, x))).arrange()
+    summary = tuning(steps, Local(), PORTABLE, 1, 2.0, tmp_path / "db")
+    assert summary.measured > 3 and not summary.failures
+
+
+def test_what_a_function_hides_is_not_compared_and_all_else_is() -> None:
+    """Square roots: nothing below zero and right above it, all others by what is tolerated."""
+    made = Builder()
+    x = made.conv(made.input("x", (1, 3, 9, 9)), 3, 8, 3, pads=(1, 1, 1, 1))
+    (step,) = (s for s in imported(made.build(made.op("Sqrt", x))).arrange().plan().steps if s.inputs and s.output)
+    inputs = [made.rng.standard_normal((1, 3, 9, 9)).astype(np.float32)]
+    sums = evaluate(without_function(step.workload), inputs, step.constants)
+    wanted, tolerance = expected(step, inputs, 4)
+    near = np.abs(sums).max() * 1e-2
+    assert np.isinf(wanted[sums < 0]).all() and np.isinf(wanted[(sums >= 0) & (sums < near / 1e4)]).all()
+    np.testing.assert_array_equal(wanted[sums > near], np.sqrt(sums[sums > near].astype(np.float64)).astype(np.float32))
+    assert 0 < tolerance < 1e-3 * np.sqrt(sums.max())
+
+
+def test_who_was_found_wrong_by_another_check_is_looked_at_again(tmp_path: Path) -> None:
+    subject = tuner(tmp_path / "t.db", [GOOD])
+    step, spot = sample(), subject.chooser.place
+    subject.chooser.database.add(step.key(), spot, Candidate(GOOD), f"digest of {GOOD}", 0, Measurement("wrong"))
+    assert subject.tune(Model((step,)), 60).measured and subject.chooser.choose(Model((step,))).untuned == 0
 
 
 def test_a_second_run_measures_nothing_and_the_fastest_wins(tmp_path: Path) -> None:
@@ -238,6 +272,31 @@ def test_two_tuners_share_a_database(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
     assert tuner(path, [f"slow_{i}" for i in range(10)]).chooser.choose(Model((sample(),))).untuned == 0
+
+
+@pytest.mark.parametrize("how", ["another program's", "damaged", "no times"])
+def test_a_database_that_cannot_be_read_is_named(tmp_path: Path, how: str) -> None:
+    """Whatever is wrong with it shows when it is read, not when it is opened."""
+    path, spot = tmp_path / "t.db", Place("m", "c", "i", 1)
+    if how == "another program's":
+        with sqlite3.connect(path) as other:
+            other.executescript("create table theirs (x); pragma user_version = 1;")
+    else:
+        known = Database(path)
+        for number in range(300):
+            known.add(f"w{number % 3}", spot, Candidate("k"), "s" * 200, 0, Measurement("ok", "", (1,)))
+        known.close()
+        if how == "damaged":
+            whole = path.read_bytes()
+            path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+        else:
+            with sqlite3.connect(path) as other:
+                other.execute("update measurement set reps = 'many'")
+    with pytest.raises(UserError, match=r"t\.db: cannot be used as tuning database .*; choose another --db"):
+        Database(path).records("w0", spot)
+    if how == "another program's":
+        with pytest.raises(UserError, match="choose another --db"):
+            Database(path).count()
 
 
 def test_a_database_of_another_format_is_refused(tmp_path: Path) -> None:

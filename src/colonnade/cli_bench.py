@@ -41,15 +41,15 @@ def bench(
     from colonnade.build.toolchain import Toolchain
     from colonnade.report.bench import table
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     toolchain = Toolchain(cc, notice=console.print)
     names = [name.strip() for name in vs.split(",") if name.strip()]
     where, count = targets.settle(targets.parse(target), threads, cpus)
     with bar(console, "measuring") as progress:
         found = measure(model, where, count, names, isa, dtype, batch, db, blocks, toolchain, progress)
-    out = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    out = Console(markup=False) if sys.stdout.isatty() else Console(width=WIDE, markup=False)
     for part in table(found, layers):
-        out.print(part, markup=False, highlight=False) if isinstance(part, str) else out.print(part)
+        out.print(part, highlight=False) if isinstance(part, str) else out.print(part)
     if output is not None:
         with writing(output):
             aside = output.with_name(output.name + ".new")

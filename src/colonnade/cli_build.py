@@ -47,11 +47,11 @@ def build(
     from colonnade.api import build as make
     from colonnade.kernels.isa import isa as known_isa
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     options: dict[str, Any] = {
         "threads": threads, "cpus": cpus, "isa": isa, "dtype": dtype, "batch": batch, "out": output, "db": db, "cc": cc,
         "input_shapes": parse_shapes(input_shape), "outputs": outputs, "preprocess": preprocess, "force": force,
-        "notice": lambda line: console.print(line, markup=False, highlight=False),
+        "notice": lambda line: console.print(line, highlight=False),
     }  # fmt: skip
     if tune:
         with bar(console, "tuning") as progress:

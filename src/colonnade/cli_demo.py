@@ -32,7 +32,7 @@ def demo(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     with console.status("starting"):
         from colonnade.demo import road
     result = road.demo(output, console, threads=threads, budget=limit, db=db)

@@ -155,7 +155,7 @@ def finetune(
     _check(network, example, samples.labels)
     teacher = copy.deepcopy(network) if learns else None
     main = Accelerator().is_main_process
-    console = Console(stderr=True, quiet=not main)
+    console = Console(stderr=True, markup=False, quiet=not main)
     if wanted is not None:
         with console.status("pruning"):
             layers = sparsify_(network, wanted, example, movable=options["rechoose"] is not None, **pruning)
@@ -263,7 +263,7 @@ def _tell(history: Any, output: Path, onnx: Path | None) -> None:
             accuracy = "" if epoch.accuracy is None else f"{100 * epoch.accuracy:.2f} %"
             kept = " ←" if epoch.number == history.best and epoch.accuracy is not None else ""
             table.add_row(str(epoch.number), f"{epoch.loss:.4f}", accuracy + kept, f"{epoch.seconds:.1f}")
-        Console().print(table)
+        Console(markup=False).print(table)
         if history.accuracy is not None:
             typer.echo(f"kept: epoch {history.best}, {100 * history.accuracy:.2f} % of the validation samples right")
     typer.echo(f"{output}: weights" + (f"; {onnx}: to build with `colonnade build {onnx} -o BUNDLE`" if onnx else ""))

@@ -95,7 +95,7 @@ def fit(
 
     from colonnade.fitting.road import fit as make
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with Stages(console) as progress:
         found = make(
             model, images, target, latency=wanted, speedup=speedup, max_drop=max_drop, out=output, points=points,
@@ -141,7 +141,7 @@ def plan(
 
     from colonnade.fitting.plans import make_plan
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with Stages(console) as progress:
         made = make_plan(
             model, images, output, target, latency=wanted, speedup=speedup, settings=settings, calibration=calibration,
@@ -177,7 +177,7 @@ class Stages:
             TextColumn("{task.description:<13}"),
             BarColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[at]}"),
+            TextColumn("{task.fields[at]}", markup=False),
         )
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._tasks: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def _print(found: Fit, model: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    out = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    out = Console(markup=False) if sys.stdout.isatty() else Console(width=WIDE, markup=False)
     best = found.best
     timed = found.latency_is
     dense = found.points[0]

@@ -137,7 +137,7 @@ def inspect(
             pattern,
             "yes" if layer.reason is None else f"no: {layer.reason}",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)
     prunable = [layer for layer in result.layers if layer.reason is None]
     parameters, able = sum(x.parameters for x in result.layers), sum(x.parameters for x in prunable)
     work = sum(layer.macs or 0 for layer in prunable)

@@ -58,6 +58,7 @@ def prune(
     chosen = replace(parse_pattern(sparsity, group, pattern, tile), winograd=winograd) if plan is None else None
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from colonnade.sparsify.allocate import PrunePlan
@@ -76,7 +77,7 @@ def prune(
     elif calibration is not None:
         raise UserError("--calibration belongs to --method obs and --balance: magnitudes alone need no inputs")
     patterns = PrunePlan.read(plan).layers if plan is not None else None
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True, markup=False), transient=True) as bar:
         task = bar.add_task("pruning", total=None)
         report = prune_file(
             model,
@@ -90,7 +91,7 @@ def prune(
             calibration=inputs,
             patterns=patterns,
             balance=balance,
-            progress=lambda done, total, layer: bar.update(task, completed=done, total=total, description=layer),
+            progress=lambda done, total, at: bar.update(task, completed=done, total=total, description=escape(at)),
         )
     _print(report, method)
 
@@ -111,7 +112,7 @@ def _print(report: PruneReport, method: str) -> None:
             table.add_row(layer.name, shape, f"{layer.kept} of {layer.columns}", f"{100 * layer.retained:.1f} %")
         else:
             table.add_row(layer.name, shape, f"dense: {layer.reason}", "", style="dim")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     weights = sum(layer.parameters for layer in report.layers)
     left = sum(

@@ -47,12 +47,12 @@ def report(
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
     where, count = targets.settle(targets.parse(target), threads or int(opened.manifest["threads"]), cpus)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with console.status("measuring"):
         found = measure(opened, where, count, Toolchain(cc, notice=console.print))
-    out = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    out = Console(markup=False) if sys.stdout.isatty() else Console(width=WIDE, markup=False)
     for part in table(found, steps):
-        out.print(part, markup=False, highlight=False) if isinstance(part, str) else out.print(part)
+        out.print(part, highlight=False) if isinstance(part, str) else out.print(part)
     if json_file is not None:
         with writing_aside(json_file) as aside:
             aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

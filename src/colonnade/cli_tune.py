@@ -56,7 +56,7 @@ def tune(
     from colonnade.frontend import imported
     from colonnade.tune import tune as measure
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     targets.check_dtype(dtype)
     machine_of = targets.parse(target)
     steps = imported(model, batch=batch)
@@ -70,7 +70,7 @@ def tune(
     choices = summary.choices
     assert choices is not None
     for line in summary.failures:
-        console.print(f"never chosen: {line}", markup=False, highlight=False)
+        console.print(f"never chosen: {line}", highlight=False)
     if summary.measured:
         typer.echo(
             f"{summary.measured} measurements of {summary.workloads - summary.known} workloads in "
@@ -100,7 +100,8 @@ class bar:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         assert isinstance(console, Console)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[at]}"))
+        name, at = (TextColumn(f"{{task.{part}}}", markup=False) for part in ("description", "fields[at]"))
+        columns = (name, BarColumn(), TimeElapsedColumn(), at)
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(title, total=1.0, at="")
 

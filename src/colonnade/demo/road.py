@@ -166,7 +166,7 @@ def _build(name: str, folder: Path, threads: int, budget: float, console: Consol
     with bar(console, f"tuning {name}") as progress:
         return build(
             folder / f"{name}.onnx", tune=True, budget=budget, progress=progress,
-            notice=lambda line: console.print(line, markup=False, highlight=False), **options,
+            notice=lambda line: console.print(line, highlight=False), **options,
         )  # fmt: skip
 
 

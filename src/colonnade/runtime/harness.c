@@ -341,8 +341,8 @@ static struct verdict compare(void)
             checked = e->offset + e->bytes;
             for (uint64_t k = 0; k < e->bytes; k += e->itemsize) {
                 const double got = number(spaces[i].at + e->offset + k, e->itemsize), want = number(file + e->file + k, e->itemsize);
+                if (isinf(want)) continue; /* nobody knows what must stand there (see tune/job.py) */
                 double error = isnan(want) ? (got == 0 ? 0 : INFINITY) : fabs(got - want);
-                if (got == want) error = 0; /* equal infinities */
                 if (isnan(got)) error = NAN;
                 if (!(error <= e->tolerance) || error > v.error) v.error = error, v.space = i, v.offset = e->offset + k;
                 if (!(error <= e->tolerance)) return v.wrong = 1, v;

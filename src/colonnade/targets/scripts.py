@@ -156,7 +156,8 @@ def run(
 [ -f "objects/$o" ] || {{ say missing "$o"; finish; }}
 touch -c "objects/$o"
 done
-{_enter(run)}{linked}sh -c "echo \\$\\$ >.agent; exec \\"\\$0\\" \\"\\$@\\"" \
+{_enter(run)}{linked}printf "\\n%s begin\\n" {token}
+sh -c "echo \\$\\$ >.agent; exec \\"\\$0\\" \\"\\$@\\"" \
 ../../objects/{agent} run {token} {seconds:.1f} {cpus} ../../objects/{program} {words}
 set --
 for f in {" ".join(quote(name) for name in outputs)}; do [ -f "$f" ] && set -- "$@" "./$f"; done

@@ -1,7 +1,8 @@
 """One command over ssh: feeding it, reading it, and knowing whether all of its answer has come.
 
 The far side marks its own lines on standard error with a secret word (``TOKEN word rest``); the last one is
-``TOKEN end``. On standard output, the line ``TOKEN files`` parts the program's text from raw bytes.
+``TOKEN end``. On standard output, the program's text begins behind the line ``TOKEN begin`` (a login shell may greet
+before that) and the line ``TOKEN files`` parts it from raw bytes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from colonnade.targets.pipes import drain
 
 @dataclass(frozen=True)
 class Reply:
-    """``text``: the program's standard output; ``payload``: the bytes behind ``TOKEN files``; ``errors``: standard
-    error without the marked lines; ``marks``: these, as (word, rest)."""
+    """``text``: standard output of the program, if one began; ``payload``: the bytes behind ``TOKEN files``;
+    ``errors``: standard error without the marked lines; ``marks``: these, as (word, rest)."""
 
     text: str
     payload: bytes
@@ -64,8 +65,7 @@ def exchange(
     feeder = threading.Thread(target=_fed, args=(process.stdin, feed), daemon=True) if feed is not None else None
     if feeder is not None:
         feeder.start()
-    marker = f"{token} files".encode()
-    out = _Output(marker, on_line)
+    out = _Output(token, on_line)
     err = bytearray()
     deadline = time.monotonic() + timeout
     timed_out = held = False
@@ -109,10 +109,11 @@ def _fed(pipe: IO[bytes], feed: Callable[[IO[bytes]], None]) -> None:
 
 
 class _Output:
-    """Standard output, cut at the marker."""
+    """Standard output, cut at both markers."""
 
-    def __init__(self, marker: bytes, on_line: Callable[[str], None] | None) -> None:
-        self._marker, self._on_line = marker, on_line
+    def __init__(self, token: str, on_line: Callable[[str], None] | None) -> None:
+        self._begin, self._files, self._on_line = f"{token} begin".encode(), f"{token} files".encode(), on_line
+        self._begun = False
         self._text = bytearray()
         self._payload = bytearray()
         self._line = 0  # where the first line that was not looked at begins
@@ -126,7 +127,11 @@ class _Output:
         self._text += chunk
         while (end := self._text.find(b"\n", self._line)) >= 0:
             line = bytes(self._text[self._line : end])
-            if line == self._marker:
+            if line == self._begin and not self._begun:
+                del self._text[: end + 1]
+                self._begun, self._line, self._empty = True, 0, 0
+                continue
+            if line == self._files:
                 self._payload += self._text[end + 1 :]
                 del self._text[max(self._line - 1, 0) :]
                 self._parted = True
@@ -134,11 +139,11 @@ class _Output:
             self._line = end + 1
             if not line:
                 self._empty += 1
-            elif self._on_line is not None:
+            elif self._on_line is not None and self._begun:
                 for _ in range(self._empty):
                     self._on_line("")
                 self._empty = 0
                 self._on_line(line.decode(errors="replace"))
 
     def finish(self) -> tuple[str, bytes]:
-        return self._text.decode(errors="replace"), bytes(self._payload)
+        return self._text.decode(errors="replace") if self._begun else "", bytes(self._payload)

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -76,7 +77,7 @@ class Database:
                 self._write_ahead()
                 self._connection.executescript(f"begin immediate; {SCHEMA} pragma user_version = {FORMAT}; commit;")
         except (sqlite3.Error, OSError) as error:
-            raise UserError(f"{self.path}: cannot be used as tuning database ({error}); choose another --db") from error
+            raise self._unusable(error) from error
 
     def _write_ahead(self) -> None:
         """Change to WAL mode. SQLite waits for no lock here, where two who open a new file at once would wait for each
@@ -110,12 +111,15 @@ class Database:
 
     def records(self, workload: str, place: Place) -> list[Record]:
         """All rows of ``workload`` at ``place``, oldest first."""
-        rows = self._connection.execute(
+        rows = self._read(
             "select candidate, source, stage, outcome, detail, reps from measurement"
             " where workload = ? and isa = ? and compiler = ? and machine = ? and threads = ? order by id",
-            (workload, place.isa, place.compiler, place.machine, place.threads),
-        )
-        return [Record(c, s, stage, Measurement(o, d, tuple(json.loads(r)))) for c, s, stage, o, d, r in rows]
+            workload, place.isa, place.compiler, place.machine, place.threads,
+        )  # fmt: skip
+        try:
+            return [Record(c, s, stage, Measurement(o, d, tuple(json.loads(r)))) for c, s, stage, o, d, r in rows]
+        except (ValueError, TypeError) as error:  # not what `add` writes
+            raise self._unusable(error) from error
 
     def keep(self, name: str, text: str) -> None:
         """Keep ``text`` under ``name``, in place of what was there."""
@@ -127,14 +131,24 @@ class Database:
 
     def note(self, name: str) -> str | None:
         """What was kept under ``name``."""
-        if self._connection.execute("select 1 from sqlite_master where name = 'note'").fetchone() is None:
+        if not self._read("select 1 from sqlite_master where name = 'note'"):
             return None
-        row = self._connection.execute("select text from note where name = ?", (name,)).fetchone()
-        return None if row is None else str(row[0])
+        rows = self._read("select text from note where name = ?", name)
+        return str(rows[0][0]) if rows else None
 
     def count(self) -> int:
         """Rows in all."""
-        return int(self._connection.execute("select count(*) from measurement").fetchone()[0])
+        return int(self._read("select count(*) from measurement")[0][0])
+
+    def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """All rows at once: what is damaged shows while they are fetched."""
+        try:
+            return self._connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(f"{self.path}: cannot be used as tuning database ({error}); choose another --db")
 
     def close(self) -> None:
         """Let go of the file."""

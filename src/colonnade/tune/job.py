@@ -14,7 +14,7 @@ import numpy.typing as npt
 from colonnade.kernels.call import Arena, Call, Const, External, Scratch, Shared
 from colonnade.kernels.registry import Operands, structs
 from colonnade.layout import Panels, Placed, Planes, elements, fitting, panel_lanes, read_planes, round_up, write_planes
-from colonnade.workload import Array, Convert, ConvPool, evaluate
+from colonnade.workload import Array, Convert, ConvPool, activation_of, evaluate, without_function
 
 MAGIC = int.from_bytes(b"CNJOB1", "little")
 PAGE = 4096
@@ -22,6 +22,8 @@ SLACK = 1024  # bytes behind the last tensor that a vector may read, as at the e
 TOLERANCE = 1e-4  # of the largest magnitude, the project's promise towards other runtimes
 RANGE = 1000.0  # of sums in float16, which ends at 65504: their spread at most
 TOLERANCE_HALF = 0.05  # likewise of sums in float16: thousands of them, each rounded to 11 bits
+ROUNDED = 8.0  # sums are surely right to so much less than is tolerated
+STEEP = 0.1  # a function whose result their rounding moves by more than this share has a pole or an edge there
 
 
 class Tunable(Operands, Protocol):
@@ -56,7 +58,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Expected(Segment):
-    """Numbers of ``itemsize`` bytes that must stand there within ``tolerance``; where it is NaN, exactly zero."""
+    """Numbers of ``itemsize`` bytes that must stand there within ``tolerance``; where it is NaN, exactly zero, and
+    where it is infinite, anything."""
 
     tolerance: float = 0.0
     itemsize: int = 4
@@ -91,9 +94,32 @@ class Run:
     limit_s: int
 
 
-def reference(step: Operands, inputs: Sequence[Array]) -> Array:
-    """What ``step`` computes from ``inputs``, by its workload's own definition."""
-    return evaluate(step.workload, inputs, step.constants)
+def expected(step: Operands, inputs: Sequence[Array], itemsize: int) -> tuple[Array, float]:
+    """What must come out of ``step``, infinite where anything may, and by how much numbers may differ.
+
+    Anything may where the definition gives no finite number, and where the function behind a sum makes more of the
+    sum's rounding than is tolerated: beside a pole, an edge, the end of where it is defined.
+    """
+    share = TOLERANCE if itemsize == 4 else TOLERANCE_HALF
+    function = activation_of(step.workload).function
+    with np.errstate(all="ignore"):
+        if function is None:
+            result = evaluate(step.workload, inputs, step.constants)
+            steep = np.zeros(result.shape)
+        else:
+            sums = evaluate(without_function(step.workload), inputs, step.constants)
+            result, off = function(sums), share / ROUNDED * _largest(sums)
+            steep = np.maximum(abs(function(sums + off) - result), abs(function(sums - off) - result))
+        free = ~np.isfinite(result) | ~np.isfinite(steep)
+        # what a few numbers beside a pole reach is no measure for the others
+        tolerance = share * max(_largest(result[~free & ~(steep > STEEP * abs(result))]), 1e-30)
+        free |= steep > tolerance
+        return (np.where(free, np.float32(np.inf), result) if free.any() else result), tolerance
+
+
+def _largest(values: Array) -> float:
+    """Magnitude of the largest finite number, 0 where there is none."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
 
 
 def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
@@ -127,20 +153,17 @@ def problem(step: Tunable, vector: int = 0, whole: bool = True) -> Problem:
     segments += [Segment(0, a, image[a:b].tobytes()) for a, b in _merged(spans)]
     if moved.inputs:  # as they stand there: a convolution may add what it reads
         inputs = [read_planes(image, x, vector) for x in moved.inputs]
-    result = reference(step, inputs)
     itemsize = 4 if moved.output is None else moved.output.layout.itemsize
-    tolerance = (TOLERANCE if itemsize == 4 else TOLERANCE_HALF) * max(
-        float(np.abs(result, where=np.isfinite(result), out=np.zeros_like(result)).max()), 1e-30
-    )
+    result, tolerance = expected(step, inputs, itemsize)
     if moved.output is None:
         externals.append((step.external, result.nbytes))
-        expected = [Expected(len(externals), 0, result.astype(np.float32).tobytes(), tolerance)]
+        wanted = [Expected(len(externals), 0, result.astype(np.float32).tobytes(), tolerance)]
     else:
-        expected = [
+        wanted = [
             Expected(0, a, image[a:b].tobytes(), tolerance, itemsize)
             for a, b in _write_expected(image, moved.output, result, vector, whole)
         ]
-    return Problem(moved, arena, tuple(externals), tuple(segments), tuple(expected))
+    return Problem(moved, arena, tuple(externals), tuple(segments), tuple(wanted))
 
 
 def _gain(step: Operands) -> float:

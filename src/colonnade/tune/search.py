@@ -31,6 +31,7 @@ FINALISTS = 4
 NEAR_FINAL = 1.15
 FINAL = 2
 DUEL = 3
+CHECK = "2"  # how results are checked; another word makes whoever was found wrong be looked at once more
 MARGIN = 0.03  # a sparse candidate may be this much slower than the dense one, beyond the spread, before it loses
 
 
@@ -80,7 +81,15 @@ def screened(records: Iterable[Record], stages: tuple[int, ...] = (0, 1)) -> dic
 def valid(records: Iterable[Record], candidates: Sequence[Candidate], sources: Mapping[str, str]) -> list[Record]:
     """The records of ``candidates`` whose kernel has not changed since; ``sources``: digest by kernel symbol."""
     wanted = {c.key(): sources[c.kernel] for c in candidates}
-    return [r for r in records if wanted.get(r.candidate) == r.source]
+    return [
+        r for r in records
+        if r.candidate in wanted and judged(wanted[r.candidate], r.measurement.outcome) == r.source
+    ]  # fmt: skip
+
+
+def judged(source: str, outcome: str) -> str:
+    """The digest that a record of this outcome is kept under: that a kernel is wrong holds for one way of checking."""
+    return f"{source} {CHECK}" if outcome == "wrong" else source
 
 
 def next_batch(candidates: Sequence[Candidate], records: Sequence[Record]) -> Batch | None:

@@ -25,7 +25,7 @@ from colonnade.tune.database import Database, Place, Record
 from colonnade.tune.job import Problem, Run, Tunable, problem
 from colonnade.tune.measure import Harness, Measurement
 from colonnade.tune.network import decide
-from colonnade.tune.search import DUEL, FINAL, Duel, duel, next_batch, valid
+from colonnade.tune.search import DUEL, FINAL, Duel, duel, judged, next_batch, valid
 from colonnade.tune.variants import alternatives, settle
 
 CHUNK = 16  # candidates a process: the deadline is looked at in between
@@ -283,9 +283,8 @@ class Tuner:
                 index: int, result: Measurement, chunk: Sequence[Candidate] = chunk, stage: int = batch.stage
             ) -> None:
                 candidate = chunk[index]
-                self.chooser.database.add(
-                    step.key(), self.chooser.place, candidate, sources[candidate.kernel], stage, result
-                )
+                source = judged(sources[candidate.kernel], result.outcome)
+                self.chooser.database.add(step.key(), self.chooser.place, candidate, source, stage, result)
                 summary.measured += 1
                 summary.outcomes[result.outcome] += 1
                 if result.outcome != "ok":

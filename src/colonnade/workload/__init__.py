@@ -1,6 +1,17 @@
 """Operator calls and their numpy definitions: one file an operator family."""
 
-from colonnade.workload.base import NONE, RELU, RELU6, Activation, Array, Epilogue, Workload, activation_of, evaluate
+from colonnade.workload.base import (
+    NONE,
+    RELU,
+    RELU6,
+    Activation,
+    Array,
+    Epilogue,
+    Workload,
+    activation_of,
+    evaluate,
+    without_function,
+)  # fmt: skip
 from colonnade.workload.conv import Conv2d, Reach, im2col, is_depthwise, matrix, takes_every_second, unmatrix
 from colonnade.workload.conv_pool import ConvPool
 from colonnade.workload.convert import Convert, Precision, Zeros
@@ -34,4 +45,5 @@ __all__ = [
     "PlaneProduct", "Pool2d", "Precision", "Reach", "Reduce", "Reorder", "Repeat", "Resample", "Softmax", "Take",
     "TypedElementwise", "TypedMatMul", "TypedReduce", "Unary", "WinogradConv2d", "Workload", "Zeros", "activation_of",
     "digest", "evaluate", "im2col", "is_depthwise", "matrix", "spread", "takes_every_second", "unmatrix",
+    "without_function",
 ]  # fmt: skip

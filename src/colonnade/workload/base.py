@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -103,6 +103,15 @@ def activation_of(workload: Workload) -> Activation:
     found = getattr(holder, "activation", NONE)
     assert isinstance(found, Activation)
     return found
+
+
+def without_function(workload: Workload) -> Workload:
+    """The workload up to the function in which it ends; its limits stay."""
+    limits = replace(activation_of(workload), function=None)
+    epilogue = getattr(workload, "epilogue", None)
+    if epilogue is not None:
+        return replace(workload, epilogue=replace(epilogue, activation=limits))  # type: ignore[type-var]
+    return replace(workload, activation=limits)  # type: ignore[type-var]
 
 
 def _text(value: Any) -> str:
