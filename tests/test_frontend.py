@@ -211,6 +211,22 @@ def test_a_model_output_prevents_fusion() -> None:
     assert ops(plan) == ["conv2d", "affine"]
 
 
+@pytest.mark.parametrize("kind", ["Identity", "Dropout", "Concat", "Cast", "Transpose", "Identity of the input"])
+def test_outputs_that_are_the_same_value_keep_their_names(kind: str) -> None:
+    """Each of them, in the model's order."""
+    for first in (True, False):
+        b = Builder(1)
+        x = b.input("x", (1, 3, 5, 5))
+        y = x if kind == "Identity of the input" else b.conv(x, 3, 8, 1)
+        attributes = {"Concat": {"axis": 1}, "Cast": {"to": 1}, "Transpose": {"perm": (0, 2, 3, 1)}}.get(kind, {})
+        copies = [b.op(kind.split()[0], y, **attributes) for _ in range(2)]
+        if kind == "Transpose":
+            copies = [b.op("Transpose", copy, perm=(0, 3, 1, 2)) for copy in copies]
+        more = [] if y == x else [y]
+        names = [*(more if first else []), *copies, *([] if first else more)]
+        assert [port.name for port in check(b.build(*names)).outputs] == names
+
+
 def test_batch_norm_goes_into_the_convolution() -> None:
     b = Builder()
     y = b.batch_norm(b.conv(b.input("x", (2, 3, 6, 6)), 3, 5, 3), 5)

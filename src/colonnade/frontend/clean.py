@@ -77,6 +77,7 @@ def clean(
         _cut(model, outputs)
     _fix_shapes(model, batch, dict(input_shapes or {}))
     try:
+        names = [value.name for value in model.graph.outputs]
         _casts_like(model)
         _old_pads(model)
         fold = folding.FoldConstantsPass(
@@ -102,6 +103,7 @@ def clean(
         if sink(model):
             Sequential(RewritePass(_rules(model)), common.RemoveUnusedNodesPass())(model)
             recognise(model)
+        _name_outputs(model.graph, names)
     except Exception as error:  # the passes raise many types on graphs that are not valid ONNX
         strange = sorted({node.op_type for node in model.graph} - {*known, *FOLDED})
         if known and strange:
@@ -164,6 +166,15 @@ def _old_pads(model: ir.Model) -> None:
         conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, more, strict=True)])
         conv.replace_input_with(0, node.inputs[0])
         model.graph.remove(node, safe=True)
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str | None]) -> None:
+    """Every output under its name: where some are the same value, the passes leave it one of their names."""
+    for index, (value, name) in enumerate(zip(graph.outputs, names, strict=True)):
+        if value.name != name:
+            copy = ir.Node("", "Identity", [value], outputs=[ir.Value(name=name, shape=value.shape, type=value.type)])
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
 
 
 def _cut(model: ir.Model, names: Sequence[str]) -> None:
