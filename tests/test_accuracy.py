@@ -131,6 +131,37 @@ def test_bad_sources(tmp_path, source, message):
         samples(tmp_path / source)
 
 
+@pytest.mark.parametrize("labels", [[0.5, 1], [np.nan, 1], [-1, 0], ["cat", "dog"], [1j, 0]])
+def test_labels_that_are_no_classes(labels, tmp_path):
+    x = np.zeros((2, 3, 4, 4), np.float32)
+    with pytest.raises(UserError, match=r"labels are .*: expected whole numbers from 0"):
+        samples((x, labels))
+    np.savez(tmp_path / "x.npz", inputs=x, labels=labels)
+    with pytest.raises(UserError, match="expected whole numbers from 0"):
+        samples(tmp_path / "x.npz")
+    assert samples((x, [1.0, 2.0])).labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("images", [np.float32(1), np.array(["a", "b"])])
+def test_images_that_are_no_numbers(images, tmp_path):
+    np.savez(tmp_path / "x.npz", inputs=images)
+    with pytest.raises(UserError, match="expected numbers, image by image"):
+        samples(tmp_path / "x.npz")
+
+
+def test_images_of_another_type_or_shape_for_a_file(tmp_path):
+    made = Builder()
+    x = made.op("GlobalAveragePool", made.conv(made.input("x", ("n", 3, 4, 4)), 3, 5, 1))
+    onnx.save(made.build(x), tmp_path / "m.onnx")
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 3, 4, 4))
+    wanted = evaluate(tmp_path / "m.onnx", pixels.astype(np.float32)).answers
+    for kind in (np.uint8, np.float64):
+        np.testing.assert_array_equal(evaluate(tmp_path / "m.onnx", pixels.astype(kind)).answers, wanted)
+    for wrong in (pixels[:, :2], pixels[..., 0]):
+        with pytest.raises(UserError, match=r"m\.onnx: an image is .*: expected 3×4×4"):
+            evaluate(tmp_path / "m.onnx", wrong.astype(np.float32))
+
+
 def test_answers_that_are_none():
     x = np.zeros((4, 3, 2, 2), np.float32)
     with pytest.raises(UserError, match="NaN"):

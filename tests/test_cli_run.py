@@ -169,6 +169,24 @@ def test_imagenet_preprocessing_is_the_usual_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[0], wanted.transpose(2, 0, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_a_photo_of_16_bits(tmp_path: Path, kind: str) -> None:
+    """Scaled, where Pillow would make all but the darkest white."""
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / f"a.{kind}")
+    spec = {"resize": None, "crop": None, "mean": [0.0], "std": [1.0]}
+    found = load_photo(tmp_path / f"a.{kind}", spec)
+    np.testing.assert_allclose(found[0, 0], ramp / 65535, atol=1 / 400)
+    colour = load_photo(tmp_path / f"a.{kind}", {**spec, "mean": [0.0] * 3, "std": [1.0] * 3})
+    np.testing.assert_array_equal(colour[0], np.repeat(found[0], 3, axis=0))
+
+
+def test_a_photo_of_floats_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match=r"a\.tiff: its pixels are no whole numbers of 8 or 16 bits"):
+        load_photo(tmp_path / "a.tiff", {"resize": None, "crop": None, "mean": [0.0], "std": [1.0]})
+
+
 def test_a_photo_on_its_side_is_turned(tmp_path: Path) -> None:
     pixels = np.zeros((4, 6, 3), np.uint8)
     pixels[:, 3:] = 255

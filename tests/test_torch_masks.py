@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -169,8 +170,31 @@ def test_weights_that_are_none_are_refused(net: Net, x: torch.Tensor) -> None:
 def test_shared_weights_are_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2))
     model[2].weight = model[1].weight
-    with pytest.raises(UserError, match="share one weight"):
+    before = model[1].weight.detach().clone()
+    for options in ({}, {"exclude": ["2"]}):  # the one that stays dense would lose its weights too
+        with pytest.raises(UserError, match="layers 1 and 2 share one weight"):
+            cn.sparsify_(model, PATTERN, **options)
+    assert torch.equal(model[1].weight, before) and not list(masks(model))
+    cn.sparsify_(model, {"0": PATTERN})
+    assert torch.equal(model[2].weight, before) and len(list(masks(model))) == 1
+
+
+def test_a_weight_that_a_hook_computes_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is the old way
+        nn.utils.weight_norm(model[2])
+    with pytest.raises(UserError, match="layer 2: a hook computes its weight"):
         cn.sparsify_(model, PATTERN)
+    assert not list(masks(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_models_are_fitted_in_single_precision_only(net: Net, x: torch.Tensor, dtype: torch.dtype) -> None:
+    half = net.to(dtype)
+    with pytest.raises(UserError, match="needs a float32 model"):
+        cn.sparsify_(half, PATTERN, x.to(dtype), method="obs", calibration=x.to(dtype))
+    assert not list(masks(half))
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

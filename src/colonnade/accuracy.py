@@ -147,7 +147,9 @@ def samples(
     else:
         if len(source) != 2:
             raise UserError(f"images are a sequence of {len(source)}: expected (inputs, labels)")
-        found = Samples(np.asarray(source[0]), np.asarray(source[1], np.int64))
+        found = Samples(np.asarray(source[0]), _whole(source[1]))
+    if not found.inputs.ndim or found.inputs.dtype.kind not in "fiub":
+        raise UserError(f"images are {found.inputs.dtype} {found.inputs.shape}: expected numbers, image by image")
     if not len(found):
         raise UserError("no images: the array is empty")
     if found.labels is not None and found.labels.shape != (len(found),):
@@ -261,7 +263,17 @@ def _stored(path: Path) -> Samples:
         inputs = next(iter(arrays.values()))
     if inputs is None:
         raise UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}: expected `inputs`, and `labels` where known")
-    return Samples(inputs, None if labels is None else np.asarray(labels, np.int64).reshape(-1))
+    return Samples(inputs, None if labels is None else _whole(labels).reshape(-1))
+
+
+def _whole(labels: Any) -> npt.NDArray[np.int64]:
+    """Labels as they must be. Raises UserError for what are no classes."""
+    found = np.asarray(labels)
+    if found.dtype.kind == "f" and (abs(found) < 2**53).all() and (found == np.floor(found)).all():
+        found = found.astype(np.int64)
+    if found.dtype.kind not in "iu" or (found.size and not 0 <= int(found.min()) <= int(found.max()) < 2**63):
+        raise UserError(f"labels are {found.dtype}, not all of them classes: expected whole numbers from 0")
+    return found.astype(np.int64)
 
 
 def _runner(model: Any, threads: int | None) -> tuple[Callable[[Array], Any], int, Mapping[str, Any] | None]:
@@ -303,8 +315,20 @@ def _onnx(path: Path, threads: int | None) -> tuple[Callable[[Array], Any], int,
     if len(inputs) != 1:
         raise UserError(f"{path}: takes {len(inputs)} inputs: evaluate supports one")
     first = inputs[0].shape[0] if inputs[0].shape else 0
-    name = inputs[0].name
-    return lambda batch: session.run(None, {name: batch})[0], first if isinstance(first, int) else 0, None
+    name, shape, kind = inputs[0].name, inputs[0].shape, inputs[0].type.removeprefix("tensor(").removesuffix(")")
+    dtype = np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
+
+    def run(batch: Array) -> Any:
+        fits = len(shape) == batch.ndim and all(
+            not isinstance(size, int) or size == own for size, own in zip(shape[1:], batch.shape[1:], strict=True)
+        )
+        if not fits:
+            expected = "×".join(str(size) if isinstance(size, int) else "any" for size in shape[1:])
+            got = "×".join(map(str, batch.shape[1:]))
+            raise UserError(f"{path}: an image is {got}: expected {expected}")
+        return session.run(None, {name: batch.astype(dtype, copy=False)})[0]
+
+    return run, first if isinstance(first, int) else 0, None
 
 
 def _is_module(model: Any) -> bool:

@@ -91,11 +91,31 @@ def open_photo(path: Path, *, grey: bool) -> Image.Image:
     try:
         with Image.open(path) as opened:
             # Phones store photos lying on their side, with a note how to turn them.
-            return ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
+            return _eight_bits(ImageOps.exif_transpose(opened), path).convert("L" if grey else "RGB")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        MemoryError,
+        Image.DecompressionBombError,
+    ) as error:
         raise UserError(f"{path}: not a photo that can be read ({' '.join(str(error).split())})") from error
+
+
+def _eight_bits(photo: Image.Image, path: Path) -> Image.Image:
+    """A photo of 16 bits a pixel, which Pillow would cut off at 255, in 8 bits; any other as it is. Raises UserError
+    for floats, and for whole numbers beyond 16 bits."""
+    from PIL import Image
+
+    if photo.mode != "I" and photo.mode != "F" and not photo.mode.startswith("I;16"):
+        return photo
+    pixels = np.asarray(photo)
+    if photo.mode == "F" or pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+        raise UserError(f"{path}: its pixels are no whole numbers of 8 or 16 bits: save it so")
+    return Image.fromarray((pixels.astype(np.float32) / 257).round().astype(np.uint8))
 
 
 def center_view(photo: Image.Image, spec: Mapping[str, Any], path: Path) -> Image.Image:

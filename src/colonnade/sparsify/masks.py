@@ -215,7 +215,10 @@ def sparsify_(
                 f"layer {name} is a {never[name]} ({type(model.get_submodule(name)).__name__}) and stays dense: "
                 "take it out of the patterns"
             )
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for owner, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(owner)
     planned: list[tuple[LayerPruning, Tensor | None]] = []
     for name in order:
         module = model.get_submodule(name)
@@ -226,10 +229,17 @@ def sparsify_(
         if wanted is None:
             planned.append((LayerPruning(name, tuple(weight.shape), None, _zeros(weight), reason), None))
             continue
-        if not bool(torch.isfinite(weight).all()):
+        if not parametrize.is_parametrized(module, "weight"):
+            if "weight" not in dict(module.named_parameters(recurse=False)):
+                raise UserError(
+                    f"layer {name}: a hook computes its weight (weight_norm, spectral_norm): remove that first"
+                )
+            if len(sharing := owners[id(weight)]) > 1:
+                raise UserError(
+                    f"layers {' and '.join(sharing)} share one weight: exclude them all, or give each a copy"
+                )
+        if not bool(torch.isfinite(weight.detach()).all()):
             raise UserError(f"layer {name}: its weights hold NaN or infinity: train or load it again")
-        if not parametrize.is_parametrized(module, "weight") and (other := owners.setdefault(id(weight), name)) != name:
-            raise UserError(f"layers {other} and {name} share one weight: exclude one, or give it a copy")
         groups = int(getattr(module, "groups", 1))
         array = weight.detach().to("cpu", torch.float32).numpy()
         kept = select(as_matrix(array), wanted, groups=groups, score=score, similar_rows=group_rows).mask
@@ -264,7 +274,7 @@ def _summary(planned: Iterable[tuple[LayerPruning, Tensor | None]]) -> str:
 
 
 def _zeros(weight: Tensor) -> float:
-    return float((weight == 0).float().mean())
+    return float((weight.detach() == 0).float().mean())
 
 
 def set_mask(module: nn.Module, mask: Tensor, weight: Tensor | None = None) -> None:

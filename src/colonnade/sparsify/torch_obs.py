@@ -342,6 +342,8 @@ def second_order_(
     Layers that the model calls more than once, or not at all, are left out of the result and as they were.
     Raises UserError if the model cannot be traced or the calibration inputs are no good; it is then as it was.
     """
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+        raise UserError("method 'obs' needs a float32 model: call model.float() first, and convert it afterwards")
     given = batches(calibration)
     work = remove_masks(copy.deepcopy(model)).eval()
     chain = TorchChain(work, patterns, given)
