@@ -227,6 +227,20 @@ def test_outputs_that_are_the_same_value_keep_their_names(kind: str) -> None:
         assert [port.name for port in check(b.build(*names)).outputs] == names
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch": 0}, "batch 0"), ({"batch": 1.5}, r"batch 1\.5"), ({"batch": "a"}, "batch 'a'"),
+        ({"input_shapes": {"x": ["a", 3]}}, "input x: shape"), ({"input_shapes": {"x": 5}}, "input x: shape 5"),
+    ],
+)  # fmt: skip
+def test_sizes_that_are_none(options: dict[str, Any], said: str) -> None:
+    b = Builder()
+    model = b.build(b.op("Relu", b.input("x", ("n", 3))))
+    with pytest.raises(UserError, match=f"{said}.*: expected"):
+        frontend.load(model, **options)
+
+
 def test_batch_norm_goes_into_the_convolution() -> None:
     b = Builder()
     y = b.batch_norm(b.conv(b.input("x", (2, 3, 6, 6)), 3, 5, 3), 5)

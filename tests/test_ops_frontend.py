@@ -320,6 +320,33 @@ def typed(b: Builder, *outputs: tuple[str, int]) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8))
 
 
+@pytest.mark.parametrize("perm", [(1, 3, 2, 0), (2, 1, 3, 0), (3, 2, 1, 0), (0, 2, 3, 1)])
+def test_large_planes_with_any_axis_last(perm: tuple[int, ...]) -> None:
+    """Tables of more than 8,192 rows of one element."""
+    b = Builder()
+    check(b.build(b.op("Transpose", b.op("Relu", b.input("x", (1, 48, 16, 17))), perm=perm)), kernels=True)
+
+
+@pytest.mark.parametrize("part", ["split", "slice"])
+def test_the_first_part_of_reshaped_planes(part: str) -> None:
+    """As a detection head parts boxes from scores."""
+    b = Builder()
+    y = b.conv(b.input("x", (1, 3, 6, 7)), 3, 9, 1)
+    rows = b.op("Reshape", y, b.constant(np.array([0, 0, -1])))
+    if part == "split":
+        outputs = b.op("Split", rows, b.constant(np.array([4, 5])), axis=1, outputs=2)
+    else:
+        outputs = [b.op("Slice", rows, *(b.constant(np.array([at])) for at in (0, 4, 1)))]
+    check(b.build(*outputs), kernels=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 5, 9), (2, 2, 4, 5, 9), (2, 8, 1, 5, 9)])
+def test_batch_norm_of_planes_with_more_axes(shape: tuple[int, ...]) -> None:
+    b = Builder()
+    y = b.op("Reshape", b.op("Relu", b.input("x", (2, 8, 5, 9))), b.constant(np.array(shape)))
+    check(b.build(b.batch_norm(y, shape[1])), kernels=True)
+
+
 def exactly(model: onnx.ModelProto, feeds: dict[str, Any]) -> Plan:
     """The interpreter's and the kernels' results are onnxruntime's, bit by bit."""
     plan = frontend.load(model)

@@ -105,6 +105,8 @@ def test_ports_and_profile(portable: Bundle) -> None:
         assert 0 < times.sum() < 10**10  # ns
         with pytest.raises(SessionError, match="repeat"):
             session.profile({"image": image()}, repeat=0)
+        with pytest.raises(SessionError, match=r"repeat: 1\.5, expected a whole number"):
+            session.profile({"image": image()}, repeat=1.5)  # type: ignore[arg-type]
 
 
 def test_inputs_need_not_be_contiguous(portable: Bundle) -> None:
@@ -127,6 +129,10 @@ def test_mistakes_are_one_line(portable: Bundle) -> None:
             ({"image": image()[:1]}, r"shape \(1, 3, 9, 11\), expected \(2, 3, 9, 11\)"),
             ({"image": image().astype(np.float64)}, "type float64, expected float32"),
             ({"image": "x.npy"}, "type"),
+            (image(), "inputs are ndarray: expected arrays by name, of image"),
+            ([image()], "inputs are list: expected arrays by name"),
+            (None, "inputs are NoneType"),
+            ({"image": [[1.0, 2.0], [3.0]]}, "input 'image': no array"),
         ]:
             with pytest.raises(SessionError, match=words) as caught:
                 session.run(feeds)

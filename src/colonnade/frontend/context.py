@@ -113,7 +113,7 @@ class Context:
         if planes is not None:
             return planes
         tables = value.tables()
-        if _counts(tables):
+        if prod(value.shape) == prod(value.planes.shape) and _counts(tables):  # all of the planes, in their order
             return self.dense(value.planes, name).seen(value.shape)
         key = (value.planes.identity(), digest(tables))
         if key not in self._reordered:

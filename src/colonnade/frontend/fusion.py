@@ -103,6 +103,7 @@ class Fusing(Context):
     def _affine(
         self, node: ir.Node, value: Value, placed: tuple[int, ...], scale: Array, shift: Array, activation: Activation
     ) -> None:
+        assert len(scale) == len(shift) == placed[1], f"{node.name}: {len(scale)} scales for {placed}"
         constants = {"scale": np.ascontiguousarray(scale, np.float32), "shift": np.ascontiguousarray(shift, np.float32)}
         x = value.seen(placed) if value.is_rows else value
         self.emit(node, Affine(placed, activation), [x], placed, value.shape, constants)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,8 +68,11 @@ def imported(
 
     ``layout_costs`` decide which linear layers have their tokens in the lanes.
     """
-    if batch is not None and batch < 1:
-        raise UserError(f"batch {batch}: expected at least 1")
+    if batch is not None and (not isinstance(batch, Integral) or batch < 1):
+        raise UserError(f"batch {batch!r}: expected a whole number from 1")
+    for port, shape in (input_shapes or {}).items():
+        if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) for size in shape):
+            raise UserError(f"input {port}: shape {shape!r}: expected whole numbers")
     source = read(model)
     name = Path(model).stem if isinstance(model, (str, Path)) else source.graph.name or "model"
     left = ""

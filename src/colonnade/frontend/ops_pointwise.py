@@ -71,6 +71,9 @@ def _batch_statistics(importer: Importer, node: ir.Node, x: Value, *parameters: 
 
 def per_channel_affine(importer: Importer, node: ir.Node, x: Value, scale: Array, shift: Array) -> None:
     """``x * scale + shift``, one number for every entry of axis 1."""
+    if not x.is_rows:  # planes may have more axes in front of their maps
+        inner = x.width // len(scale)
+        scale, shift = np.repeat(scale, inner), np.repeat(shift, inner)
     if not x.is_rows or is_vector(x.shape):
         x = x.matrix(len(x.shape) - 1) if x.is_rows else x
         shape = importer.value(node, 0).shape

@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -100,8 +101,8 @@ class Session:
 
     def profile(self, feeds: Mapping[str, npt.ArrayLike], repeat: int = 10) -> npt.NDArray[np.uint64]:
         """Time of every step in ns, uint64 [repeat, steps]; ``steps`` tells which is which. Runs once more before."""
-        if repeat < 1:
-            raise SessionError(f"repeat: {repeat}, expected at least 1")
+        if not isinstance(repeat, Integral) or repeat < 1:
+            raise SessionError(f"repeat: {repeat!r}, expected a whole number from 1")
         arrays, outputs = self._feeds(feeds), self._empty()
         times = np.zeros((repeat, len(self.steps)), np.uint64)
         self._call(self._library.colonnade_run, arrays, outputs)
@@ -130,6 +131,8 @@ class Session:
 
     def _feeds(self, feeds: Mapping[str, npt.ArrayLike]) -> list[npt.NDArray[Any]]:
         names = [port.name for port in self._inputs]
+        if not isinstance(feeds, Mapping):
+            raise SessionError(f"inputs are {type(feeds).__name__}: expected arrays by name, of {', '.join(names)}")
         unknown = [str(name) for name in feeds if name not in names]
         missing = [name for name in names if name not in feeds]
         if unknown or missing:
@@ -137,7 +140,10 @@ class Session:
             raise SessionError(f"{what}; the model's inputs: {', '.join(names)}")
         arrays = []
         for port in self._inputs:
-            array = np.asarray(feeds[port.name])
+            try:
+                array = np.asarray(feeds[port.name])
+            except ValueError as error:  # lists of several lengths
+                raise SessionError(f"input {port.name!r}: no array ({error})") from error
             if array.dtype != _dtype(port.type):
                 raise SessionError(
                     f"input {port.name!r}: type {array.dtype}, expected {port.type}; use .astype({port.type!r})"

@@ -167,7 +167,9 @@ def addresses(x: Placed, elements: Table) -> Table:
         return np.asarray(x.offsets[0] + elements * x.layout.itemsize, np.int64)
     layout = x.planes
     assert layout.phases == (1, 1), f"{x.name}: phases cannot be gathered from"
-    n, c, row, column = np.unravel_index(elements, x.shape)
+    # flat: numpy 2 gives wrong coordinates of more than 8,192 elements whose last axis is 1
+    places = np.unravel_index(elements.reshape(-1), x.shape)
+    n, c, row, column = (place.reshape(elements.shape) for place in places)
     lanes = (n * layout.image_rows + row) * layout.pitch + column
     return np.asarray(x.offsets[c] + lanes * layout.itemsize, np.int64)
 
