@@ -162,6 +162,18 @@ def test_images_of_another_type_or_shape_for_a_file(tmp_path):
             evaluate(tmp_path / "m.onnx", wrong.astype(np.float32))
 
 
+def test_photos_beside_folders(tmp_path):
+    """Folders without any photo are no classes then; photos in both places are not guessed about."""
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "notes").mkdir()
+    found = samples(tmp_path, preprocess=SPEC)
+    assert len(found) == 2 and found.labels is None
+    Image.new("RGB", (8, 8)).save(tmp_path / "notes" / "c.png")
+    with pytest.raises(UserError, match="photos beside folders of photos"):
+        samples(tmp_path, preprocess=SPEC)
+
+
 def test_answers_that_are_none():
     x = np.zeros((4, 3, 2, 2), np.float32)
     with pytest.raises(UserError, match="NaN"):

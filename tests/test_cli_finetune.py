@@ -108,6 +108,7 @@ def test_data(photos: Path, arrays: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["{arrays}", "--sparsity", "0.5", "--exclude", "stages.9"], "exclude 'stages.9' matches no layer"),
         (["nowhere.npz"], "there is no such file"),
         (["{arrays}"], "no layer has zeros to hold"),
         (["{arrays}", "--distill", "0.5"], "--distill learns from the model before pruning"),

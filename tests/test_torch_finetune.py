@@ -110,6 +110,17 @@ def test_a_checkpoint_of_another_run_is_refused(
     tune(copy.deepcopy(start), data, epochs=1, checkpoint_dir=tmp_path, resume=False)
 
 
+def test_a_checkpoint_of_another_pruning_is_refused(
+    start: nn.Module, data: tuple[Shifted, TensorDataset], tmp_path: Path
+) -> None:
+    """Its masks would take the place of those that were asked for."""
+    sparser = cn.remove_masks(copy.deepcopy(start))
+    cn.sparsify_(sparser, cn.ColumnPattern(0.875, tile=4), data[1].tensors[0][:1])
+    tune(copy.deepcopy(start), data, epochs=1, checkpoint_dir=tmp_path)
+    with pytest.raises(UserError, match=r"of a run with other masks \(of .*\): give another folder"):
+        tune(sparser, data, epochs=1, checkpoint_dir=tmp_path)
+
+
 def test_bfloat16_leaves_no_wrapper(start: nn.Module, data: tuple[Shifted, TensorDataset]) -> None:
     model = copy.deepcopy(start)
     tune(model, data, epochs=1, mixed_precision="bf16")
@@ -123,6 +134,7 @@ def test_bfloat16_leaves_no_wrapper(start: nn.Module, data: tuple[Shifted, Tenso
     [
         ({"epochs": 0}, "epochs >= 1"),
         ({"lr": -1.0}, "lr > 0"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0"),
         ({"optimizer": "magic"}, "optimizer is 'magic'"),
         ({"mixed_precision": "int3"}, "mixed_precision is 'int3'"),
         ({"lr": 1e30}, "the loss became"),

@@ -189,6 +189,15 @@ def test_a_weight_that_a_hook_computes_is_refused() -> None:
     assert not list(masks(model))
 
 
+def test_plain_masks_take_the_place_of_movable_ones(net: Net, x: torch.Tensor) -> None:
+    from colonnade.sparsify.masks import ColumnMask
+
+    cn.sparsify_(net, cn.ColumnPattern(0.5, tile=4), x, movable=True)
+    cn.sparsify_(net, cn.ColumnPattern(0.75, tile=4), x)
+    parts = [m for m in net.modules() if isinstance(m, ColumnMask)]
+    assert parts and all(type(part) is ColumnMask for part in parts)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_models_are_fitted_in_single_precision_only(net: Net, x: torch.Tensor, dtype: torch.dtype) -> None:
     half = net.to(dtype)

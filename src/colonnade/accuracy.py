@@ -238,6 +238,11 @@ def _photos(folder: Path, preprocess: str | Mapping[str, Any] | None, limit: int
 
     spec = preprocessing(preprocess) if isinstance(preprocess, str) else preprocess or preprocessing("imagenet")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    beside = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix.lower() in PHOTOS]
+    if beside and classes:
+        if any(file.suffix.lower() in PHOTOS for name in classes for file in (folder / name).iterdir()):
+            raise UserError(f"{folder}: photos beside folders of photos: expected either, or a folder for each class")
+        classes = []
     found: list[tuple[Path, int]] = []
     for number, name in enumerate(classes or [""]):
         found += [(file, number) for file in sorted((folder / name).iterdir()) if file.suffix.lower() in PHOTOS]
@@ -344,12 +349,13 @@ def _module(model: Any) -> Callable[[Array], Any]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def run(batch: Array) -> Any:
-        training = model.training
+        training = [module for module in model.modules() if module.training]
         model.eval()
         try:
             with torch.no_grad():
                 return model(torch.from_numpy(batch).to(device)).float().cpu().numpy()
         finally:
-            model.train(training)
+            for module in training:
+                module.training = True
 
     return run

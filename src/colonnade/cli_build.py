@@ -125,7 +125,7 @@ def run(
     for name, value in answers.items():
         if value.ndim == 2 and value.shape[1] > 1:
             for row, scores in enumerate(value):
-                best = np.argsort(-scores, kind="stable")[:TOP]
+                best = np.argsort(-scores.astype(np.float64), kind="stable")[:TOP]
                 said = ", ".join(f"{index} ({scores[index]:.4g})" for index in best)
                 typer.echo(f"{name}[{row}]: {said}")
         else:

@@ -143,7 +143,7 @@ def finetune(
 
     from colonnade.photo import preprocessing
     from colonnade.sparsify import finetune as training
-    from colonnade.sparsify.masks import mask_zeros_, sparsify_
+    from colonnade.sparsify.masks import check_excluded, mask_zeros_, sparsify_
     from colonnade.training import make_model, open_data, put_state
 
     samples = open_data(data, preprocessing(preprocess) if preprocess else None, augment=augment, mirror=mirror)
@@ -157,6 +157,7 @@ def finetune(
     main = Accelerator().is_main_process
     console = Console(stderr=True, markup=False, quiet=not main)
     if wanted is not None:
+        check_excluded(network, example, exclude or ())  # a preset's may match nothing
         with console.status("pruning"):
             layers = sparsify_(network, wanted, example, movable=options["rechoose"] is not None, **pruning)
         held = sum(layer.pattern is not None for layer in layers)

@@ -175,7 +175,8 @@ class Maker:
                 "target": self.where.target.name, "isa": self.where.isa.name, "dtype": self.where.dtype,
                 "threads": self.where.threads, "compiler": self.where.toolchain.version,
             }  # fmt: skip
-            if all(known.manifest.get(word) == value for word, value in wanted.items()):
+            same = self.where.batch in (None, known.manifest["inputs"][0]["shape"][0])
+            if same and all(known.manifest.get(word) == value for word, value in wanted.items()):
                 self.bundles[stage] = known
         if stage not in self.bundles:
             self.tell(stage, 0.8, "building")

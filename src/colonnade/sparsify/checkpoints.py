@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from colonnade.errors import UserError
 from colonnade.sparsify.averaging import Average
+from colonnade.sparsify.masks import ColumnMask
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,15 @@ class Checkpoints:
                 raise UserError(
                     f"{newest} is of a run with other options ({said}): give another folder, or resume=False"
                 )
-            model.load_state_dict(load_file(newest / "model.safetensors"))
+            stored = load_file(newest / "model.safetensors")
+            for name, part in model.named_modules():  # masks that may move have their pattern among the options
+                mask = stored.get(f"{name}.mask")
+                if type(part) is ColumnMask and mask is not None and mask.sum() != part.mask.cpu().sum():
+                    where = name.split(".parametrizations")[0]
+                    raise UserError(
+                        f"{newest} is of a run with other masks (of {where}): give another folder, or resume=False"
+                    )
+            model.load_state_dict(stored)
             current = optimizer.state_dict()
             current["state"] = _unflatten(load_file(newest / "optimizer.safetensors"), state["optimizer"])
             optimizer.load_state_dict(current)

@@ -104,6 +104,8 @@ def finetune(
         raise UserError(f"block_weight is {block_weight}: expected at least 0, and a teacher to learn blocks from")
     if ema is not None and not 0 < ema < 1:
         raise UserError(f"ema is {ema}: expected a share between 0 and 1, such as 0.999")
+    if clip_norm is not None and not clip_norm > 0:
+        raise UserError(f"clip_norm is {clip_norm}: expected a number above 0, or None")
     if decay_epochs is not None and decay_epochs < 1:
         raise UserError(f"decay_epochs is {decay_epochs}: expected at least 1")
     # The state is process-wide and would keep the precision of an earlier call.

@@ -119,6 +119,15 @@ def prunable(model: nn.Module, example_inputs: Any, exclude: Iterable[str] = ())
     return {name: name not in reasons and not any(_matches(key, name) for key in excluded) for name in order}
 
 
+def check_excluded(model: nn.Module, example_inputs: Any, exclude: Iterable[str]) -> None:
+    """Raises UserError for an ``exclude`` of `sparsify_` that names no layer: the one that it was meant for would be
+    pruned."""
+    order = _order(model, example_inputs)
+    for key in exclude:
+        if not any(_matches(key, name) for name in order):
+            raise UserError(f"exclude {key!r} matches no layer: expected a name, glob or regular expression of {order}")
+
+
 def _never(order: list[str], model: nn.Module) -> dict[str, str]:
     """Layers that cannot be pruned: layer -> why."""
     return {
@@ -280,11 +289,15 @@ def _zeros(weight: Tensor) -> float:
 def set_mask(module: nn.Module, mask: Tensor, weight: Tensor | None = None) -> None:
     """Give ``module.weight`` this mask (bool, the weight's shape), in the place of one it may have, and new values."""
     if parametrize.is_parametrized(module, "weight"):
-        for part in cast(Iterable[nn.Module], cast(nn.ModuleDict, module.parametrizations)["weight"]):
+        parts = cast(nn.ModuleDict, module.parametrizations)["weight"]
+        for at, part in enumerate(cast(Iterable[nn.Module], parts)):
             if isinstance(part, ColumnMask):
                 # The old weight is read before the new mask is there.
                 values = (cast(Tensor, module.weight) if weight is None else weight).detach()
-                part.mask = mask
+                if type(part) is ColumnMask:
+                    part.mask = mask
+                else:  # one that may move
+                    cast(nn.ModuleList, parts)[at] = ColumnMask(mask)
                 module.weight = values
                 return
     if weight is not None:

@@ -89,7 +89,7 @@ def reconstruct_(
     if [node.name for node in runner.nodes] != [node.name for node in reference.nodes]:
         raise UserError("the dense and the pruned model do not have the same architecture")
     cuts = _cuts(runner)
-    was_training, dense_training = model.training, dense.training
+    training = [module for one in (model, dense) for module in one.modules() if module.training]
     model.eval()
     dense.eval()
     generator = torch.Generator().manual_seed(schedule.seed)
@@ -99,8 +99,8 @@ def reconstruct_(
     try:
         if schedule.epochs:
             results = _block_by_block(runner, reference, blocks, unseen, seen, schedule, generator, progress)
-        if schedule.joint_epochs:
-            learned = [p for part in blocks for p in _parameters(runner, *part[0])]
+        learned = [p for part in blocks for p in _parameters(runner, *part[0])]
+        if schedule.joint_epochs and learned:
             train_jointly(
                 (runner, blocks), (reference, blocks), unseen, seen,
                 _groups(list(dict.fromkeys(learned)), schedule.joint_lr), epochs=schedule.joint_epochs,
@@ -109,8 +109,8 @@ def reconstruct_(
                 progress=(lambda done: progress(done, "all blocks")) if progress else None,
             )  # fmt: skip
     finally:
-        model.train(was_training)
-        dense.train(dense_training)
+        for module in training:
+            module.training = True
     return results
 
 
@@ -203,7 +203,8 @@ def _parameters(runner: Runner, first: int, stop: int) -> list[nn.Parameter]:
     for node in runner.nodes[first:stop]:
         if node.op == "call_module":
             for parameter in runner.model.get_submodule(str(node.target)).parameters():
-                found[id(parameter)] = parameter
+                if parameter.requires_grad:
+                    found[id(parameter)] = parameter
     return list(found.values())
 
 
@@ -214,7 +215,7 @@ def _held(value: Tensor) -> Tensor:
 
 def _groups(parameters: Sequence[nn.Parameter], lr: float) -> list[dict[str, Any]]:
     """Adam moves every weight by about its rate a step: rates in proportion to the weights' size."""
-    return [{"params": [p], "lr": lr * _size(p)} for p in parameters if p.requires_grad]
+    return [{"params": [p], "lr": lr * _size(p)} for p in parameters]
 
 
 def _size(parameter: Tensor) -> float:

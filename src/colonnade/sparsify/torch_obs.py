@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
@@ -48,13 +49,28 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> fx.Graph:
     """The graph of a model. Raises UserError where its forward pass depends on values."""
     try:
-        return _Tracer().trace(model)
+        return _written_out(_Tracer().trace(model), model)
     except Exception as error:  # whatever a forward method does with a Proxy
         reason = str(error).strip().splitlines()
         raise UserError(
             f"{type(model).__name__} cannot be traced ({reason[0] if reason else type(error).__name__}): "
             "export it to ONNX and prune the file"
         ) from error
+
+
+def _written_out(graph: fx.Graph, model: nn.Module) -> fx.Graph:
+    """What works in place gives a value of its own, which all that stands behind it reads instead of the argument."""
+    position = {node: at for at, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        changed = (
+            getattr(model.get_submodule(str(node.target)), "inplace", False) if node.op == "call_module"
+            else node.target in IN_PLACE or bool(node.kwargs.get("inplace")) if node.op == "call_function"
+            else node.op == "call_method" and str(node.target).endswith("_")
+        )  # fmt: skip
+        if changed and node.args and isinstance(first := node.args[0], fx.Node):
+            for user in [user for user in first.users if position[user] > position[node]]:
+                user.replace_input_with(first, node)
+    return graph
 
 
 def ordered(graph: fx.Graph) -> list[fx.Node]:
@@ -204,13 +220,43 @@ class TorchChain:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.arrays: Arrays = HostArrays() if device.type == "cpu" else TorchArrays(device)
         self.device = device
+        self.tokens = self._linear_over_tokens()
         self.layers = [self._layer(node) for node in self.starts]
         self.bounds = [0, *(self.runner.position[node] for node in self.starts), len(self.runner.nodes)]
 
+    def _linear_over_tokens(self) -> set[str]:
+        """Linear layers whose inputs have tokens beside samples and features: BatchNorms behind them are over these."""
+        linear = [str(node.target) for node in self.starts if isinstance(self._module(node), nn.Linear)]
+        found: set[str] = set()
+
+        def look(name: str, given: tuple[Any, ...]) -> None:
+            if given[0].ndim > 2:
+                found.add(name)
+
+        hooks = [
+            self.model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: look(name, given))
+            for name in linear
+        ]
+        try:
+            if linear and self.calibration:
+                with torch.no_grad():
+                    self.runner.answers(0, {self.runner.needed[0].name: self.calibration[0][0][:1].to(self.device)})
+        except (RuntimeError, UserError, IndexError):  # what is wrong with the inputs shows where all of them are run
+            found.update(linear)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self.model.get_submodule(str(node.target))
+
     def norm(self, node: fx.Node) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
-        """The BatchNorm that is the only reader of a layer."""
+        """The BatchNorm that is the only reader of a layer, and of no other; of a linear layer, one over features."""
         users = list(node.users)
-        if len(users) != 1 or users[0].op != "call_module":
+        if len(users) != 1 or users[0].op != "call_module" or str(node.target) in self.tokens:
+            return None
+        if sum(other.op == "call_module" and other.target == users[0].target for other in self.runner.nodes) > 1:
             return None
         module = self.model.get_submodule(str(users[0].target))
         return module if isinstance(module, Norms) and module.track_running_stats else None
@@ -346,6 +392,9 @@ def second_order_(
         raise UserError("method 'obs' needs a float32 model: call model.float() first, and convert it afterwards")
     given = batches(calibration)
     work = remove_masks(copy.deepcopy(model)).eval()
+    for name in patterns:
+        if parametrize.is_parametrized(work.get_submodule(name), "weight"):
+            raise UserError(f"layer {name}: a parametrization computes its weight (weight_norm?): remove it first")
     chain = TorchChain(work, patterns, given)
     results = prune_chain(chain, dict(patterns), options, progress)
     for result in results:
