@@ -347,6 +347,39 @@ def test_batch_norm_of_planes_with_more_axes(shape: tuple[int, ...]) -> None:
     check(b.build(b.batch_norm(y, shape[1])), kernels=True)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 6, 6), (4,), ()])
+def test_power_by_one_number_of_more_axes(shape: tuple[int, ...]) -> None:
+    b = Builder()
+    x = b.op("Abs", b.input("x", shape))
+    check(b.build(b.op("Pow", x, b.constant(np.full((1, 1, 1, 1, 1), 1.5)))), kernels=True)
+
+
+def test_a_constant_is_reshaped_whatever_the_batch() -> None:
+    b = Builder()
+    y = b.conv(b.input("x", (1, 4, 6, 6)), 4, 4, 1)
+    scale = b.op("Reshape", b.random(4), b.constant(np.array([1, 4, 1, 1])))
+    rows = b.op("Reshape", b.op("Mul", y, scale), b.constant(np.array([1, -1])))
+    assert frontend.load(b.build(rows), batch=3).outputs[0].shape == (3, 144)
+
+
+@pytest.mark.parametrize("kind", ["SpaceToDepth", "DepthToSpace"])
+def test_blocks_that_do_not_divide(kind: str) -> None:
+    """Which no shape inference may have seen."""
+    node = onnx.helper.make_node(kind, ["x"], ["y"], "blocks", blocksize=2)
+    ports = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in (("x", (1, 3, 5, 6)), ("y", None))]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ports[:1], ports[1:]))
+    with pytest.raises(UserError, match="blocks"):
+        frontend.load(model)
+
+
+def test_a_model_that_is_none_for_one_image() -> None:
+    """Its batch of two is blocks' height: it is run as it is."""
+    b = Builder()
+    y = b.op("SpaceToDepth", b.op("Transpose", b.input("x", (2, 16, 256, 256)), perm=(1, 2, 0, 3)), blocksize=2)
+    model = b.build(b.op("Reshape", y, b.constant(np.array([2, -1]))))
+    assert frontend.load(model).images == 1
+
+
 def exactly(model: onnx.ModelProto, feeds: dict[str, Any]) -> Plan:
     """The interpreter's and the kernels' results are onnxruntime's, bit by bit."""
     plan = frontend.load(model)

@@ -241,6 +241,9 @@ def _free_batch(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type != "Reshape":
             continue
+        data = node.inputs[0]
+        if data is None or ir.convenience.get_const_tensor(data) is not None:
+            continue  # which no batch changes
         shape = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
         if shape is None or shape.size < 2 or shape.numpy()[0] < 1:
             continue

@@ -86,8 +86,9 @@ class Value:
         return (self.shape[0], self.width, *self.shape[-2:])
 
     def seen(self, shape: tuple[int, ...]) -> Value:
-        """A dense array with another shape of as many elements."""
-        assert self.is_rows and prod(shape) == prod(self.shape), (self.shape, shape)
+        """A dense array with another shape of as many elements. Raises ValueError for one that has not."""
+        if not self.is_rows or prod(shape) != prod(self.shape):
+            raise ValueError(f"{list(self.shape)} is not {list(shape)}")
         return replace(self, shape=shape)
 
     def matrix(self, axes: int = 1) -> Value:

@@ -154,11 +154,12 @@ def power(importer: Importer, node: ir.Node) -> None:
     if exponent is None or exponent.size != 1 or importer.constant(node, 0) is not None:
         elementwise(importer, node, "pow")
         return
+    if exponent.ndim > len(importer.value(node, 0).shape):  # the result has more axes
+        elementwise(importer, node, "pow")
+        return
     e = float(np.asarray(exponent, np.float32).reshape(-1)[0])
     known = {2.0: Function("square"), 0.5: Function("sqrt"), -1.0: Function("reciprocal")}
     importer.activation(node, Activation(function=known.get(e, Function("pow", e))))
-    if exponent.ndim > len(importer.value(node, 0).shape):
-        importer.reshape(node, (1,) * exponent.ndim)
 
 
 def binary(importer: Importer, node: ir.Node, kind: str) -> None:
