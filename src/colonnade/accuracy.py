@@ -346,16 +346,12 @@ def _is_module(model: Any) -> bool:
 def _module(model: Any) -> Callable[[Array], Any]:
     import torch
 
+    from colonnade.sparsify.masks import evaluating
+
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def run(batch: Array) -> Any:
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return model(torch.from_numpy(batch).to(device)).float().cpu().numpy()
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(model), torch.no_grad():
+            return model(torch.from_numpy(batch).to(device)).float().cpu().numpy()
 
     return run

@@ -13,7 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.layout import begins_outside
-from colonnade.workload import Activation, Array, Cast, Convert, WinogradConv2d, Workload, activation_of
+from colonnade.workload import (
+    Activation,
+    Array,
+    Cast,
+    Convert,
+    WinogradConv2d,
+    Workload,
+    activation_of,
+    with_activation,
+)
 from colonnade.workload.typed import F32, lanes
 
 
@@ -177,14 +186,10 @@ def can_activate(step: Draft, activation: Activation) -> bool:
 
 def activate(step: Draft, after: Activation) -> None:
     """Append an activation to a step that can take one; limits behind limits are limits again."""
-    before, workload = activation_of(step.workload), step.workload
+    before = activation_of(step.workload)
     both = Activation(
         min(max(before.low, after.low), after.high),
         min(max(before.high, after.low), after.high),
         after.function,
     )
-    epilogue = getattr(workload, "epilogue", None)
-    if epilogue is not None:
-        step.workload = replace(workload, epilogue=replace(epilogue, activation=both))  # type: ignore[type-var]
-    else:
-        step.workload = replace(workload, activation=both)  # type: ignore[type-var]
+    step.workload = with_activation(step.workload, both)

@@ -151,10 +151,8 @@ def swish(importer: Importer, node: ir.Node) -> None:
 def power(importer: Importer, node: ir.Node) -> None:
     """Pow by one constant → a function; else element by element."""
     exponent = importer.constant(node, 1)
-    if exponent is None or exponent.size != 1 or importer.constant(node, 0) is not None:
-        elementwise(importer, node, "pow")
-        return
-    if exponent.ndim > len(importer.value(node, 0).shape):  # the result has more axes
+    plain = exponent is not None and exponent.size == 1 and importer.constant(node, 0) is None
+    if exponent is None or not plain or exponent.ndim > len(importer.value(node, 0).shape):  # the result has more axes
         elementwise(importer, node, "pow")
         return
     e = float(np.asarray(exponent, np.float32).reshape(-1)[0])

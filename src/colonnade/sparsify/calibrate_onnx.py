@@ -223,14 +223,9 @@ class OnnxChain:
         stored = onnx.numpy_helper.to_array(target.tensor)
         weight = np.ascontiguousarray(stored.T if target.rows_last else stored).astype(np.float32)
         end, scale = node.output[0], None
-        norm = self._only_user(end)
-        channels = node.op_type != "MatMul"  # whose axis 1, which a BatchNormalization is over, may be tokens
-        if (
-            channels
-            and norm is not None
-            and norm.op_type == "BatchNormalization"
-            and {*norm.input[1:]} <= set(self.constants)
-        ):
+        # behind a MatMul axis 1, which a BatchNormalization is over, may be tokens
+        norm = self._only_user(end) if node.op_type != "MatMul" else None
+        if norm is not None and norm.op_type == "BatchNormalization" and {*norm.input[1:]} <= set(self.constants):
             gain, spread = (onnx.numpy_helper.to_array(self.constants[norm.input[at]]) for at in (1, 4))
             scale = (gain / np.sqrt(spread + _number(norm, "epsilon", 1e-5))).astype(np.float32)
             end = norm.output[0]

@@ -8,6 +8,7 @@ decay can bring one back.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -70,6 +71,19 @@ def masks(model: nn.Module) -> Iterator[tuple[str, ColumnMask]]:
                     yield f"{name}.weight" if name else "weight", part
 
 
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time: BatchNorm's statistics stay as they are, and so do parts that were in it before."""
+    training = [module for model in models for module in model.modules() if module.training]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _order(model: nn.Module, example_inputs: Any) -> list[str]:
     """Names of the layers with weights in the order in which they run (without inputs: of their registration)."""
     kinds: tuple[type[nn.Module], ...] = (*Prunable, *Unprunable)
@@ -83,14 +97,10 @@ def _order(model: nn.Module, example_inputs: Any) -> list[str]:
             order.append(name)
 
     handles = [module.register_forward_pre_hook(note) for module in layers]
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()  # BatchNorm's statistics stay as they are
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
     finally:
-        for module in training:  # each by itself: parts of a model may be frozen in evaluation mode
-            module.training = True
         for handle in handles:
             handle.remove()
     return order

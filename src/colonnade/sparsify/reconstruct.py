@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from colonnade.errors import UserError
 from colonnade.sparsify.joint import Span, Views, distance, held_out, run_block, spans, train_jointly, train_judged
+from colonnade.sparsify.masks import evaluating
 from colonnade.sparsify.torch_obs import Runner, Weighted, batches, trace
 
 # A block with this relative error lost nothing (half precision of what is held makes up to so much).
@@ -89,14 +90,11 @@ def reconstruct_(
     if [node.name for node in runner.nodes] != [node.name for node in reference.nodes]:
         raise UserError("the dense and the pruned model do not have the same architecture")
     cuts = _cuts(runner)
-    training = [module for one in (model, dense) for module in one.modules() if module.training]
-    model.eval()
-    dense.eval()
     generator = torch.Generator().manual_seed(schedule.seed)
     results: list[BlockResult] = []
     blocks = spans(runner, cuts)
     unseen, seen = held_out(inputs, generator)
-    try:
+    with evaluating(model, dense):
         if schedule.epochs:
             results = _block_by_block(runner, reference, blocks, unseen, seen, schedule, generator, progress)
         learned = [p for part in blocks for p in _parameters(runner, *part[0])]
@@ -108,9 +106,6 @@ def reconstruct_(
                 views=Views(schedule.zoom, schedule.mirror, schedule.side), generator=generator, device=device,
                 progress=(lambda done: progress(done, "all blocks")) if progress else None,
             )  # fmt: skip
-    finally:
-        for module in training:
-            module.training = True
     return results
 
 

@@ -10,6 +10,7 @@ from colonnade.workload.base import (
     Workload,
     activation_of,
     evaluate,
+    with_activation,
     without_function,
 )  # fmt: skip
 from colonnade.workload.conv import Conv2d, Reach, im2col, is_depthwise, matrix, takes_every_second, unmatrix
@@ -45,5 +46,5 @@ __all__ = [
     "PlaneProduct", "Pool2d", "Precision", "Reach", "Reduce", "Reorder", "Repeat", "Resample", "Softmax", "Take",
     "TypedElementwise", "TypedMatMul", "TypedReduce", "Unary", "WinogradConv2d", "Workload", "Zeros", "activation_of",
     "digest", "evaluate", "im2col", "is_depthwise", "matrix", "spread", "takes_every_second", "unmatrix",
-    "without_function",
+    "with_activation", "without_function",
 ]  # fmt: skip

@@ -105,13 +105,17 @@ def activation_of(workload: Workload) -> Activation:
     return found
 
 
-def without_function(workload: Workload) -> Workload:
-    """The workload up to the function in which it ends; its limits stay."""
-    limits = replace(activation_of(workload), function=None)
+def with_activation(workload: Workload, activation: Activation) -> Workload:
+    """The workload with another activation in the place of its own."""
     epilogue = getattr(workload, "epilogue", None)
     if epilogue is not None:
-        return replace(workload, epilogue=replace(epilogue, activation=limits))  # type: ignore[type-var]
-    return replace(workload, activation=limits)  # type: ignore[type-var]
+        return replace(workload, epilogue=replace(epilogue, activation=activation))  # type: ignore[type-var]
+    return replace(workload, activation=activation)  # type: ignore[type-var]
+
+
+def without_function(workload: Workload) -> Workload:
+    """The workload up to the function in which it ends; its limits stay."""
+    return with_activation(workload, replace(activation_of(workload), function=None))
 
 
 def _text(value: Any) -> str:
