@@ -426,6 +426,13 @@ def test_pad_before_a_pool() -> None:
     check(b.build(b.op("MaxPool", x, kernel_shape=(2, 2))))
 
 
+def test_index_of_an_extreme_behind_a_function() -> None:
+    """Shapes behind operators that ONNX knows by their definitions alone."""
+    b = Builder()
+    x = b.op("ArgMax", b.op("MeanVarianceNormalization", b.input("x", (1, 4, 6, 6)), axes=(0, 2, 3)), axis=1)
+    check(b.build(b.op("Cast", x, to=TensorProto.FLOAT)))
+
+
 def test_old_opset_forms() -> None:
     b = Builder()
     x = b.op("Clip", b.conv(b.input("x", (1, 4, 6, 6)), 4, 4), min=-0.5, max=0.5)
@@ -433,6 +440,20 @@ def test_old_opset_forms() -> None:
     x, _ = b.op("Split", x, axis=1, split=(3, 1), outputs=2)
     x = b.op("Slice", x, starts=(0, 1), ends=(9, 3), axes=(2, 1))
     check(b.build(b.op("Squeeze", b.op("GlobalMaxPool", x), axes=(2, 3)), opset=9))
+
+
+def test_older_than_broadcasting() -> None:
+    """Before opset 7 an attribute says which axes a second operand has."""
+
+    def answer(add: tuple[int, ...], opset: int, **attributes: int) -> np.ndarray:
+        b = Builder()
+        x = b.constant(np.arange(4, dtype=np.float32).reshape(add))
+        y = b.op("Relu", b.op("Add", b.conv(b.input("x", (1, 4, 4, 4)), 4, 4), x, **attributes))
+        plan = frontend.load(b.build(y, opset=opset))
+        [output] = reference.run(plan, {"x": np.ones((1, 4, 4, 4), np.float32)}).values()
+        return output
+
+    np.testing.assert_array_equal(answer((4,), 6, axis=1, broadcast=1), answer((4, 1, 1), 18))
 
 
 def test_several_inputs_and_outputs_without_convolution() -> None:

@@ -29,6 +29,7 @@ from colonnade.errors import UserError
 from colonnade.frontend.expand import FOLDED, expand, foreign
 from colonnade.frontend.patterns import recognise
 from colonnade.frontend.transposes import sink
+from colonnade.frontend.written import Nodes, known_shape
 
 RULES = (
     *_no_op.rules,
@@ -80,6 +81,7 @@ def clean(
         names = [value.name for value in model.graph.outputs]
         _casts_like(model)
         _old_pads(model)
+        _old_broadcasts(model)
         fold = folding.FoldConstantsPass(
             shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
         )
@@ -166,6 +168,26 @@ def _old_pads(model: ir.Model) -> None:
         conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, more, strict=True)])
         conv.replace_input_with(0, node.inputs[0])
         model.graph.remove(node, safe=True)
+
+
+def _old_broadcasts(model: ir.Model) -> None:
+    """Operators of two inputs before opset 7, where an attribute says which axis the second one's first is, with a
+    second input of as many axes as behind that one."""
+    graph, version = model.graph, model.opset_imports.get("", 18)
+    nodes = [node for node in graph if len(node.inputs) == 2 and {"broadcast", "axis"} <= node.attributes.keys()]
+    if version >= 7 or not nodes:
+        return
+    common.ShapeInferencePass()(model)
+    for node in nodes:
+        first, second = node.inputs
+        sizes, own = known_shape(first), known_shape(second)
+        if first is None or second is None or not sizes:
+            name = node.outputs[0].name
+            raise UserError(f"{node.op_type} {name!r}: of opset {version}, sizes unknown: export it with opset 9 or newer")
+        behind = len(sizes) - node.attributes.get_int("axis", 0) % len(sizes) - len(own)
+        new = Nodes(node, graph)
+        aligned = new.op("Reshape", second, np.array([*own, *[1] * behind]))
+        new.done(new.op(node.op_type, first, aligned))
 
 
 def _name_outputs(graph: ir.Graph, names: Sequence[str | None]) -> None:
