@@ -139,3 +139,39 @@ def test_what_stood_still_stands_still_afterwards() -> None:
     cn.evaluate(model, (x.numpy(), [0] * len(x)))
     assert model.training and model.a.training and not model.norm.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["obs", "balance", "reconstruct"])
+def test_inputs_that_do_not_fit(method: str) -> None:
+    """One line for all that calibrates; floats of another precision are as good, and a layer may be called by keyword."""
+
+    class Keyword(Shared):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.b(input=self.a(x).relu())).relu()
+            return self.last(self.other(self.c(x)).relu().mean((2, 3)))
+
+    dense = Keyword(False)
+
+    def calibrate(x: Tensor | list[Tensor]) -> nn.Module:
+        model = copy.deepcopy(dense)
+        if method == "obs":
+            cn.sparsify_(model, PATTERN, None, method="obs", calibration=x)
+        elif method == "balance":
+            cn.balance(model, PATTERN, x)
+        else:
+            cn.sparsify_(model, PATTERN)
+            cn.reconstruct_(model, dense, x, Schedule(epochs=1, joint_epochs=0))
+        return model
+
+    x = maps(16, 1)
+    for (name, one), other in zip(
+        calibrate(x.double()).state_dict().items(), calibrate(x).state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(one, other, msg=name)
+    with pytest.raises(UserError, match=r"a calibration input \(1x.*, float32\) does not fit Keyword: .*channels"):
+        calibrate(torch.cat([x, x], 1))
+    with pytest.raises(UserError, match=r"\(1x.*, int64\) does not fit"):
+        calibrate(x.long())
+    for nothing in ([], x[:0]):
+        with pytest.raises(UserError, match="calibration holds no input"):
+            calibrate(nothing)

@@ -183,7 +183,7 @@ def _old_broadcasts(model: ir.Model) -> None:
         sizes, own = known_shape(first), known_shape(second)
         if first is None or second is None or not sizes:
             name = node.outputs[0].name
-            raise UserError(f"{node.op_type} {name!r}: of opset {version}, sizes unknown: export it with opset 9 or newer")
+            raise UserError(f"{node.op_type} {name!r}: of opset {version}, sizes unknown: export it with a newer opset")
         behind = len(sizes) - node.attributes.get_int("axis", 0) % len(sizes) - len(own)
         new = Nodes(node, graph)
         aligned = new.op("Reshape", second, np.array([*own, *[1] * behind]))

@@ -70,10 +70,7 @@ def measured(
     that stays dense), and its multiply-adds. Arguments and errors are those of `balance`."""
     if method not in ("magnitude", "obs"):
         raise UserError(f"method is {method!r}: expected 'magnitude' or 'obs'")
-    given = [batch[0] for batch in batches(calibration)]
-    if not sum(map(len, given)):
-        raise UserError("calibration holds no input")
-    inputs = torch.cat(given)
+    inputs = torch.cat([batch[0] for batch in batches(calibration, model)])
     work_model = remove_masks(copy.deepcopy(model)).eval()
     layers = prunable(work_model, inputs[:1], exclude)
     names = [name for name, free in layers.items() if free]

@@ -51,12 +51,14 @@ class Target:
 
 def unfit(node: onnx.NodeProto, graph: onnx.GraphProto) -> str | None:
     """Why a layer's statistics cannot be gathered, or None. Such layers are pruned by magnitude."""
-    stored = {tensor.name for tensor in graph.initializer} | {
-        other.output[0] for other in graph.node if other.op_type == "Constant"
+    stored = {tensor.name: len(tensor.dims) for tensor in graph.initializer} | {
+        other.output[0]: len(attribute.t.dims)
+        for other in graph.node
+        if other.op_type == "Constant"
+        for attribute in other.attribute
     }
     if node.op_type == "Conv":
-        weight = next((t for t in graph.initializer if t.name == node.input[1]), None)
-        if weight is not None and len(weight.dims) not in (3, 4):
+        if stored.get(node.input[1], 4) not in (3, 4):
             return "kernels of three axes"
         if _text(node, "auto_pad", "NOTSET") != "NOTSET":
             return f"auto_pad {_text(node, 'auto_pad', '')}"

@@ -82,9 +82,7 @@ def reconstruct_(
     (`sparsify_` puts one on what it prunes) keep no zeros. Returns what the step for single blocks did.
     """
     schedule = schedule or Schedule()
-    inputs = torch.cat([batch[0] for batch in batches(calibration)])
-    if not len(inputs):
-        raise UserError("calibration holds no input")
+    inputs = torch.cat([batch[0] for batch in batches(calibration, dense)])
     device = next(model.parameters()).device
     runner, reference = Runner(model, trace(model)), Runner(dense, trace(dense))
     if [node.name for node in runner.nodes] != [node.name for node in reference.nodes]:

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from colonnade.errors import UserError
 from colonnade.pattern import ColumnPattern, Floats
 from colonnade.sparsify.arrays import Arrays, HostArrays, NumpyArrays, TorchArrays
-from colonnade.sparsify.masks import remove_masks, set_mask
+from colonnade.sparsify.masks import evaluating, remove_masks, set_mask
 from colonnade.sparsify.samples import Layer, Rectifier, Values
 from colonnade.sparsify.sequential import LayerResult, Options, prune_chain
 from colonnade.sparsify.transformed import sizes
@@ -92,16 +92,33 @@ def ordered(graph: fx.Graph) -> list[fx.Node]:
     return list(done)
 
 
-def batches(calibration: Any) -> list[tuple[Tensor, ...]]:
-    """The inputs of calibration batches: tensors, or tuples of (inputs, targets) as data loaders give them."""
+def batches(calibration: Any, model: nn.Module) -> list[tuple[Tensor, ...]]:
+    """The inputs of calibration batches: tensors, or tuples of (inputs, targets) as data loaders give them; floats in
+    the model's precision. Raises UserError where they are no tensors, none, or do not fit the model."""
     if isinstance(calibration, Tensor):
-        return [(part,) for part in torch.split(calibration, 32)]
+        calibration = torch.split(calibration, 32)
     found: list[tuple[Tensor, ...]] = []
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.zeros(0))
     for batch in cast(Iterable[Any], calibration):
         inputs = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(inputs, Tensor):
             raise UserError(f"calibration holds {type(inputs).__name__}: expected tensors or (inputs, targets) batches")
-        found.append((inputs,))
+        if inputs.ndim and len(inputs):
+            found.append((inputs.detach().to(first.dtype) if inputs.is_floating_point() else inputs,))
+    if not found:
+        raise UserError("calibration holds no input")
+    one = found[0][0][:1]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(one.to(first.device))
+    except RuntimeError as error:
+        shape = "x".join(map(str, one.shape))
+        raise UserError(
+            f"a calibration input ({shape}, {str(one.dtype).removeprefix('torch.')}) does not fit "
+            f"{type(model).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    except TypeError:
+        pass  # of another number of inputs, which whoever traces the model says
     return found
 
 
@@ -272,7 +289,7 @@ class TorchChain:
             gain = norm.weight if norm.affine else torch.ones_like(spread)
             scale = (gain / spread).detach().cpu().numpy()
         weight = np.asarray(module.weight.detach().float().cpu().numpy() / _sizes(module), np.float32)
-        source = cast(fx.Node, node.args[0]).name
+        source = node.all_input_nodes[0].name
         residual = self._residual(node, end)
         intercept = norm is not None or module.bias is not None
         rectifier = self._rectifier(end if residual is None else next(iter(end.users)), module, norm, scale)
@@ -390,7 +407,7 @@ def second_order_(
     """
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         raise UserError("method 'obs' needs a float32 model: call model.float() first, and convert it afterwards")
-    given = batches(calibration)
+    given = batches(calibration, model)
     work = remove_masks(copy.deepcopy(model)).eval()
     for name in patterns:
         if parametrize.is_parametrized(work.get_submodule(name), "weight"):
