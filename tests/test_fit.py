@@ -164,6 +164,7 @@ def test_from_a_file_to_bundles_and_on(
         at = point["record"]
         bundle = cn.evaluate(at["bundle"], pictures)
         assert np.array_equal(bundle.answers, cn.evaluate(at["onnx"], pictures).answers)
+        assert "preprocess" not in json.loads((Path(at["bundle"]) / "manifest.json").read_text())  # arrays, not photos
         plan = PrunePlan.read(at["plan_file"])
         assert any(pattern is not None for pattern in plan.layers.values())
         again = tmp_path / "again.onnx"

@@ -32,7 +32,8 @@ Sparsities = Annotated[str, typer.Option("--sparsities", metavar="0.5,0.75,…",
 Calibration = Annotated[int, typer.Option("--calibration-images", min=8, help="Images that calibrate, at most.")]
 Budget = Annotated[str, typer.Option("--budget", help="Time to tune layers for, such as 180s; 0s: only what is known.")]
 Preprocess = Annotated[
-    str, typer.Option("--preprocess", metavar="imagenet|FILE.json", help="How photos become inputs.")
+    str | None,
+    typer.Option("--preprocess", metavar="imagenet|FILE.json", help="How photos become inputs; imagenet by default."),
 ]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Batch size where the model leaves it open.")]
 
@@ -73,7 +74,7 @@ def fit(
     exclude: Exclude = None,
     calibration: Calibration = 256,
     test: Annotated[int, typer.Option("--test-images", min=8, help="Other images to compare answers on.")] = 500,
-    preprocess: Preprocess = "imagenet",
+    preprocess: Preprocess = None,
     threads: Threads = None,
     cpus: Cpus = None,
     isa: IsaName = None,
@@ -118,7 +119,7 @@ def plan(
     sparsities: Sparsities = "0.25,0.5,0.625,0.75,0.875",
     exclude: Exclude = None,
     calibration: Calibration = 128,
-    preprocess: Preprocess = "imagenet",
+    preprocess: Preprocess = None,
     threads: Threads = None,
     cpus: Cpus = None,
     isa: IsaName = None,

@@ -118,6 +118,8 @@ def fit(
     answers.check(where)
     tell = progress or (lambda *_: None)
     tell("images", 0.0, "")
+    if preprocess is None and isinstance(images, str | Path) and Path(images).is_dir():
+        preprocess = "imagenet"  # as photos are read; the bundles say so. Arrays are the model's inputs as they are
     pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration + test, seed=settings.seed)
     input_name = input_for(source, proto, pictures.inputs)
     calibrating, testing, notes = split(pictures, calibration, test, settings.seed)
