@@ -127,6 +127,9 @@ def test_bfloat16_leaves_no_wrapper(start: nn.Module, data: tuple[Shifted, Tenso
     assert model(data[1].tensors[0][:1]).dtype == torch.float32
     copy.deepcopy(model)
     tune(model, data, epochs=1)  # another precision in the same process
+    with pytest.raises(UserError, match="the loss became"):
+        tune(model, data, epochs=1, mixed_precision="bf16", lr=1e30)
+    assert not hasattr(model.forward, "__wrapped__")
 
 
 @pytest.mark.parametrize(

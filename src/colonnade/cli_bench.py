@@ -37,10 +37,12 @@ def bench(
 
     from colonnade import targets
     from colonnade.bench.run import bench as measure
-    from colonnade.build.cache import writing
     from colonnade.build.toolchain import Toolchain
+    from colonnade.onnx_io import check_writable, writing_aside
     from colonnade.report.bench import table
 
+    if output is not None:
+        check_writable(output, force=True)  # before anything is measured
     console = Console(stderr=True, markup=False)
     toolchain = Toolchain(cc, notice=console.print)
     names = [name.strip() for name in vs.split(",") if name.strip()]
@@ -51,7 +53,5 @@ def bench(
     for part in table(found, layers):
         out.print(part, highlight=False) if isinstance(part, str) else out.print(part)
     if output is not None:
-        with writing(output):
-            aside = output.with_name(output.name + ".new")
+        with writing_aside(output) as aside:
             aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            aside.replace(output)

@@ -97,7 +97,7 @@ def finetune(
         Path | None, typer.Option(metavar="DIR", help="Keep the last epoch here; a stopped run goes on from it.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the outputs.")] = False,
 ) -> None:
     """Prune a torch model and train it further; under `accelerate launch`, on many processes. Its zeros are frozen

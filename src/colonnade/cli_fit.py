@@ -83,7 +83,7 @@ def fit(
     budget: Budget = "180s",
     db: Db = None,
     cc: Compiler = "zig",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a fit of another model or other images.")] = False,
 ) -> None:
     """Make an accuracy-latency frontier of ready bundles, without training, and mark the one that meets a budget.

@@ -140,14 +140,9 @@ def finetune(
         "decay_epochs": decay_epochs, "block_weight": block_weight or None, "ema": ema,
         "rechoose": asdict(rechoose) if rechoose is not None else None,
     }  # fmt: skip
-    wrapped, ready = accelerator.prepare(model, built)
     keeper = Checkpoints(Path(checkpoint_dir), options) if checkpoint_dir is not None else None
     history = History()
     best: dict[str, Tensor] | None = None
-    if keeper is not None and resume and (found := keeper.load(model, built, average)) is not None:
-        history, best = found
-    elif keeper is not None and accelerator.is_main_process:
-        keeper.clear()
     criterion: Loss = loss or nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     if teacher is not None:
         teacher = copy.deepcopy(teacher).to(accelerator.device).requires_grad_(False).eval()
@@ -156,10 +151,15 @@ def finetune(
     total, processes = epochs * steps, accelerator.num_processes
     falls = None if decay_epochs is None else decay_epochs * steps
     with (
+        _prepared(accelerator, model, built) as (wrapped, ready),
         _compared(model, teacher if block_weight else None, blocks) as compared,
         _bar(total, title, progress and accelerator.is_main_process) as tell,
         synchronized_batchnorm(model, processes if sync_batchnorm else 1),
     ):
+        if keeper is not None and resume and (found := keeper.load(model, built, average)) is not None:
+            history, best = found
+        elif keeper is not None and accelerator.is_main_process:
+            keeper.clear()
         tell(len(history.epochs) * steps, "")
         for epoch in range(len(history.epochs), epochs):
             began = time.monotonic()
@@ -225,11 +225,21 @@ def finetune(
     if best is not None:
         model.load_state_dict(best)
     freeze(model)
-    # Mixed precision had put a wrapper around the model's forward.
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    accelerator.free_memory()
     model.eval()
     return history
+
+
+@contextlib.contextmanager
+def _prepared(
+    accelerator: accelerate.Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
+    """Both as Accelerate wraps them, for the time: mixed precision puts a wrapper around the model's forward."""
+    wrapped, ready = accelerator.prepare(model, optimizer)
+    try:
+        yield wrapped, ready
+    finally:
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        accelerator.free_memory()
 
 
 def _optimizer(
