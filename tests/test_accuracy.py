@@ -158,7 +158,7 @@ def test_images_of_another_type_or_shape_for_a_file(tmp_path):
     for kind in (np.uint8, np.float64):
         np.testing.assert_array_equal(evaluate(tmp_path / "m.onnx", pixels.astype(kind)).answers, wanted)
     for wrong in (pixels[:, :2], pixels[..., 0]):
-        with pytest.raises(UserError, match=r"m\.onnx: an image is .*: expected 3×4×4"):
+        with pytest.raises(UserError, match=r"given for input x is .*: expected samples × 3×4×4"):
             evaluate(tmp_path / "m.onnx", wrong.astype(np.float32))
 
 

@@ -143,7 +143,7 @@ def test_what_stood_still_stands_still_afterwards() -> None:
 
 @pytest.mark.parametrize("method", ["obs", "balance", "reconstruct"])
 def test_inputs_that_do_not_fit(method: str) -> None:
-    """One line for all that calibrates; floats of another precision are as good, and a layer may be called by keyword."""
+    """One line for all that calibrates. Floats of another precision are as good; a layer may be called by keyword."""
 
     class Keyword(Shared):
         def forward(self, x: Tensor) -> Tensor:

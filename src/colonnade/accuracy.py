@@ -310,9 +310,9 @@ def _runner(model: Any, threads: int | None) -> tuple[Callable[[Array], Any], in
 def _onnx(path: Path, threads: int | None) -> tuple[Callable[[Array], Any], int, None]:
     import onnxruntime
 
-    from colonnade.onnx_io import load_onnx
+    from colonnade.onnx_io import check_samples, graph_inputs, load_onnx
 
-    load_onnx(path)  # its errors name what is wrong with the file
+    model = load_onnx(path)  # its errors name what is wrong with the file
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -320,17 +320,13 @@ def _onnx(path: Path, threads: int | None) -> tuple[Callable[[Array], Any], int,
     if len(inputs) != 1:
         raise UserError(f"{path}: takes {len(inputs)} inputs: evaluate supports one")
     first = inputs[0].shape[0] if inputs[0].shape else 0
-    name, shape, kind = inputs[0].name, inputs[0].shape, inputs[0].type.removeprefix("tensor(").removesuffix(")")
+    value = graph_inputs(model.graph)[0]
+    del model
+    name, kind = inputs[0].name, inputs[0].type.removeprefix("tensor(").removesuffix(")")
     dtype = np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
 
     def run(batch: Array) -> Any:
-        fits = len(shape) == batch.ndim and all(
-            not isinstance(size, int) or size == own for size, own in zip(shape[1:], batch.shape[1:], strict=True)
-        )
-        if not fits:
-            expected = "×".join(str(size) if isinstance(size, int) else "any" for size in shape[1:])
-            got = "×".join(map(str, batch.shape[1:]))
-            raise UserError(f"{path}: an image is {got}: expected {expected}")
+        check_samples(value, batch)
         return session.run(None, {name: batch.astype(dtype, copy=False)})[0]
 
     return run, first if isinstance(first, int) else 0, None

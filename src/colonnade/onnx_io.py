@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from colonnade.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import onnx
 
 # Protobuf cannot hold more in one file; larger models keep their weights in a file of their own.
@@ -71,6 +72,21 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
             raise UserError(f"{path}: not a valid ONNX model: {_one_line(error)}") from None
         _check_names(model, path)  # which the checker did not come to
     return model
+
+
+def check_samples(value: "onnx.ValueInfoProto", samples: "npt.NDArray[Any]") -> None:
+    """Raises UserError where samples, along axis 0, do not have the shape of an input of a graph, or are none."""
+    dims = list(value.type.tensor_type.shape.dim)
+    fits = samples.ndim == len(dims) and all(
+        not dim.dim_value or dim.dim_value == size for dim, size in zip(dims[1:], samples.shape[1:], strict=True)
+    )
+    if not fits or not len(samples):
+        expected = "×".join(str(dim.dim_value) if dim.dim_value else "any" for dim in dims[1:])
+        got = "×".join(map(str, samples.shape))
+        raise UserError(
+            f"what is given for input {value.name} is {got}: expected samples × {expected} (of photos, the "
+            "preprocessing decides that)"
+        )
 
 
 def graph_inputs(graph: "onnx.GraphProto") -> "list[onnx.ValueInfoProto]":

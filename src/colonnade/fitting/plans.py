@@ -14,7 +14,7 @@ from colonnade.errors import UserError
 from colonnade.fitting.kept import digest, read_json, write_json
 from colonnade.fitting.times import ESTIMATED, Place, Time, best_tiles, layer_times
 from colonnade.fitting.within import within
-from colonnade.onnx_io import check_writable, graph_inputs, load_onnx
+from colonnade.onnx_io import check_samples, check_writable, graph_inputs, load_onnx
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify import allocate
 from colonnade.sparsify.allocate import Choice, PrunePlan
@@ -279,8 +279,6 @@ def place_of(
 def input_for(source: Path, model: onnx.ModelProto, images: npt.NDArray[Any]) -> str:
     """The name of the model's only input, which prepared images [N, …] are for. Raises UserError where it has none or
     several, and where they do not fit it."""
-    from colonnade.sparsify.calibrate_onnx import check_samples
-
     inputs = graph_inputs(model.graph)
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs)

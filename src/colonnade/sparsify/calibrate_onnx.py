@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.errors import UserError
-from colonnade.onnx_io import graph_inputs
+from colonnade.onnx_io import check_samples, graph_inputs
 from colonnade.onnx_winograd import size_of
 from colonnade.pattern import Floats
 from colonnade.sparsify.arrays import host_arrays
@@ -333,21 +333,6 @@ def _batch(graph: onnx.GraphProto) -> int:
         if value.type.tensor_type.shape.dim:
             return int(value.type.tensor_type.shape.dim[0].dim_value)
     return 0
-
-
-def check_samples(value: onnx.ValueInfoProto, samples: npt.NDArray[Any]) -> None:
-    """Raises UserError where samples, along axis 0, do not have the shape of an input of the graph."""
-    dims = list(value.type.tensor_type.shape.dim)
-    fits = samples.ndim == len(dims) and all(
-        not dim.dim_value or dim.dim_value == size for dim, size in zip(dims[1:], samples.shape[1:], strict=True)
-    )
-    if not fits or not len(samples):
-        expected = "×".join(str(dim.dim_value) if dim.dim_value else "any" for dim in dims[1:])
-        got = "×".join(map(str, samples.shape))
-        raise UserError(
-            f"calibration input {value.name} is {got}: expected samples × {expected} (of photos, the preprocessing "
-            "decides that)"
-        )
 
 
 def _checked(graph: onnx.GraphProto, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
