@@ -31,8 +31,9 @@ from colonnade.sparsify.samples import Layer, Rectifier, Samples, gather
 from colonnade.sparsify.second_order import DAMPINGS, MOST_GAIN, choose_damping, solve, solve_each, unexplained
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
 from colonnade.sparsify.sequential import Options, prune_layer, room
+from colonnade.sparsify.torch_graph import ordered, trace
 from colonnade.sparsify.torch_model import export
-from colonnade.sparsify.torch_obs import TorchChain, ordered, second_order_, trace
+from colonnade.sparsify.torch_obs import TorchChain, second_order_
 
 NUMPY = NumpyArrays()
 

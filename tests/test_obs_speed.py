@@ -13,7 +13,8 @@ from colonnade.sparsify.arrays import HostArrays, NumpyArrays
 from colonnade.sparsify.held import Store
 from colonnade.sparsify.samples import Layer, Rectifier, Samples
 from colonnade.sparsify.sequential import Options, prune_layer
-from colonnade.sparsify.torch_obs import Runner, TorchChain, second_order_, trace
+from colonnade.sparsify.torch_graph import Runner, trace
+from colonnade.sparsify.torch_obs import TorchChain, second_order_
 
 
 def layer_and_values(store, images=6):

@@ -25,7 +25,8 @@ from colonnade.sparsify.masks import prunable, remove_masks
 from colonnade.sparsify.samples import Layer, multiply_adds, refuse_transformed
 from colonnade.sparsify.select import as_matrix, from_matrix, select_by_score
 from colonnade.sparsify.spread import IMAGES, MEASURED, spread
-from colonnade.sparsify.torch_obs import TorchChain, batches
+from colonnade.sparsify.torch_graph import batches
+from colonnade.sparsify.torch_obs import TorchChain
 
 
 def balance(

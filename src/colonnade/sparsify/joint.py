@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from colonnade.sparsify.torch_obs import Runner
+from colonnade.sparsify.torch_graph import Runner
 
 # One of so many inputs judges the training of the others.
 HELD_OUT = 8

@@ -25,7 +25,7 @@ from torch.nn import functional
 from colonnade.errors import UserError
 from colonnade.sparsify.joint import Span, Views, distance, held_out, run_block, spans, train_jointly, train_judged
 from colonnade.sparsify.masks import evaluating
-from colonnade.sparsify.torch_obs import Runner, Weighted, batches, trace
+from colonnade.sparsify.torch_graph import Runner, Weighted, batches, trace
 
 # A block with this relative error lost nothing (half precision of what is held makes up to so much).
 EXACT = 1e-5
