@@ -1,6 +1,6 @@
 """Second-order pruning of torch modules, on the device their weights are on.
 
-Weights change in place, and what a layer's mean output loses goes into its bias or, where a BatchNorm follows, into that
+Weights change in place. What a layer's mean output loses goes into its bias or, where a BatchNorm follows, into that
 one's running mean.
 """
 
