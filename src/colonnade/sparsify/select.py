@@ -5,6 +5,7 @@ C = sum of its rows' scores: rows with similar columns belong together. Tiles ha
 last of a convolution group; which rows stand together costs nothing at run time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ SCORES: tuple[Score, ...] = ("l1", "l2")
 
 # Rows that are grouped at once; more (a vocabulary) are grouped in blocks, as the search holds matrices of rows².
 SEARCH_ROWS = 2048
+BLOCK = 64  # rows of such a matrix that a second cache holds
 # Limits of the search. They count work, not seconds, so that results do not depend on the machine.
 PAIR_ROUNDS = 300
 EXACT_ROUNDS = 30
@@ -168,10 +170,19 @@ def _affinity(scores: Floats, kept: int) -> Floats:
     return affinity
 
 
-def _disjoint(gain: Floats, labels: npt.NDArray[Any], least: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Swaps of two rows, each row with its best partner, largest gain first, no tile in two of them."""
-    partner = gain.argmax(axis=1)
-    best = gain[np.arange(len(gain)), partner]
+def _disjoint(
+    gains: Callable[[slice], Floats], labels: npt.NDArray[Any], least: float
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Swaps of two rows, each row with its best partner, largest gain first, no tile in two of them. ``gains`` gives
+    some rows of the matrix [rows, rows], and may reuse its memory: all of it would pass through memory several times."""
+    count = len(labels)
+    partner, best = np.empty(count, np.int64), np.empty(count, np.float32)
+    for first in range(0, count, BLOCK):
+        some = slice(first, min(first + BLOCK, count))
+        gain = gains(some)
+        gain[labels[some, None] == labels[None, :]] = -np.inf
+        best[some] = gain.max(axis=1)
+        partner[some] = (gain == best[some, None]).argmax(axis=1)  # much faster than that of floats
     free = np.ones(int(labels.max()) + 1, bool)
     left = []
     for row in np.argsort(-best, kind="stable"):
@@ -186,19 +197,29 @@ def _disjoint(gain: Floats, labels: npt.NDArray[Any], least: float) -> tuple[npt
 
 def _pair_up(affinity: Floats, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Swap rows between tiles while that raises the affinity within tiles. Swaps of disjoint tiles add up exactly."""
-    every = np.arange(len(labels))
+    every, twice = np.arange(len(labels)), 2 * affinity
     least = 1e-6 * float(np.abs(affinity).mean())
+    to_tile = np.stack([affinity[rows].sum(axis=0) for rows in _members(labels)])  # [tiles, rows]
     for _ in range(PAIR_ROUNDS):
-        member = np.zeros((len(labels), int(labels.max()) + 1), np.float32)
-        member[every, labels] = 1
-        to_tile = affinity @ member
-        move = to_tile[:, labels] - to_tile[every, labels][:, None]
-        gain = move + move.T - 2 * affinity
-        gain[labels[:, None] == labels[None, :]] = -np.inf
-        left, right = _disjoint(gain, labels, least)
+        from_row, own = np.ascontiguousarray(to_tile.T), to_tile[labels, every]
+
+        def gains(some: slice, from_row: Floats = from_row, own: Floats = own) -> Floats:
+            """What row i gains in j's tile, and j in i's, where they do not meet each other."""
+            gain: Floats = np.take(from_row[some], labels, axis=1)
+            gain -= own[some, None]
+            back = to_tile[labels[some]]
+            back -= own
+            gain += back
+            gain -= twice[some]
+            return gain
+
+        left, right = _disjoint(gains, labels, least)
         if not len(left):
             break
         labels[left], labels[right] = labels[right], labels[left]
+        members = _members(labels)
+        for tile in np.concatenate([labels[left], labels[right]]):
+            to_tile[tile] = affinity[members[tile]].sum(axis=0)
     return labels
 
 
@@ -213,13 +234,17 @@ def _refine(scores: Floats, pattern: ColumnPattern, labels: npt.NDArray[Any], ro
     bound = np.empty((len(scores), len(scores)), np.float32)
     stale = np.arange(len(scores))
     failed = np.zeros(bound.shape, bool)
+
+    def gains(some: slice) -> Floats:
+        gain = bound[some] + bound[:, some].T
+        gain[failed[some]] = -np.inf
+        return gain
+
     for _ in range(rounds):
         if len(stale):
             mask, without = _largest(columns[labels[stale]] - scores[stale], pattern)
             bound[stale] = mask @ scores.T + (without - value[labels[stale]])[:, None]
-        gain = bound + bound.T
-        gain[failed | (labels[:, None] == labels[None, :])] = -np.inf
-        left, right = _disjoint(gain, labels, -np.inf)
+        left, right = _disjoint(gains, labels, -np.inf)
         if not len(left):
             break
         a, b = labels[left], labels[right]
