@@ -20,7 +20,6 @@ from onnxscript.rewriter.rules.common import (
     _basic_rules,
     _fuse_batchnorm,
     _fuse_pad_into_conv,
-    _fuse_relus_clips,
     _min_max_to_clip,
     _no_op,
 )
@@ -34,7 +33,6 @@ from colonnade.frontend.written import Nodes, known_shape
 RULES = (
     *_no_op.rules,
     *_min_max_to_clip.rules,
-    *_fuse_relus_clips.rules,
     _basic_rules.no_op_cast_rule,
     _basic_rules.no_op_expand_rule,
     _basic_rules.no_op_transpose_rule,

@@ -151,7 +151,8 @@ class Importer(Fusing):
                 continue
             if tuple(value.shape) == ours.shape:
                 continue
-            if node.attributes.get_int("ceil_mode", 0):
-                self._trusted = False  # ONNX's inference keeps the last window that begins in the padding
+            # ONNX's inference keeps the last window that begins in the padding, and multiplies scales otherwise
+            if node.attributes.get_int("ceil_mode", 0) or node.op_type in ("Resize", "Upsample"):
+                self._trusted = False
             if self._trusted:
                 raise Unsupported(f"{value.name}: shape {list(ours.shape)} is not the {list(value.shape)} of the model")

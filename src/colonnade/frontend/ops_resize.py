@@ -28,29 +28,33 @@ class Axis(NamedTuple):
 
 
 def positions(axis: Axis, mode: str) -> Wide:
-    """float64 [out]: where in the input every output element looks (ONNX's coordinate transformation modes)."""
-    i = np.arange(axis.out, dtype=np.float64)
+    """float64 [out]: where in the input every output element looks (ONNX's coordinate transformation modes). Computed in
+    float32, as others do: which pixel is nearest, or whether one is left out, hangs on the last bit. Corners are aligned
+    by whole pixels, also where a scale leaves a fraction of one, which ONNX would count (PyTorch and onnxruntime do not).
+    """
+    i, one, half = np.arange(axis.out, dtype=np.float32), np.float32(1), np.float32(0.5)
+    scale, size, out = np.float32(axis.scale), np.float32(axis.size), np.float32(axis.out)
     if mode == "align_corners":
-        last = axis.scale * axis.size - 1  # not rounded where the scale leaves a fraction of a pixel
-        return i * (axis.size - 1) / last if axis.out > 1 else i * 0
-    if mode == "asymmetric":
-        return i / axis.scale
-    if mode == "pytorch_half_pixel":
-        return (i + 0.5) / axis.scale - 0.5 if axis.out > 1 else i * 0
-    if mode == "half_pixel":
-        return (i + 0.5) / axis.scale - 0.5
-    if mode == "tf_half_pixel_for_nn":
-        return (i + 0.5) / axis.scale
-    if mode == "half_pixel_symmetric":
-        whole = axis.scale * axis.size
-        offset = axis.size / 2 * (1 - axis.out / whole)
-        return offset + (i + 0.5) / axis.scale - 0.5
-    if mode == "tf_crop_and_resize":
-        start, end = axis.roi
+        at = i * (size - one) / (out - one) if axis.out > 1 else i * 0
+    elif mode == "asymmetric":
+        at = i / scale
+    elif mode == "pytorch_half_pixel":
+        at = (i + half) / scale - half if axis.out > 1 else i * 0
+    elif mode == "half_pixel":
+        at = (i + half) / scale - half
+    elif mode == "tf_half_pixel_for_nn":
+        at = (i + half) / scale
+    elif mode == "half_pixel_symmetric":
+        at = size * half * (one - out / (scale * size)) + (i + half) / scale - half
+    elif mode == "tf_crop_and_resize":
+        start, end = map(np.float32, axis.roi)
         if axis.out == 1:
-            return np.full(1, 0.5 * (start + end) * (axis.size - 1))
-        return start * (axis.size - 1) + i * (end - start) * (axis.size - 1) / (axis.out - 1)
-    raise Unsupported(f"coordinate_transformation_mode {mode} is not known")
+            at = half * (start + end) * (size - one) + i
+        else:
+            at = start * (size - one) + i * (end - start) * (size - one) / (out - one)
+    else:
+        raise Unsupported(f"coordinate_transformation_mode {mode} is not known")
+    return at.astype(np.float64)
 
 
 def nearest(at: Wide, size: int, mode: str) -> Table:
@@ -205,7 +209,7 @@ def _axes(importer: Importer, node: ir.Node, shape: tuple[int, ...], axes: list[
             result[a] = Axis(shape[a], size, ratio)
     elif scales:
         for scale, a in zip(scales, axes, strict=True):
-            result[a] = Axis(shape[a], int(np.floor(shape[a] * scale)), scale)
+            result[a] = Axis(shape[a], int(np.floor(np.float32(shape[a]) * np.float32(scale))), scale)
     else:
         raise Unsupported("it has neither scales nor sizes; export the model with fixed shapes")
     if roi is not None and roi.size:
