@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -677,6 +678,93 @@ def test_fixed_batch_is_replaced() -> None:
     for i in range(3):
         (theirs,) = onnxruntime_outputs(model, {"x": x3[i : i + 1]}).values()
         np.testing.assert_allclose(ours[i : i + 1], theirs, atol=1e-5)
+
+
+def image_by_image(model: onnx.ModelProto, batch: int = 3) -> None:
+    """A batch of a model that was exported for one image: what its images give by themselves."""
+    plan = frontend.load(model, batch=batch)
+    shape = plan.inputs[0].shape
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    (ours,) = reference.run(plan, {"x": x}).values()
+    theirs = [next(iter(onnxruntime_outputs(model, {"x": x[i : i + 1]}).values())) for i in range(batch)]
+    np.testing.assert_allclose(ours, np.concatenate(theirs), atol=1e-4)
+
+
+def test_sizes_of_a_resize_follow_the_batch() -> None:
+    b = Builder()
+    x = b.input("x", (1, 4, 8, 8))
+    small = b.conv(b.op("MaxPool", x, kernel_shape=(2, 2), strides=(2, 2)), 4, 4)
+    large = b.op("Resize", small, "", "", b.constant(np.array([1, 4, 8, 8])), mode="nearest")
+    blended = b.op("Resize", small, "", "", b.constant(np.array([1, 4, 8, 8])), mode="linear")
+    image_by_image(b.build(b.op("Add", b.op("Add", b.conv(x, 4, 4), large), blended)))
+
+
+def test_heads_and_channels_in_the_batch() -> None:
+    """Targets of Reshape that are the batch, times something, or neither."""
+    b = Builder()
+    x = b.conv(b.input("x", (1, 4, 8, 8)), 4, 4)
+    rows = b.op("Softmax", b.op("Reshape", x, b.constant(np.array([4, -1]))), axis=-1)
+    tokens = b.op(
+        "Reshape", b.op("Reshape", rows, b.constant(np.array([1, 4, 8, 8]))), b.constant(np.array([1, 2, 2, 64]))
+    )
+    parts = [
+        b.op("Reshape", b.op("Transpose", tokens, perm=(0, 1, 3, 2)), b.constant(np.array([2, -1, 2])))
+        for _ in range(2)
+    ]
+    score = b.op("Softmax", b.op("MatMul", parts[0], b.op("Transpose", parts[1], perm=(0, 2, 1))), axis=-1)
+    bias = b.op("Reshape", b.op("Mul", b.random(4096), b.random(1)), b.constant(np.array([64, 64])))
+    heads = b.op("MatMul", b.op("Add", score, bias), parts[0])
+    image_by_image(b.build(b.op("Reshape", heads, b.constant(np.array([1, 2, -1, 2])))))
+
+
+def test_another_batch_that_does_not_follow_is_refused() -> None:
+    """Tokens first: nothing says where the batch is in what is folded."""
+    b = Builder()
+    x = b.op("Reshape", b.conv(b.input("x", (1, 4, 8, 8)), 4, 4), b.constant(np.array([1, 4, 64])))
+    x = b.op("Reshape", b.op("Transpose", x, perm=(2, 0, 1)), b.constant(np.array([1, 64, 4])))
+    model = b.build(b.op("Relu", x))
+    assert check(model).outputs[0].shape == (1, 64, 4)
+    with pytest.raises(UserError, match="sizes of a batch of 1, for which the model was exported"):
+        frontend.load(model, batch=3)
+    b = Builder()
+    y = b.op("Concat", b.conv(b.input("x", (1, 4, 8, 8)), 4, 4), b.random(1, 2, 8, 8), axis=1)
+    with pytest.raises(UserError, match="exported for a batch of 1; for another one export it with a free batch"):
+        frontend.load(b.build(b.op("Relu", y)), batch=3)
+
+
+def test_limits_behind_limits() -> None:
+    """Also where they do not overlap, and where they are attributes."""
+    for opset in (9, 13):
+        for first, second in itertools.product(
+            [(0, np.inf), (-1, -0.5), (0, 6), (-1, 1)], [(0, np.inf), (0.1, 0.6), (-2, 5)]
+        ):
+            b = Builder()
+            x = b.op("Mul", b.input("x", (1, 3, 4, 4)), b.constant(9.0))
+            for low, high in (first, second):
+                if (low, high) == (0, np.inf):
+                    x = b.op("Relu", x)
+                elif opset == 9:
+                    x = b.op("Clip", x, min=low, max=high)
+                else:
+                    x = b.op("Clip", x, b.constant(low), b.constant(high))
+            check(b.build(x, opset=opset))
+
+
+@pytest.mark.parametrize("size", [9, 10])
+@pytest.mark.parametrize("scale", [1 / 3, 0.6, 0.7, 1.3, 1.5])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+        {"mode": "linear"},
+        {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
+        {"mode": "cubic", "coordinate_transformation_mode": "pytorch_half_pixel"},
+    ],
+)
+def test_scales_that_leave_a_fraction_of_a_pixel(size: int, scale: float, how: dict[str, str]) -> None:
+    b = Builder()
+    x = b.op("Resize", b.input("x", (1, 3, size, size)), "", b.constant([1.0, 1, scale, scale]), **how)
+    check(b.build(b.op("Relu", x), opset=13))
 
 
 def test_cut_at_an_inner_value() -> None:

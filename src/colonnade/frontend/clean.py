@@ -27,6 +27,7 @@ from onnxscript.rewriter.rules.common import (
 from colonnade.errors import UserError
 from colonnade.frontend.expand import FOLDED, expand, foreign
 from colonnade.frontend.patterns import recognise
+from colonnade.frontend.rebatch import rebatch
 from colonnade.frontend.transposes import sink
 from colonnade.frontend.written import Nodes, known_shape
 
@@ -218,7 +219,7 @@ def _fix_shapes(model: ir.Model, batch: int | None, shapes: dict[str, Sequence[i
         raise UserError(
             f"no input named {', '.join(unknown)} in the model; its inputs are {', '.join(map(str, names))}"
         )
-    rebatched = False
+    before: dict[str, int] = {}
     for value in model.graph.inputs:
         if value.type is not None and not isinstance(value.type, ir.TensorType):
             raise UserError(f"input {value.name}: is no plain array (optional, sequence); only arrays are supported")
@@ -247,31 +248,11 @@ def _fix_shapes(model: ir.Model, batch: int | None, shapes: dict[str, Sequence[i
             raise UserError(
                 f"input {value.name} has free sizes {free}; give them, such as --input-shape {value.name}={example}"
             )
-        rebatched |= bool(old) and isinstance(old[0], int) and old[0] != new[0]
+        if old and isinstance(old[0], int) and old[0] != new[0]:
+            before[value.name or ""] = old[0]
         value.shape = ir.Shape(new)
     for node in model.graph:
         for value in node.outputs:
             value.shape = None  # inferred again from the sizes fixed now; a file's own may be stale or symbolic
-    if rebatched:
-        _free_batch(model)
-
-
-def _free_batch(model: ir.Model) -> None:
-    """Exporters with a fixed batch write it into the targets of Reshape: let these follow their input (0) instead."""
-    for node in model.graph:
-        if node.op_type != "Reshape":
-            continue
-        data = node.inputs[0]
-        if data is None or ir.convenience.get_const_tensor(data) is not None:
-            continue  # which no batch changes
-        shape = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
-        if shape is None or shape.size < 2 or shape.numpy()[0] < 1:
-            continue
-        if node.attributes.pop("allowzero", None) is not None and 0 in shape.numpy():
-            continue  # an empty tensor
-        target = shape.numpy().copy()
-        target[0] = 0
-        name = f"{node.outputs[0].name}.shape"
-        constant = ir.Value(name=name, const_value=ir.tensor(target.astype(np.int64), name=name))
-        model.graph.register_initializer(constant)
-        node.replace_input_with(1, constant)
+    if before:
+        rebatch(model, before)

@@ -20,6 +20,7 @@ from colonnade.frontend.images import one_by_one
 from colonnade.frontend.importer import Importer
 from colonnade.frontend.ordering import order_channels
 from colonnade.frontend.parts import part
+from colonnade.frontend.rebatch import BATCH
 from colonnade.frontend.registry import HANDLERS, TYPED
 from colonnade.frontend.shifting import shift
 from colonnade.layout import Layout, Panels, Placed, Planes, Rows, place
@@ -79,10 +80,18 @@ def imported(
 
     def at(size: int | None) -> Importer:
         nonlocal left
-        cleaned = clean(source, size, input_shapes, outputs, HANDLERS)
-        left = cleaned.metadata_props.get(CUT, "")
-        importer = Importer(cleaned.graph, HANDLERS, layout_costs, TYPED)
-        importer.run()
+        try:
+            cleaned = clean(source, size, input_shapes, outputs, HANDLERS)
+            left = cleaned.metadata_props.get(CUT, "")
+            importer = Importer(cleaned.graph, HANDLERS, layout_costs, TYPED)
+            importer.run()
+        except UserError as error:
+            old = source.metadata_props.get(BATCH)
+            if old is None or "not supported; cut the model" in str(error):
+                raise
+            raise UserError(
+                f"{error}\n(the model was exported for a batch of {old}; for another one export it with a free batch)"
+            ) from error
         return importer
 
     whole = at(batch)

@@ -28,9 +28,10 @@ class Axis(NamedTuple):
 
 
 def positions(axis: Axis, mode: str) -> Wide:
-    """float64 [out]: where in the input every output element looks (ONNX's coordinate transformation modes). Computed in
-    float32, as others do: which pixel is nearest, or whether one is left out, hangs on the last bit. Corners are aligned
-    by whole pixels, also where a scale leaves a fraction of one, which ONNX would count (PyTorch and onnxruntime do not).
+    """float64 [out]: where in the input every output element looks (ONNX's coordinate transformation modes).
+
+    Computed in float32, as others do: which pixel is nearest hangs on the last bit. Corners are aligned by whole
+    pixels, also where a scale leaves a fraction of one, which ONNX would count (PyTorch and onnxruntime do not).
     """
     i, one, half = np.arange(axis.out, dtype=np.float32), np.float32(1), np.float32(0.5)
     scale, size, out = np.float32(axis.scale), np.float32(axis.size), np.float32(axis.out)

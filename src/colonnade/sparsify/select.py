@@ -174,7 +174,7 @@ def _disjoint(
     gains: Callable[[slice], Floats], labels: npt.NDArray[Any], least: float
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Swaps of two rows, each row with its best partner, largest gain first, no tile in two of them. ``gains`` gives
-    some rows of the matrix [rows, rows], and may reuse its memory: all of it would pass through memory several times."""
+    some rows of the matrix [rows, rows] to change: as a whole it would pass through memory several times."""
     count = len(labels)
     partner, best = np.empty(count, np.int64), np.empty(count, np.float32)
     for first in range(0, count, BLOCK):
