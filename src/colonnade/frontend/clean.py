@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import PassManager, Sequential, common
+from onnx_ir.passes import PassError, PassManager, Sequential, common
 from onnxscript.optimizer import _constant_folding as folding
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import (
@@ -29,7 +29,7 @@ from colonnade.frontend.expand import FOLDED, expand, foreign
 from colonnade.frontend.patterns import recognise
 from colonnade.frontend.rebatch import rebatch
 from colonnade.frontend.transposes import sink
-from colonnade.frontend.written import Nodes, known_shape
+from colonnade.frontend.written import Nodes, computable, infer_shapes, known_shape
 
 RULES = (
     *_no_op.rules,
@@ -49,13 +49,29 @@ FOLD_LIMIT = 1 << 28  # elements: weights may be computed (transposed, cast, deq
 def read(model: str | Path | ir.Model | Any) -> ir.Model:
     """A model of our own to change: from a file, an ``onnx_ir.Model`` or an ``onnx.ModelProto``."""
     if isinstance(model, ir.Model):
-        return model.clone()
+        ours = model.clone()
+        _one_domain(ours)
+        return ours
     if isinstance(model, (str, Path)):
         from colonnade.onnx_io import load_onnx
 
         model = load_onnx(Path(model))
-    ours: ir.Model = ir.from_proto(model)
+    try:
+        ours = ir.from_proto(model)
+    except ir.serde.SerdeError as error:
+        raise UserError(f"the model cannot be read: {error.__cause__ or error}; check it with onnx.checker") from error
+    _one_domain(ours)
     return ours
+
+
+def _one_domain(model: ir.Model) -> None:
+    """ONNX's own operators may call their domain "ai.onnx"; here it is the empty one."""
+    if (version := model.opset_imports.pop("ai.onnx", None)) is not None:
+        model.opset_imports.setdefault("", version)
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph:
+            if node.domain == "ai.onnx":
+                node.domain = ""
 
 
 def clean(
@@ -72,7 +88,11 @@ def clean(
     Raises:
         UserError: an input or output name is not in the model, or a size stays free.
     """
-    Sequential(common.RemoveInitializersFromInputsPass(), common.InlinePass(foreign))(model)
+    common.RemoveInitializersFromInputsPass()(model)
+    try:
+        common.InlinePass(foreign)(model)
+    except (PassError, ValueError) as error:  # functions that call each other, or are written for another opset
+        raise UserError(f"the model's functions cannot be written out: {error.__cause__ or error}") from error
     if outputs:
         _cut(model, outputs)
     _fix_shapes(model, batch, dict(input_shapes or {}))
@@ -82,8 +102,9 @@ def clean(
         _old_pads(model)
         _old_broadcasts(model)
         fold = folding.FoldConstantsPass(
-            shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
-        )
+            shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT,
+            should_fold=lambda node: None if computable(node, model.opset_imports.get("", 18)) else False,
+        )  # fmt: skip
         expand(model, known, fold)
         PassManager(
             [
@@ -102,7 +123,9 @@ def clean(
         )(model)
         recognise(model)
         if sink(model):
-            Sequential(RewritePass(_rules(model)), common.RemoveUnusedNodesPass())(model)
+            Sequential(RewritePass(_rules(model)), common.RemoveUnusedNodesPass(), common.TopologicalSortPass())(
+                model
+            )  # what was turned already may stand further behind
             recognise(model)
         _name_outputs(model.graph, names)
     except Exception as error:  # the passes raise many types on graphs that are not valid ONNX
@@ -128,7 +151,7 @@ def _casts_like(model: ir.Model) -> None:
     """CastLike with attributes → Cast with the same ones, which constant folding would drop on that way."""
     nodes = [node for node in model.graph if node.op_type == "CastLike" and node.attributes]
     if nodes:
-        common.ShapeInferencePass()(model)
+        infer_shapes(model)
     for node in nodes:
         like = node.inputs[1]
         if like is None or like.dtype is None:
@@ -176,7 +199,7 @@ def _old_broadcasts(model: ir.Model) -> None:
     nodes = [node for node in graph if len(node.inputs) == 2 and {"broadcast", "axis"} <= node.attributes.keys()]
     if version >= 7 or not nodes:
         return
-    common.ShapeInferencePass()(model)
+    infer_shapes(model)
     for node in nodes:
         first, second = node.inputs
         sizes, own = known_shape(first), known_shape(second)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from colonnade.frontend import attention
-from colonnade.frontend.written import gather_elements, index_of_extreme, known_shape
+from colonnade.frontend.written import gather_elements, index_of_extreme, infer_shapes, known_shape
 from colonnade.onnx_winograd import DOMAIN
 
 FOLDED = {"Constant", "ConstantOfShape", "Range", "Shape", "Size"}  # by the importer, from sizes and constants
@@ -41,7 +41,7 @@ def expand(model: ir.Model, known: Collection[str], fold: Callable[[ir.Model], o
         fold(model)
         nodes = [node for node in nodes if node.graph is model.graph]
         if any(node.op_type in OURS and node.inputs and not known_shape(node.inputs[0]) for node in nodes):
-            common.ShapeInferencePass()(model)  # this one knows operators by their definitions as well
+            infer_shapes(model)
         for count, node in enumerate(nodes):
             if node.op_type in OURS and OURS[node.op_type](node, model.graph):
                 continue

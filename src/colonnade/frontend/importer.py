@@ -13,6 +13,7 @@ from colonnade.frontend.context import Unsupported
 from colonnade.frontend.expand import FOLDED, OURS
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.fusion import Fusing
+from colonnade.frontend.written import computable
 from colonnade.onnx_winograd import DOMAIN
 from colonnade.workload.small import INTEGERS
 from colonnade.workload.typed import WIDE
@@ -125,6 +126,8 @@ class Importer(Fusing):
         values = [value for value in node.inputs if value is not None]
         feeds = {value.name or "": value.const_value.numpy() for value in values if value.const_value is not None}
         opset = self.graph.opset_imports.get("", 18)
+        if not computable(node, opset):
+            return False
         if node.op_type == "Unsqueeze" and "axes" in node.attributes:  # before opset 13; onnx's own cannot compute it
             (array,) = feeds.values()
             node.outputs[0].const_value = ir.tensor(np.expand_dims(array, tuple(node.attributes["axes"].as_ints())))

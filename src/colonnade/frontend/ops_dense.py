@@ -121,10 +121,15 @@ def layer_norm(importer: Importer, node: ir.Node, centred: bool) -> None:
     ends = shape[axis:]
     if importer.more_outputs(node):
         _statistics(importer, node, importer.array(node, 0), axis)
-    scale = np.broadcast_to(importer.numbers(node, 1, "scale"), ends).reshape(-1)
-    shift = np.zeros_like(scale)
-    if importer.has(node, 2):
-        shift = np.broadcast_to(importer.numbers(node, 2, "bias"), ends).reshape(-1)
+
+    def along(index: int, what: str) -> Array:
+        numbers = importer.numbers(node, index, what)
+        while numbers.ndim > len(ends) and len(numbers) == 1:
+            numbers = numbers[0]
+        return np.broadcast_to(numbers, ends).reshape(-1)
+
+    scale = along(1, "scale")
+    shift = along(2, "bias") if importer.has(node, 2) else np.zeros_like(scale)
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     if channel_norm(importer, node, axis, epsilon, scale, shift, centred):
         return

@@ -25,7 +25,7 @@ def batch_norm(importer: Importer, node: ir.Node) -> None:
     if node.attributes.get_int("training_mode", 0):
         _batch_statistics(importer, node, x, gamma, beta, mean, variance)
         return
-    if importer.more_outputs(node):
+    if importer.more_outputs(node) or (len(node.outputs) > 1 and importer.graph.opset_imports.get("", 18) < 14):
         raise Unsupported("it is in training mode; export the model with .eval()")
     channels = x.shape[1] if len(x.shape) > 1 else 1
     if channels != gamma.size:

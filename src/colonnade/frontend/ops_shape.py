@@ -254,6 +254,7 @@ def slice_(importer: Importer, node: ir.Node) -> None:
         axis %= rank
         size = x.shape[axis]
         # ONNX means the position before 0 by an end far below it; Python's slice means None
+        start = max(start, -size)
         picked = range(*slice(start, None if step < 0 and end < -size else end, step).indices(size))
         if picked == range(size):
             continue
@@ -330,8 +331,9 @@ def pad(importer: Importer, node: ir.Node) -> None:
             where = np.abs((where + size - 1) % period - (size - 1)) if size > 1 else where * 0
         elif mode == "edge":
             where = np.clip(where, 0, size - 1)
-        elif mode == "wrap":
-            where = where % size
+        elif mode == "wrap":  # what negative pads leave, again and again
+            begin, end = max(-before, 0), size + min(after, 0)
+            where = begin + (where - begin) % (end - begin) if end > begin else where
         inside = (where >= 0) & (where < size)
         tables[axis] = np.where(inside, tables[axis][np.where(inside, where, 0)], FILL)
     importer.take(node, x, tables, number)

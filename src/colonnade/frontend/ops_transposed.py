@@ -109,7 +109,8 @@ def _padding(
     before, after = [], []
     for axis in range(2):
         full = stride[axis] * (size[axis] - 1) + extra[axis] + (kernel[axis] - 1) * dilation[axis] + 1
-        extra[axis] += max(wanted[axis] - full, 0)  # a shape larger than the windows reach is filled up with zeros
+        if shape is not None:
+            extra[axis] += max(wanted[axis] - full, 0)  # one larger than the windows reach is filled up with zeros
         total = max(full - wanted[axis], 0)
         small, large = total // 2, total - total // 2
         before.append(small if mode == "SAME_UPPER" else large)

@@ -169,7 +169,8 @@ def layer_norm(node: ir.Node) -> Match | None:
                 continue
             x, epsilon = found
             width = x.shape[-1] if x.shape is not None and len(x.shape) else None
-            if scale.const_value.size == shift.const_value.size == width and scale.const_value.shape[-1] == width:
+            ends = list(scale.const_value.shape)[-1:] == [width]
+            if scale.const_value.size == shift.const_value.size == width and ends:
                 return "LayerNormalization", x, {"axis": -1, "epsilon": epsilon, "scale": scale, "shift": shift}
     return None
 
@@ -208,7 +209,8 @@ def _last_axis(node: ir.Node) -> bool:
         axes = [int(a) for a in given.const_value.numpy().reshape(-1)]
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     rank = len(shape) if shape is not None else 0
-    return bool(node.attributes.get_int("keepdims", 1)) and axes is not None and [a % rank for a in axes] == [rank - 1]
+    keeps = bool(node.attributes.get_int("keepdims", 1)) and rank > 0
+    return keeps and axes is not None and [a % rank for a in axes] == [rank - 1]
 
 
 PATTERNS: tuple[Pattern, ...] = (silu, hard_swish, hard_sigmoid, mish, gelu, layer_norm)

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from colonnade.errors import UserError
-from colonnade.frontend.written import known_shape
+from colonnade.frontend.written import infer_shapes, known_shape
 
 TARGETS = {"Reshape": 1, "Expand": 1, "Resize": 3}  # which input says the sizes of the output
 BATCH = "colonnade.batch"  # in a cleaned model's properties: the batch that it was exported for, if it got another one
@@ -73,7 +72,7 @@ def _shapes(model: ir.Model, first: Mapping[str, int]) -> dict[str, tuple[int, .
     for value in copy.graph.inputs:
         if (size := first.get(value.name or "")) is not None and value.shape is not None:
             value.shape = ir.Shape([size, *list(value.shape)[1:]])
-    common.ShapeInferencePass()(copy)
+    infer_shapes(copy)
     values = [*copy.graph.inputs, *(value for node in copy.graph for value in node.outputs)]
     return {value.name or "": known_shape(value) for value in values}
 

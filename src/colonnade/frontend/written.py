@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from math import prod
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 
 class Nodes:
@@ -39,6 +41,25 @@ class Nodes:
         if name not in self.graph.initializers:
             self.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
         return self.graph.initializers[name]
+
+
+def computable(node: ir.Node, opset: int) -> bool:
+    """Does onnx's own evaluator, which knows one version of each operator, compute what the node means?"""
+    if node.op_type in ("Softmax", "LogSoftmax", "Hardmax"):
+        return opset >= 13
+    return node.op_type != "LRN" and (node.op_type != "BatchNormalization" or opset >= 14)
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Types and shapes by onnx itself, which knows operators by their definitions as well; where sizes contradict each
+    other the model stays as it is, and the importer says it."""
+    log = logging.getLogger("onnx_ir.passes.common.shape_inference")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        common.ShapeInferencePass()(model)
+    finally:
+        log.setLevel(level)
 
 
 def known_shape(value: ir.Value | None) -> tuple[int, ...]:
