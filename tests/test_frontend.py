@@ -766,6 +766,78 @@ def test_scales_that_leave_a_fraction_of_a_pixel(size: int, scale: float, how: d
     check(b.build(b.op("Relu", x), opset=13))
 
 
+def test_a_domain_that_is_spelt_out() -> None:
+    """Softmax is another one before opset 13, whatever ONNX's domain is called."""
+    b = Builder()
+    model = b.build(b.op("Softmax", b.conv(b.input("x", (2, 3, 6, 7)), 3, 4), axis=1), opset=11)
+    model.opset_import[0].domain = "ai.onnx"
+    for node in model.graph.node:
+        node.domain = "ai.onnx"
+    plan = check(model)
+    again = frontend.load(onnx_ir.from_proto(model))
+    assert [step.workload for step in again.steps] == [step.workload for step in plan.steps]
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13])
+def test_softmax_of_a_constant(opset: int) -> None:
+    """onnx's evaluator knows the newest one alone: what it would compute wrongly is not left to it."""
+    b = Builder()
+    y = b.op("Mul", b.input("x", (2, 3, 4)), b.op("Softmax", b.random(2, 3, 4), axis=1))
+    check(b.build(y, opset=opset))
+
+
+def test_outputs_of_training_are_training() -> None:
+    b = Builder()
+    numbers = [b.random(3) for _ in range(3)]
+    y = b.op("BatchNormalization", b.input("x", (2, 3, 8, 8)), *numbers, b.constant(np.ones(3)), outputs=5)[0]
+    with pytest.raises(UserError, match="training mode"):
+        frontend.load(b.build(y, opset=9))
+
+
+def test_starts_far_below_and_pads_that_cut() -> None:
+    whole = partial(np.array, dtype=np.int64)
+    b = Builder()
+    limits = (b.constant(whole([-100])), b.constant(whole([-(2**63)])), b.constant(whole([2])), b.constant(whole([-1])))
+    assert frontend.load(b.build(b.op("Slice", b.input("x", (1, 3, 8, 8)), *limits))).outputs[0].shape == (1, 3, 1, 8)
+    b = Builder()
+    pads = b.constant(whole([0, 0, -1, 2, 0, 0, 1, -2]))
+    check(b.build(b.op("Relu", b.op("Pad", b.input("x", (2, 6, 9, 8)), pads, mode="wrap")), opset=19))
+    b = Builder()
+    y = b.op("ConvTranspose", b.input("x", (2, 6, 9, 8)), b.random(6, 4, 2, 2), strides=[3, 2], auto_pad="SAME_UPPER")
+    check(b.build(y, opset=13))
+
+
+def test_norms_with_a_scale_of_more_axes() -> None:
+    b = Builder()
+    x = b.op("LayerNormalization", b.input("x", (2, 5, 8)), b.random(1, 1, 8), b.random(1, 8), axis=-1)
+    check(b.build(b.op("Relu", x)))
+
+
+def test_channels_last_with_a_gate() -> None:
+    """An operand that is turned further down in the graph."""
+    b = Builder()
+    x = b.input("x", (1, 6, 6, 4))
+    first, last = {"perm": (0, 3, 1, 2)}, {"perm": (0, 2, 3, 1)}
+    gate = b.conv(b.op("Transpose", b.op("ReduceMean", x, axes=(1, 2)), **first), 4, 4)
+    gated = b.op("Mul", x, b.op("Sigmoid", b.op("Transpose", gate, **last)))
+    y = b.op("Transpose", b.conv(b.op("Transpose", x, **first), 4, 4), **last)
+    check(b.build(gated, y, opset=13))
+
+
+def test_functions_that_cannot_be_written_out() -> None:
+    helper = onnx.helper
+    old = helper.make_function("loc", "F", ["a"], ["c"], [helper.make_node("Relu", ["a"], ["c"])],
+                               [helper.make_opsetid("", 11)])  # fmt: skip
+    b = Builder()
+    model = b.build(b.conv(b.input("x", (1, 3, 5, 5)), 3, 4))
+    model.graph.node.append(helper.make_node("F", [model.graph.output[0].name], ["y"], domain="loc"))
+    model.graph.output[0].name = "y"
+    model.functions.append(old)
+    model.opset_import.append(helper.make_opsetid("loc", 1))
+    with pytest.raises(UserError, match="functions cannot be written out: Opset mismatch"):
+        frontend.load(model)
+
+
 def test_cut_at_an_inner_value() -> None:
     b = Builder()
     inner = b.op("Relu", b.conv(b.input("x", (1, 3, 6, 6)), 3, 4, 3))

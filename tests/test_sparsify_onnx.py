@@ -14,6 +14,7 @@ from colonnade.onnx_io import load_onnx, save_onnx
 from colonnade.pattern import ColumnPattern, discover
 from colonnade.sparsify.onnx_file import prune_file
 from colonnade.sparsify.select import as_matrix
+from tests.models import Builder
 
 PATTERN = ColumnPattern(0.75, 8)
 
@@ -283,6 +284,28 @@ def test_a_wrong_tensor_size_is_named(tmp_path):
     onnx.save(network_, tmp_path / "in.onnx")
     with pytest.raises(UserError, match="w_plain"):
         load_onnx(tmp_path / "in.onnx")
+
+
+def test_layers_of_functions_are_layers(tmp_path):
+    """torch's and others' exporters write modules as functions; weights behind an operator are said to be there."""
+    opset = helper.make_opsetid("", 17)
+    body = [helper.make_node("Conv", ["a", "w"], ["b"]), helper.make_node("Relu", ["b"], ["c"])]
+    b = Builder()
+    x = b.conv(b.input("x", (1, 16, 12, 12)), 16, 16, 3)
+    turned = b.op("Transpose", b.random(3, 3, 32, 16), perm=(3, 2, 0, 1))
+    b.nodes.append(helper.make_node("Block", [b.conv(x, 16, 16, 3), b.random(32, 16, 3, 3)], ["y"], domain="own"))
+    b.nodes.append(helper.make_node("Conv", ["y", turned], ["z"], name="behind"))
+    outputs = [helper.make_tensor_value_info("z", 1, None)]
+    graph = helper.make_graph(b.nodes, "g", b.inputs, outputs, b.constants)
+    function = helper.make_function("own", "Block", ["a", "w"], ["c"], body, [opset])
+    opsets = [opset, helper.make_opsetid("own", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[function])
+    onnx.save(model, tmp_path / "m.onnx")
+    report = prune_file(tmp_path / "m.onnx", tmp_path / "p.onnx", ColumnPattern(0.5, 8))
+    assert [layer.reason for layer in report.layers] == [
+        "stem", None, None, "weights behind another operator (Transpose)"
+    ]  # fmt: skip
+    assert not onnx.load(tmp_path / "p.onnx").functions
 
 
 def test_a_model_without_weights(tmp_path):

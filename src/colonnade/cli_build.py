@@ -128,6 +128,8 @@ def run(
                 best = np.argsort(-scores.astype(np.float64), kind="stable")[:TOP]
                 said = ", ".join(f"{index} ({scores[index]:.4g})" for index in best)
                 typer.echo(f"{name}[{row}]: {said}")
+        elif not value.size:
+            typer.echo(f"{name}: {value.dtype} {value.shape}, no element")
         else:
             typer.echo(
                 f"{name}: {value.dtype} {value.shape}, from {value.min():.4g} to {value.max():.4g}, "

@@ -63,12 +63,12 @@ def examine_model(
     import numpy as np
 
     from colonnade.frontend import examine
-    from colonnade.onnx_io import load_onnx, module_of
+    from colonnade.onnx_io import load_written_out, module_of
     from colonnade.pattern import discover
     from colonnade.sparsify.onnx_file import read_layers
     from colonnade.sparsify.select import as_matrix
 
-    model = load_onnx(path)
+    model = load_written_out(path)
     found = read_layers(model, exclude)
     steps, unsupported = examine(model, batch=batch, input_shapes=input_shapes, outputs=outputs)
     macs = {name: workload.macs for name, workload in steps}

@@ -74,6 +74,20 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
     return model
 
 
+def load_written_out(path: Path | str) -> "onnx.ModelProto":
+    """`load_onnx`, with the model's own functions written out where that can be: layers within them are layers, too."""
+    import onnx.inliner
+
+    from colonnade.onnx_winograd import DOMAIN
+
+    model = load_onnx(path)
+    foreign = [(function.domain, function.name) for function in model.functions if function.domain != DOMAIN]
+    if foreign:
+        with contextlib.suppress(RuntimeError, ValueError):  # as for functions of another opset: then it stays as it is
+            model = onnx.inliner.inline_selected_functions(model, foreign)
+    return model
+
+
 def check_samples(value: "onnx.ValueInfoProto", samples: "npt.NDArray[Any]") -> None:
     """Raises UserError where samples, along axis 0, do not have the shape of an input of a graph, or are none."""
     dims = list(value.type.tensor_type.shape.dim)

@@ -14,7 +14,7 @@ from colonnade.errors import UserError
 from colonnade.fitting.kept import digest, read_json, write_json
 from colonnade.fitting.times import ESTIMATED, Place, Time, best_tiles, layer_times
 from colonnade.fitting.within import within
-from colonnade.onnx_io import check_samples, check_writable, graph_inputs, load_onnx
+from colonnade.onnx_io import check_samples, check_writable, graph_inputs, load_written_out
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify import allocate
 from colonnade.sparsify.allocate import Choice, PrunePlan
@@ -222,7 +222,7 @@ def make_plan(
     settings = settings or Settings()
     check_writable(Path(out), force=force)
     source = Path(model)
-    proto = load_onnx(source)
+    proto = load_written_out(source)
     where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice, dtype)
     pictures = accuracy.samples(images, preprocess=preprocess, limit=calibration, seed=settings.seed)
     inputs = {input_for(source, proto, pictures.inputs): pictures.inputs}

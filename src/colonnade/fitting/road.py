@@ -102,7 +102,7 @@ def fit(
         UserError: the model, images or an option are at fault.
         TargetError: the target cannot be reached.
     """
-    from colonnade.onnx_io import load_onnx
+    from colonnade.onnx_io import load_written_out
 
     settings = settings or Settings()
     if sum(x is not None for x in (latency, speedup, max_drop)) > 1:
@@ -113,7 +113,7 @@ def fit(
         raise UserError(f"points is {points}: expected at least 1")
     goal = Goal(latency, None if max_drop is None else max_drop / 100)
     source = Path(model)
-    proto = load_onnx(source)
+    proto = load_written_out(source)
     where = place_of(target, threads, cpus, isa, batch, db, cc, settings.budget, notice, dtype)
     answers.check(where)
     tell = progress or (lambda *_: None)

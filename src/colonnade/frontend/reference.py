@@ -35,7 +35,11 @@ def run(plan: Plan, inputs: Mapping[str, Array], check_feeding: bool = True) -> 
     if plan.seam is not None:
         seam = {plan.seam.name: np.concatenate([p.reshape(-1) for p in parts[plan.seam.name]])}
         _run(plan.steps[plan.once :], arena, seam, parts, check_feeding)
-    return {p.name: np.concatenate([a.reshape(-1) for a in parts[p.name]]).reshape(p.shape) for p in plan.outputs}
+    nothing = [np.zeros(0, np.float32)]  # of an output without elements, which no step makes
+    return {
+        p.name: np.concatenate([a.reshape(-1) for a in parts.get(p.name, nothing)]).reshape(p.shape)
+        for p in plan.outputs
+    }
 
 
 def _run(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.errors import UserError
-from colonnade.onnx_io import check_writable, load_onnx, save_onnx
+from colonnade.onnx_io import check_writable, load_written_out, save_onnx
 from colonnade.onnx_winograd import OPSET, opset, rewrite
 from colonnade.pattern import ColumnPattern
 from colonnade.sparsify.balance_onnx import balanced
@@ -119,7 +119,7 @@ def prune_file(
     if any(one is not None and one.winograd for one in (pattern, *(patterns or {}).values())) and method != "obs":
         raise UserError("transformed weights are pruned by method obs only: give that, and calibration inputs")
     check_writable(destination, force=force)
-    model = load_onnx(source)
+    model = load_written_out(source)
     layers = _layers(source, model, exclude)
     _transform(source, model, layers, pattern, patterns or {})
     pattern = _as_stored(pattern)

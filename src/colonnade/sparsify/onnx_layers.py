@@ -103,7 +103,8 @@ def _read(graph: onnx.GraphProto) -> tuple[list[WeightedLayer], list[Constant]]:
         if node.op_type == "ConvTranspose":
             layer.reason = "transposed convolution: every phase of its output has columns of its own"
         elif source is None:
-            layer.reason = "weights are not constant"
+            kind = next((other.op_type for other in graph.node if node.input[position] in other.output), "")
+            layer.reason = f"weights behind another operator ({kind})" if kind else "weights are not constant"
         else:
             if node.op_type == "Gemm":
                 layer.transposed = not _attribute(node, "transB", 0)
