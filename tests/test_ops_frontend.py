@@ -446,3 +446,40 @@ def test_bytes_wrap_around() -> None:
     total, quotient = ours.values()
     np.testing.assert_array_equal(total, feeds["x"] + feeds["y"])
     np.testing.assert_array_equal(quotient, feeds["x"] // feeds["y"])
+
+
+SIZES = {"b": 2, "h": 3, "i": 4, "j": 5, "d": 6, "c": 6, "k": 3, "q": 4, "e": 2, "w": 5}
+
+
+@pytest.mark.parametrize("opset", [12, 17])
+@pytest.mark.parametrize(
+    "equation",
+    [
+        "bhid, bhjd -> bhij", "bhij,bhjd->bhid", "bchw->bhwc", "bij,jk->bik", "bij->b", "ij,ij->", "ij,jk", "ij",
+        "bhid,jd->bhij", "bc,bchw->bchw", "i,j->ij", "bhqd,bhde->bqhe", "bii->bi", "iji,j->i", "...ij,...jk->...ik",
+        "...ij->...ji", "bij,bjk,bkd->bid", "i,j,k->ijk",
+    ],
+)  # fmt: skip
+def test_einsum(equation: str, opset: int) -> None:
+    """Attention as it is often written, and every other form of one and two operands."""
+    b = Builder()
+    terms = "".join(equation.split()).partition("->")[0].replace("...", "qe").split(",")
+    inputs = [b.input(f"x{n}", tuple(SIZES[name] for name in term)) for n, term in enumerate(terms)]
+    check(b.build(b.op("Einsum", *inputs, equation=equation), opset=opset), kernels=True)
+
+
+@pytest.mark.parametrize("opset", [12, 17])
+@pytest.mark.parametrize(
+    ("shape", "indices", "batch"),
+    [
+        ((4, 5, 6), [[0, 1], [3, 4], [-1, -2]], 0),
+        ((4, 5, 6), [[2], [0]], 0),
+        ((2, 5, 6), [[[1], [2]], [[0], [4]]], 1),
+        ((2, 3, 4), [[0, 1, 2]], 0),
+    ],
+)
+def test_gather_of_places(shape: tuple[int, ...], indices: Any, batch: int, opset: int) -> None:
+    """Rows by several indices, as exporters write interpolation and y[:, [3, 1, 0]]."""
+    b = Builder()
+    y = b.op("GatherND", b.input("x", shape), b.constant(np.array(indices)), batch_dims=batch)
+    check(b.build(b.op("Relu", y), opset=opset), kernels=True)

@@ -14,8 +14,14 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from colonnade.frontend import attention
-from colonnade.frontend.written import gather_elements, index_of_extreme, infer_shapes, known_shape
+from colonnade.frontend import attention, einsum
+from colonnade.frontend.written import (
+    gather_elements,
+    gather_nd,
+    index_of_extreme,
+    infer_shapes,
+    known_shape,
+)
 from colonnade.onnx_winograd import DOMAIN
 
 FOLDED = {"Constant", "ConstantOfShape", "Range", "Shape", "Size"}  # by the importer, from sizes and constants
@@ -24,7 +30,9 @@ OURS = {
     "ArgMax": index_of_extreme,
     "ArgMin": index_of_extreme,
     "Attention": attention.written_out,
+    "Einsum": einsum.written_out,
     "GatherElements": gather_elements,
+    "GatherND": gather_nd,
 }
 DEPTH = 4  # definitions that use definitions
 

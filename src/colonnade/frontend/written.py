@@ -120,3 +120,33 @@ def gather_elements(node: ir.Node, graph: ir.Graph) -> bool:
     places = nodes.op("Add", nodes.op("Mul", wrapped, np.full(1, steps[axis], kind)), others.astype(kind))
     nodes.done(nodes.op("Gather", nodes.op("Reshape", x, np.array([-1])), places, axis=0))
     return True
+
+
+def gather_nd(node: ir.Node, graph: ir.Graph) -> bool:
+    """GatherND: a Gather of rows of the data, whose first axes are one, at the places that the indices mean.
+
+    False where a shape is not known, or float32 would not hold the places.
+    """
+    x, indices = node.inputs
+    data, picked = known_shape(x), known_shape(indices)
+    if x is None or indices is None or not data or not picked or prod(data) > 1 << 24:
+        return False
+    batch = node.attributes.get_int("batch_dims", 0)
+    last = batch + picked[-1]
+    sizes = data[batch:last]
+    steps = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    nodes = Nodes(node, graph)
+    kind = np.int64 if indices.dtype == ir.DataType.INT64 else np.int32
+    size = np.array(sizes, kind)
+    wrapped = nodes.op("Mod", nodes.op("Add", indices, size), size)  # from the end where below 0
+    scaled, axis = nodes.op("Mul", wrapped, np.array(steps, kind)), len(picked) - 1
+    if graph.opset_imports.get("", 18) < 13:
+        places = nodes.op("ReduceSum", scaled, axes=[axis], keepdims=0)
+    else:
+        places = nodes.op("ReduceSum", scaled, np.array([axis]), keepdims=0)
+    if batch:
+        first = np.arange(prod(data[:batch]), dtype=kind).reshape(*data[:batch], *[1] * (axis - batch)) * prod(sizes)
+        places = nodes.op("Add", places, first.astype(kind))
+    rows = nodes.op("Reshape", x, np.array([prod(data[:last]), *data[last:]]))
+    nodes.done(nodes.op("Gather", rows, places, axis=0))
+    return True
