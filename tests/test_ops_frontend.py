@@ -431,7 +431,7 @@ def test_double_precision() -> None:
         np.testing.assert_allclose(ours[y], wanted, rtol=1e-14, atol=1e-15)
     conv = Builder()
     z = conv.op("Conv", conv.input("x", (1, 1, 4, 4), TensorProto.DOUBLE), conv.random(1, 1, 3, 3))
-    with pytest.raises(UserError, match="not in float64; cast to float32"):
+    with pytest.raises(UserError, match="not in float64; convert the model to float32"):
         frontend.load(typed(conv, (z, TensorProto.DOUBLE)))
 
 

@@ -164,7 +164,7 @@ class Context:
             Unsupported: it is float64, which would lose what it is for.
         """
         if value.dtype == "float64":
-            raise Unsupported("not in float64; cast to float32 before it")
+            raise Unsupported("not in float64; convert the model to float32, weights and all (PyTorch: model.float())")
         return self.converted(value, F32, value.tensors[0].name)
 
     def converted(self, value: Value, dtype: str, name: str) -> Value:
