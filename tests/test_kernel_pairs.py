@@ -188,3 +188,29 @@ def test_sizes_count_a_pixel_once() -> None:
         s.output is not None and isinstance(s.output.layout, Planes) and s.output.planes.shifted for s in shifted.steps
     )
     assert sizes(shifted) == pytest.approx(sizes(plain), rel=1e-4)
+
+
+def test_what_another_run_left_behind_does_not_decide(machine: Isa) -> None:
+    """Lanes behind the last pixel hold what was there before: an answer is its input's alone, to the bit."""
+    import torch
+
+    torch.manual_seed(0)
+    layers: list[Any] = [torch.nn.Conv2d(3, 16, 3, 1, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3, 1, 1)]
+    layers += [torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3, 1, 1), torch.nn.ReLU(), torch.nn.Conv2d(32, 24, 3, 1, 1)]
+    made = imported(export(torch.nn.Sequential(*layers).eval(), 1, 3, 19, 19)).arrange()
+    made.rms = sizes(made.plan(()))
+    plan = made.plan()
+    choices = [
+        next((c for c in registry.candidates(step, machine, 1) if pairs.KIND in c.kernel), None)
+        or registry.candidates(step, machine, 1)[0]
+        for step in plan.steps
+    ]
+    assert sum(pairs.KIND in c.kernel for c in choices) >= 3
+    program = Program(plan, machine, choices, lean=True)
+    x = np.random.default_rng(1).standard_normal((1, 3, 19, 19), dtype=np.float32)
+    answers = []
+    for before in (1.0, np.nan, 1e6, 1e-6):
+        program.run({plan.inputs[0].name: x * np.float32(before)})
+        answers += program.run({plan.inputs[0].name: x}).values()
+    for other in answers[1:]:
+        np.testing.assert_array_equal(answers[0], other)
