@@ -117,7 +117,7 @@ def test_a_checkpoint_of_another_pruning_is_refused(
     sparser = cn.remove_masks(copy.deepcopy(start))
     cn.sparsify_(sparser, cn.ColumnPattern(0.875, tile=4), data[1].tensors[0][:1])
     tune(copy.deepcopy(start), data, epochs=1, checkpoint_dir=tmp_path)
-    with pytest.raises(UserError, match=r"of a run with other masks \(of .*\): give another folder"):
+    with pytest.raises(UserError, match=r"of a run with other masks \(of .*\): remove it, or give another folder"):
         tune(sparser, data, epochs=1, checkpoint_dir=tmp_path)
 
 

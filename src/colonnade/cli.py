@@ -53,7 +53,7 @@ EXTRAS = {
     "safetensors": "train",
     "PIL": "photo",
     "sklearn": "demo",
-    "onnxruntime": "bench",
+    "onnxruntime": "calibrate",
     "openvino": "bench",
     "ncnn": "bench",
     "pnnx": "bench",

@@ -26,8 +26,6 @@ def demo(
     limit = seconds(budget)
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MARK).exists())):
         raise UserError(f"{output}: exists and is not the folder of a demo; choose another with -o")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARK).touch()
     # Idle threads of torch sleep: spinning, two of them on a busy machine take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
@@ -35,6 +33,8 @@ def demo(
     console = Console(highlight=False, markup=False)
     with console.status("starting"):
         from colonnade.demo import road
+    output.mkdir(parents=True, exist_ok=True)  # once it is known that all is there which it needs
+    (output / MARK).touch()
     result = road.demo(output, console, threads=threads, budget=limit, db=db)
     console.print(road.table(result))
     console.print(f"Everything is in {output}: dense.onnx, pruned.onnx, and the bundles of both")

@@ -23,9 +23,11 @@ QEMU_SINCE = (7, 2)  # the first that runs vectors of version 1.0 well
 # what the extras are for; the packages whose presence tells
 EXTRAS = {
     "photo": ("photos as input of `run`", ("PIL",)),
+    "calibrate": ("`fit`, `plan`, `prune --method obs` and `--balance`", ("onnxruntime", "PIL")),
     "train": ("pruning and fine-tuning torch models", ("torch", "accelerate", "safetensors")),
     "bench": ("other runtimes beside ours in `bench --vs`", ("onnxruntime", "openvino", "ncnn")),
     "demo": ("`colonnade demo`", ("sklearn", "torch")),
+    "report": ("`report -o report.html`", ("plotly",)),
 }
 APT = {"qemu-riscv64": "qemu-user", "ssh": "openssh-client", "tar": "tar"}
 

@@ -130,6 +130,8 @@ def finetune(
         batch = _apply(preset, context, options, pruning, batch)
     if ramp and options["rechoose"] is None:
         raise UserError("--ramp belongs to --rechoose: a frozen mask has its full sparsity from the first")
+    if not options["lr"] > 0:
+        raise UserError(f"--lr is {options['lr']:g}: expected more than 0")
     learns = options["teacher_share"] > 0 or options["block_weight"] > 0
     if (learns or options["rechoose"]) and wanted is None:
         what = "--distill learns from" if learns else "--rechoose needs"

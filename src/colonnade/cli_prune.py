@@ -13,6 +13,8 @@ from colonnade.cli_pattern import Exclude, Group, GroupRows, Pattern, Score, Spa
 if TYPE_CHECKING:
     from colonnade.sparsify.onnx_file import PruneReport
 
+FEW = 64  # calibration inputs: fewer are told
+
 
 def prune(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The trained model.")],
@@ -77,7 +79,10 @@ def prune(
     elif calibration is not None:
         raise UserError("--calibration belongs to --method obs and --balance: magnitudes alone need no inputs")
     patterns = PrunePlan.read(plan).layers if plan is not None else None
-    with Progress(console=Console(stderr=True, markup=False), transient=True) as bar:
+    console = Console(stderr=True, markup=False)
+    if inputs is not None and (count := len(next(iter(inputs.values())))) < FEW:
+        console.print(f"{count} calibration inputs are few: what is fitted to them may be right on them alone")
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("pruning", total=None)
         report = prune_file(
             model,

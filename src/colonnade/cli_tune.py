@@ -12,7 +12,8 @@ from colonnade.errors import UserError
 
 cache = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-Target = Annotated[str, typer.Option("--target", metavar="T", help="local | qemu[:vlen=N] | ssh://user@host[:port]")]
+TARGETS = "local | qemu[:vlen=N] | ssh://user@host[:port] | model:CORE (a modelled core, such as x60)"
+Target = Annotated[str, typer.Option("--target", metavar="T", help=TARGETS)]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, max=1024, help="Threads; one by default, on a board a cluster's cores."),
@@ -118,9 +119,7 @@ class bar:
 
 
 def probe(
-    target: Annotated[
-        str, typer.Argument(metavar="T", help="local | qemu[:vlen=N] | ssh://user@host[:port]")
-    ] = "local",
+    target: Annotated[str, typer.Argument(metavar="T", help=TARGETS)] = "local",
     peak: Annotated[bool, typer.Option("--peak", help="Measure multiply-adds and memory bandwidth too.")] = False,
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Measure what moving data costs, and build by that from now on.")

@@ -213,6 +213,8 @@ def make_plan(
 ) -> MadePlan:
     """Only the plan of `fit`, written to `out`: layer times that add up to `latency` seconds, or to the dense network's
     divided by `speedup`, with the smallest sum of losses. Arguments and errors as there."""
+    import onnxruntime  # noqa: F401  # what losses are measured with: missing, it is missed before times are
+
     if (latency is None) == (speedup is None):
         raise UserError("give either --latency or --speedup")
     if latency is not None and not latency > 0:

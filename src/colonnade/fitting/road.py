@@ -102,6 +102,8 @@ def fit(
         UserError: the model, images or an option are at fault.
         TargetError: the target cannot be reached.
     """
+    import onnxruntime  # noqa: F401  # what answers and losses come from: missing, it is missed before times are
+
     from colonnade.onnx_io import load_written_out
 
     settings = settings or Settings()

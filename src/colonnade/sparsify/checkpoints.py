@@ -104,16 +104,14 @@ class Checkpoints:
             different = [key for key, value in self.options.items() if state["options"].get(key) != value]
             if different:
                 said = ", ".join(f"{key} was {state['options'].get(key)!r}" for key in different)
-                raise UserError(
-                    f"{newest} is of a run with other options ({said}): give another folder, or resume=False"
-                )
+                raise UserError(f"{newest} is of a run with other options ({said}): remove it, or give another folder")
             stored = load_file(newest / "model.safetensors")
             for name, part in model.named_modules():  # masks that may move have their pattern among the options
                 mask = stored.get(f"{name}.mask")
                 if type(part) is ColumnMask and mask is not None and mask.sum() != part.mask.cpu().sum():
                     where = name.split(".parametrizations")[0]
                     raise UserError(
-                        f"{newest} is of a run with other masks (of {where}): give another folder, or resume=False"
+                        f"{newest} is of a run with other masks (of {where}): remove it, or give another folder"
                     )
             model.load_state_dict(stored)
             current = optimizer.state_dict()
@@ -129,7 +127,7 @@ class Checkpoints:
             line = str(error).strip().splitlines()
             raise UserError(
                 f"{newest}: not a checkpoint of this model ({line[0] if line else type(error).__name__}): "
-                "give another folder, or resume=False"
+                "remove it, or give another folder"
             ) from error
 
 

@@ -119,6 +119,8 @@ def prune_file(
     if any(one is not None and one.winograd for one in (pattern, *(patterns or {}).values())) and method != "obs":
         raise UserError("transformed weights are pruned by method obs only: give that, and calibration inputs")
     check_writable(destination, force=force)
+    if calibration is not None:
+        import onnxruntime  # noqa: F401  # which runs the model: missing, it is missed before anything is done
     model = load_written_out(source)
     layers = _layers(source, model, exclude)
     _transform(source, model, layers, pattern, patterns or {})

@@ -29,6 +29,7 @@ from colonnade.tune.search import DUEL, FINAL, Duel, duel, judged, next_batch, v
 from colonnade.tune.variants import alternatives, settle
 
 CHUNK = 16  # candidates a process: the deadline is looked at in between
+MODELLED = 2  # likewise on a modelled core, where each takes seconds
 SCREEN = (3, 15, 8_000_000)  # least and most repetitions, ns: a first impression
 FINALS = (3, 25, 12_000_000)
 TURNS = {FINAL: 5, DUEL: 9}
@@ -269,9 +270,10 @@ class Tuner:
                 return False
             prepared = prepared or problem(step, self.harness.vector, not self.harness.isa.scalable)
             turns = TURNS.get(batch.stage, 0)
-            chunk = batch.candidates if turns else batch.candidates[:CHUNK]
+            modelled = bool(getattr(self.harness.target, "modelled", ""))
+            chunk = batch.candidates if turns else batch.candidates[: MODELLED if modelled else CHUNK]
             least, most, budget = FINALS if turns else SCREEN
-            if getattr(self.harness.target, "modelled", ""):  # the same at every repetition, and each takes seconds
+            if modelled:  # the same at every repetition
                 turns, least, most, budget, limit = min(turns, 1), 1, 1, 1, 3000
             runs = [
                 Run(index, check=turn == 0, least=least, most=most, budget_ns=budget, limit_s=limit)
