@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import time
 from importlib import resources
 from pathlib import Path
 
+import onnx
 import pytest
 
+from colonnade.bench.run import bench
 from colonnade.build.toolchain import Toolchain
 from colonnade.errors import TargetError, UserError
 from colonnade.machine import Instrument, Report, names, read
 from colonnade.machine.instrument import interface
 from colonnade.machine.model import class_names
 from colonnade.targets import parse, qemu
+from tests.models import Builder
 
 INSTALLED = shutil.which("qemu-riscv64") is not None
 needs_qemu = pytest.mark.skipif(not INSTALLED, reason="qemu-riscv64 is not installed (apt-get install qemu-user)")
@@ -189,6 +193,18 @@ def test_the_programs_clock_tells_modelled_time() -> None:
     outcome = target.run(program(body))
     assert int(outcome.stdout) == pytest.approx(told, rel=0.01)
     assert target.probe().vlenb == 32
+
+
+@needs_qemu
+def test_a_bench_on_a_modelled_core_takes_each_time_once(tmp_path: Path) -> None:
+    """It repeats itself, and a second of it takes minutes."""
+    b = Builder()
+    onnx.save(b.build(b.op("Relu", b.conv(b.input("x", (1, 8, 12, 12)), 8, 16, 3))), tmp_path / "m.onnx")
+    began = time.monotonic()
+    found = bench(tmp_path / "m.onnx", parse("model:x60"))
+    (ours,) = found["contenders"]
+    assert ours["blocks"] == 1 and found["peak"]["gflops"] == pytest.approx(25.6, rel=0.05)
+    assert time.monotonic() - began < 200
 
 
 @needs_qemu

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from colonnade.bench import boards
 from colonnade.bench.ours import Ours, difference
 from colonnade.bench.peers import Peer, check_known
-from colonnade.bench.protocol import BLOCKS, Contender, alternate
+from colonnade.bench.protocol import BLOCK_S, BLOCKS, Contender, alternate
 from colonnade.bench.record import beside_dense, layers, record
 from colonnade.build.toolchain import Toolchain
 from colonnade.bundle import Bundle, write_bundle
@@ -149,15 +149,21 @@ def bench(
             contenders.append(Contender(kind, peer, peer.version, peer.options, peer.pid))
             differences[kind] = difference(next(iter(answers.values())), peer.outputs())
 
-        def peak() -> Peak:
-            return look(target, chosen, threads, toolchain)
-
+        # a modelled core is never disturbed, and repeats itself; a second of it takes minutes
+        modelled = bool(getattr(target, "modelled", ""))
+        if modelled and progress is not None:
+            progress(0.0, "modelling the limits")
         limits: Peak = measure_peak(target, chosen, threads, toolchain)
-        results = alternate(contenders, peak, blocks, local=local, progress=progress)
+
+        def peak() -> Peak:
+            return limits if modelled else look(target, chosen, threads, toolchain)
+
+        rounds, block_s = (1, 0.0) if modelled else (blocks, BLOCK_S)
+        results = alternate(contenders, peak, rounds, block_s, local=local, progress=progress)
         best = max(limits.gflops, *(max(b.before.gflops, b.after.gflops) for r in results for b in r.blocks))
         rows = {
             name: layers(ours[name].bundle.manifest, ns, best, name.endswith("dense"))
-            for name, ns in profiles(ours).items()
+            for name, ns in profiles(ours, modelled).items()
         }
         if len(rows) == 2:
             slower = beside_dense(rows["colonnade pruned"], rows["colonnade dense"])
@@ -180,12 +186,14 @@ def bench(
     )
 
 
-def profiles(ours: Mapping[str, Ours], rounds: int = PROFILES) -> dict[str, list[list[int]]]:
-    """ns of every step and repetition of each build, taken in turns, so that their layers can be compared."""
+def profiles(ours: Mapping[str, Ours], modelled: bool = False) -> dict[str, list[list[int]]]:
+    """ns of every step and repetition of each build, in turns, so that their layers can be compared; of a modelled
+    core, which repeats itself, one repetition."""
+    rounds, warmup, repeat = (1, 1, 1) if modelled else (PROFILES, 2, 6)
     taken: dict[str, list[list[int]]] = {}
     for _ in range(rounds):
         for name, build in ours.items():
-            ns = build.profile(2, 6)
+            ns = build.profile(warmup, repeat)
             known = taken.setdefault(name, [[] for _ in ns])
             for step, more in zip(known, ns, strict=True):
                 step += more

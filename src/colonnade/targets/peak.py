@@ -12,6 +12,7 @@ from colonnade.kernels.isa import Isa
 from colonnade.targets.base import Target
 
 MILLISECONDS = 20  # of a look at the machine between two measurements
+LIMITS_MS = 100  # of what stands beside all times
 # what a run must not lose of the best that was seen; whatever ran under a larger loss was disturbed
 DROP, HANDOVER_DROP = 0.08, 0.2
 
@@ -64,9 +65,12 @@ def measure_peak(
     threads: int = 1,
     toolchain: Toolchain | None = None,
     memory: bool = True,
-    milliseconds: int = 100,
+    milliseconds: int | None = None,
 ) -> Peak:
-    """Measure ``threads`` threads of ``target`` with the vectors of ``isa``. Raises ``TargetError`` when it fails."""
+    """Measure ``threads`` threads of ``target`` with the vectors of ``isa``, for so long each, by default as long as a
+    limit asks for. Raises ``TargetError`` when it fails."""
+    if milliseconds is None:  # a modelled core repeats itself, and a second of it takes minutes
+        milliseconds = 1 if getattr(target, "modelled", "") else LIMITS_MS
     machine = target.probe()
     program = (toolchain or Toolchain()).compile(_sources(isa), "program", machine.arch)
     # beyond the last cache, but never more than a quarter of what is free
