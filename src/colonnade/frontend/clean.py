@@ -29,7 +29,7 @@ from colonnade.frontend.expand import FOLDED, expand, foreign
 from colonnade.frontend.patterns import recognise
 from colonnade.frontend.rebatch import rebatch
 from colonnade.frontend.transposes import sink
-from colonnade.frontend.written import Nodes, computable, infer_shapes, known_shape
+from colonnade.frontend.written import Nodes, computable, infer_shapes, known_shape, quiet
 
 RULES = (
     *_no_op.rules,
@@ -74,6 +74,7 @@ def _one_domain(model: ir.Model) -> None:
                 node.domain = ""
 
 
+@quiet("onnxscript.optimizer._constant_folding")
 def clean(
     model: ir.Model,
     batch: int | None = None,

@@ -96,7 +96,8 @@ def taps(axis: Axis, at: Wide, mode: str, cubic: float, exclude: bool, antialias
 
 
 def resize(importer: Importer, node: ir.Node) -> None:
-    """Resize, Upsample: nearest is a move of any axes; linear and cubic blend rows and columns of [N, C, H, W]."""
+    """Resize, Upsample: nearest is a move of any axes; linear and cubic blend rows and columns of [N, C, H, W]. Corners
+    are aligned by whole pixels, as PyTorch and onnxruntime do."""
     x = importer.value(node, 0)
     rank = len(x.shape)
     old = node.op_type == "Upsample" or importer.graph.opset_imports.get("", 18) < 11

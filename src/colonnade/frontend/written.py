@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import zlib
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -50,16 +52,23 @@ def computable(node: ir.Node, opset: int) -> bool:
     return node.op_type != "LRN" and (node.op_type != "BatchNormalization" or opset >= 14)
 
 
-def infer_shapes(model: ir.Model) -> None:
-    """Types and shapes by onnx itself, which knows operators by their definitions as well; where sizes contradict each
-    other the model stays as it is, and the importer says it."""
-    log = logging.getLogger("onnx_ir.passes.common.shape_inference")
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """A library says in its log what the importer says better, or what is of no interest to users."""
+    log = logging.getLogger(name)
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        common.ShapeInferencePass()(model)
+        yield
     finally:
         log.setLevel(level)
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Types and shapes by onnx itself, which knows operators by their definitions as well; where sizes contradict each
+    other the model stays as it is, and the importer says it."""
+    with quiet("onnx_ir.passes.common.shape_inference"):
+        common.ShapeInferencePass()(model)
 
 
 def known_shape(value: ir.Value | None) -> tuple[int, ...]:
