@@ -26,7 +26,7 @@ def written_out(node: ir.Node, graph: ir.Graph) -> bool:
     sizes = dict(axes)
     if any(sizes[name] != size for name, size in axes):
         return False
-    writer = _Writer(Nodes(node, graph), graph.opset_imports.get("", 18) < 13, sizes)
+    writer = _Writer(Nodes(node, graph), sizes)
     value, term = values[0], terms[0]
     for place in range(1, len(terms)):
         needed = output + "".join(terms[place + 1 :])
@@ -53,10 +53,10 @@ def _terms(equation: str, ranks: list[int]) -> tuple[list[str], str]:
 
 
 class _Writer:
-    """Makes nodes of values whose axes have names. old: sums have their axes as an attribute."""
+    """Makes nodes of values whose axes have names."""
 
-    def __init__(self, nodes: Nodes, old: bool, sizes: dict[str, int]) -> None:
-        self.nodes, self.old, self.sizes = nodes, old, sizes
+    def __init__(self, nodes: Nodes, sizes: dict[str, int]) -> None:
+        self.nodes, self.sizes = nodes, sizes
 
     def alone(self, value: ir.Value, term: str, others: str) -> tuple[ir.Value, str]:
         """Of axes with one name the diagonal, and without the axes that nobody else has."""
@@ -71,11 +71,7 @@ class _Writer:
         axes = [i for i, name in enumerate(term) if name not in others]
         if not axes:
             return value, term
-        if self.old:
-            value = self.nodes.op("ReduceSum", value, axes=axes, keepdims=0)
-        else:
-            value = self.nodes.op("ReduceSum", value, np.array(axes), keepdims=0)
-        return value, "".join(name for name in term if name in others)
+        return self.nodes.reduced("ReduceSum", value, axes, 0), "".join(name for name in term if name in others)
 
     def ordered(self, value: ir.Value, term: str, wanted: str) -> ir.Value:
         perm = [term.index(name) for name in wanted]

@@ -155,7 +155,8 @@ class Importer(Fusing):
             if tuple(value.shape) == ours.shape:
                 continue
             # ONNX's inference keeps the last window that begins in the padding, and multiplies scales otherwise
-            if node.attributes.get_int("ceil_mode", 0) or node.op_type in ("Resize", "Upsample"):
+            scaled = node.op_type in ("Resize", "Upsample") and not self.has(node, 3)
+            if node.attributes.get_int("ceil_mode", 0) or scaled:
                 self._trusted = False
             if self._trusted:
                 raise Unsupported(f"{value.name}: shape {list(ours.shape)} is not the {list(value.shape)} of the model")

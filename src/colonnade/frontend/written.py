@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -30,6 +30,12 @@ class Nodes:
         node.outputs[0].name = f"{self._name}.{len(self._made)}"
         self._made.append(node)
         return node.outputs[0]
+
+    def reduced(self, kind: str, value: ir.Value, axes: Sequence[int], keep: int) -> ir.Value:
+        """A reduction over these axes, which are an attribute in older opsets."""
+        if self.graph.opset_imports.get("", 18) < (13 if kind == "ReduceSum" else 18):
+            return self.op(kind, value, axes=list(axes), keepdims=keep)
+        return self.op(kind, value, np.array(axes), keepdims=keep)
 
     def done(self, value: ir.Value) -> None:
         """``value`` takes the place of the node's only output."""
@@ -91,18 +97,11 @@ def index_of_extreme(node: ir.Node, graph: ir.Graph) -> bool:
     last, keep = node.attributes.get_int("select_last_index", 0), node.attributes.get_int("keepdims", 1)
     count = shape[axis]
     nodes = Nodes(node, graph)
-    old = graph.opset_imports.get("", 18)
-
-    def reduced(kind: str, value: ir.Value, keep: int) -> ir.Value:
-        if old < 18:
-            return nodes.op(kind, value, axes=[axis], keepdims=keep)
-        return nodes.op(kind, value, np.array([axis]), keepdims=keep)
-
-    best = reduced("ReduceMax" if node.op_type == "ArgMax" else "ReduceMin", x, 1)
+    best = nodes.reduced("ReduceMax" if node.op_type == "ArgMax" else "ReduceMin", x, [axis], 1)
     places = np.arange(count, dtype=np.float32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
     none = np.full(1, -1 if last else count, np.float32)
     found = nodes.op("Where", nodes.op("Equal", x, best), places, none)
-    index = reduced("ReduceMax" if last else "ReduceMin", found, keep)
+    index = nodes.reduced("ReduceMax" if last else "ReduceMin", found, [axis], keep)
     nodes.done(nodes.op("Cast", index, to=ir.DataType.INT64.value))
     return True
 
@@ -149,10 +148,7 @@ def gather_nd(node: ir.Node, graph: ir.Graph) -> bool:
     size = np.array(sizes, kind)
     wrapped = nodes.op("Mod", nodes.op("Add", indices, size), size)  # from the end where below 0
     scaled, axis = nodes.op("Mul", wrapped, np.array(steps, kind)), len(picked) - 1
-    if graph.opset_imports.get("", 18) < 13:
-        places = nodes.op("ReduceSum", scaled, axes=[axis], keepdims=0)
-    else:
-        places = nodes.op("ReduceSum", scaled, np.array([axis]), keepdims=0)
+    places = nodes.reduced("ReduceSum", scaled, [axis], 0)
     if batch:
         first = np.arange(prod(data[:batch]), dtype=kind).reshape(*data[:batch], *[1] * (axis - batch)) * prod(sizes)
         places = nodes.op("Add", places, first.astype(kind))
