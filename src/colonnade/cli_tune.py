@@ -80,7 +80,7 @@ def tune(
         )
     else:
         typer.echo(f"{summary.known} of {summary.workloads} workloads were known, nothing was measured; {choices}")
-    if modelled := getattr(machine_of, "modelled", ""):
+    if modelled := machine_of.modelled:
         typer.echo(f"all times are {modelled}, none is measured")
     if summary.walks:
         typer.echo(f"the leaders of every layer met in {summary.walks} runs of the whole network")
@@ -158,7 +158,7 @@ def probe(
         from colonnade.bench.layouts import measure
 
         costs = asdict(measure(place, machine.pick_isa(), db))
-        label = getattr(place, "modelled", "")
+        label = place.modelled
         lines["layout costs"] = ", ".join(f"{name} {ns:.4f}" for name, ns in costs.items()) + f" ns {label}".rstrip()
     for name, value in lines.items():
         typer.echo(f"{name:<13} {value}")

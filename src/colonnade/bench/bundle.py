@@ -34,7 +34,7 @@ def measure(bundle: Bundle, target: Target, threads: int, toolchain: Toolchain) 
     ours = Ours(bundle, target, random_inputs(dict(manifest)), threads)
     load = Load() if target.name == "local" else None
     peak = measure_peak(target, isa, threads, toolchain)
-    modelled = bool(getattr(target, "modelled", ""))  # then it repeats itself, and a second of it takes minutes
+    modelled = bool(target.modelled)  # then it repeats itself, and a second of it takes minutes
     once = median(ours.block(1, 3))
     ns = sorted(ours.block(2, 3 if modelled else min(max(int(REPEAT_S * 1e9 / once), 5), 1000)))
     low, _, high = quantiles(ns, n=4, method="inclusive")

@@ -150,7 +150,7 @@ def bench(
             differences[kind] = difference(next(iter(answers.values())), peer.outputs())
 
         # a modelled core is never disturbed, and repeats itself; a second of it takes minutes
-        modelled = bool(getattr(target, "modelled", ""))
+        modelled = bool(target.modelled)
         if modelled and progress is not None:
             progress(0.0, "modelling the limits")
         limits: Peak = measure_peak(target, chosen, threads, toolchain)

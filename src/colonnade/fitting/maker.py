@@ -131,7 +131,7 @@ class Maker:
         from colonnade.bench.protocol import Contender, alternate
         from colonnade.targets.peak import measure_peak
 
-        if getattr(self.where.target, "modelled", ""):
+        if self.where.target.modelled:
             return list(points)
         feeds = self._feeds()
         runners = {
@@ -256,7 +256,7 @@ class Maker:
 
         self.tell(stage, 0.99, "timing")
         runner = Ours(bundle, self.where.target, self._feeds(), self.where.threads)
-        if getattr(self.where.target, "modelled", ""):
+        if self.where.target.modelled:
             return runner.block(0, 1)[0] / 1e9
         if self.clock is None:
             self.clock = Clock(runner)

@@ -135,7 +135,7 @@ def fit(
     choices, rest, more = choices_of(
         source, proto, {input_name: calibrating.inputs}, where, settings, progress, folder / LOSSES
     )
-    latency_is = getattr(where.target, "modelled", "") or "measured"
+    latency_is = where.target.modelled or "measured"
     made = Fit(folder, goal, latency_is=latency_is, dtype=where.dtype, notes=[*notes, *more])
     maker = Maker(source, folder, key, calibrating, testing, input_name, where, settings, preprocess, tell)
     dense = maker.dense(rest + sum(row[0].seconds for row in choices.values()))

@@ -140,7 +140,7 @@ def layer_times(
             _Steps(tuple(wanted.values())), where.target, where.isa, where.threads, where.budget, where.db, progress,
             where.toolchain,
         )  # fmt: skip
-    found = _known(wanted, where, getattr(where.target, "modelled", "") or "measured")
+    found = _known(wanted, where, where.target.modelled or "measured")
     dense = {name: found[steps[step].key()] for name, step in names.items()}
     pruned = {name: {p: found[own[name, p].key()] for p in patterns.get(name, ())} for name in names}
     mine = set(names.values())

@@ -50,7 +50,7 @@ def within(
     Raises UserError for a model that cannot be built.
     """
     looked_at = _looked_at({pattern for row in alone.pruned.values() for pattern in row})
-    if not looked_at or not where.budget or bool(getattr(where.target, "modelled", "")):
+    if not looked_at or not where.budget or where.target.modelled:
         return alone
     with tempfile.TemporaryDirectory(prefix="colonnade-") as room:
         network = _Network(_built(model, where, Path(room) / "dense"))

@@ -150,6 +150,12 @@ class Target(Protocol):
         tuned or compared on such a target."""
         ...
 
+    @property
+    def modelled(self) -> str:
+        """Of a core that nobody has at hand what its times are, in words that stand beside every figure; else empty.
+        It repeats itself, and a second of it takes minutes."""
+        ...
+
     def probe(self) -> Machine:
         """What is there. Raises ``TargetError`` when it cannot be reached."""
         ...

@@ -30,6 +30,7 @@ class Local:
     name: str = "local"
     untimed: str = ""
     cpus: tuple[int, ...] = ()  # cores that programs are kept on; empty for all
+    modelled: str = ""
 
     def probe(self) -> Machine:
         """See ``Target.probe``. Static facts are read once a process."""

@@ -44,7 +44,7 @@ class Modelled:
 
     @property
     def modelled(self) -> str:
-        """What its times are, in words that stand beside every figure."""
+        """See ``Target.modelled``."""
         return f"modelled on {self.model.name}"
 
     @classmethod

@@ -70,7 +70,7 @@ def measure_peak(
     """Measure ``threads`` threads of ``target`` with the vectors of ``isa``, for so long each, by default as long as a
     limit asks for. Raises ``TargetError`` when it fails."""
     if milliseconds is None:  # a modelled core repeats itself, and a second of it takes minutes
-        milliseconds = 1 if getattr(target, "modelled", "") else LIMITS_MS
+        milliseconds = 1 if target.modelled else LIMITS_MS
     machine = target.probe()
     program = (toolchain or Toolchain()).compile(_sources(isa), "program", machine.arch)
     # beyond the last cache, but never more than a quarter of what is free

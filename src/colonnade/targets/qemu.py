@@ -93,6 +93,11 @@ class Qemu:
         return "times under QEMU say nothing about a chip"
 
     @property
+    def modelled(self) -> str:
+        """See ``Target.modelled``."""
+        return ""
+
+    @property
     def name(self) -> str:
         """As on the command line."""
         return f"qemu:vlen={self.vlen}" + (",poison" if self.poison else "")

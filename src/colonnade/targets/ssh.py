@@ -77,6 +77,7 @@ class Ssh:
     chosen: bool = False
     toolchain: Toolchain = field(default_factory=Toolchain, repr=False)
     untimed: str = ""
+    modelled: str = ""
 
     def __post_init__(self) -> None:
         self._client = _client_id()

@@ -223,7 +223,7 @@ class Tuner:
             _ = self.harness.program
         end = time.monotonic() + budget_s
         # on a modelled core a whole network takes minutes
-        networked = isinstance(plan, Plan) and not getattr(self.harness.target, "modelled", "")
+        networked = isinstance(plan, Plan) and not self.harness.target.modelled
         deadline = end - (1 - ALONE) * budget_s if networked else end
         left = open_
         # first everyone's share of the time, then whatever is left to those who could not finish
@@ -270,7 +270,7 @@ class Tuner:
                 return False
             prepared = prepared or problem(step, self.harness.vector, not self.harness.isa.scalable)
             turns = TURNS.get(batch.stage, 0)
-            modelled = bool(getattr(self.harness.target, "modelled", ""))
+            modelled = bool(self.harness.target.modelled)
             chunk = batch.candidates if turns else batch.candidates[: MODELLED if modelled else CHUNK]
             least, most, budget = FINALS if turns else SCREEN
             if modelled:  # the same at every repetition
