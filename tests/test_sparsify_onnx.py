@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from colonnade.errors import UserError
 from colonnade.onnx_io import load_onnx, save_onnx
 from colonnade.pattern import ColumnPattern, discover
-from colonnade.sparsify.onnx_file import prune_file
+from colonnade.sparsify.onnx_file import prune_file, read_layers
 from colonnade.sparsify.select import as_matrix
 from tests.models import Builder
 
@@ -137,6 +137,52 @@ def test_grouping_can_be_turned_off(source, tmp_path):
 def test_exclude_by_node_and_by_weight_name(source, tmp_path):
     report = prune_file(source, tmp_path / "out.onnx", PATTERN, exclude=["^plain$", "w_ri"])
     assert [layer.name for layer in report.pruned] == ["grouped", "gemm", "flip"]
+
+
+def named(*weights, modules=()):
+    """1x1 convolutions one behind the other, numbered as torch's exporter does, of weights that are called so."""
+    stored = {name: array(name, 16, 16, 1, 1) for name in weights}
+    nodes = [
+        helper.make_node("Conv", ["x" if at == 0 else f"v{at}", name], [f"v{at + 1}"], f"node_Conv_{at}")
+        for at, name in enumerate(weights)
+    ]
+    for node, module in zip(nodes, modules, strict=False):
+        scopes = ["", "body", module, "conv2d"]
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=str(scopes))
+    nodes[-1].output[0] = "y"
+    return model(nodes, list(stored.values()), (1, 16, 5, 5), (1, 16, 5, 5))
+
+
+def names(network):
+    return [report.name for report, _ in read_layers(network)]
+
+
+def test_layers_are_called_by_their_weights():
+    assert names(named("a.0.weight", "a.1.weight")) == ["a.0", "a.1"]
+    assert names(named("a.0.weight", "onnx::7", modules=["a.0", "a.1"])) == ["a.0", "a.1"]
+    assert names(named("a.weight", "onnx::7")) == ["a", "node_Conv_1"]
+    # shared weights, a module called twice, and the name of another layer's node say nothing
+    assert names(named("a.weight", "a.weight", "b.weight")) == ["node_Conv_0", "node_Conv_1", "b"]
+    assert names(named("v", "w", modules=["a", "a"])) == ["node_Conv_0", "node_Conv_1"]
+    assert names(named("node_Conv_1.weight", "w")) == ["node_Conv_0", "node_Conv_1"]
+    assert names(named("node_Conv_0.weight", "w")) == ["node_Conv_0", "node_Conv_1"]
+
+
+def test_a_layer_may_be_called_by_its_node_too(tmp_path):
+    source, out = tmp_path / "m.onnx", tmp_path / "out.onnx"
+    onnx.save(named("stem.weight", "a.0.weight", "a.1.weight"), source)
+    half = ColumnPattern(0.5, 8)
+    for name in ("a.1", "node_Conv_2"):
+        report = prune_file(source, out, None, patterns={name: half}, force=True)
+        assert [(layer.name, layer.node) for layer in report.pruned] == [("a.1", "node_Conv_2")]
+        report = prune_file(source, out, half, patterns={name: None}, force=True)
+        assert [layer.name for layer in report.pruned] == ["a.0"]
+        report = prune_file(source, out, half, exclude=[f"^{name}$"], force=True)
+        assert [layer.name for layer in report.pruned] == ["a.0"]
+    with pytest.raises(UserError, match=r"layer a\.1 is named twice"):
+        prune_file(source, out, None, patterns={"a.1": half, "node_Conv_2": None}, force=True)
+    with pytest.raises(UserError, match=r"there is no layer 'a\.2'; the layers are: stem, a\.0, a\.1"):
+        prune_file(source, out, None, patterns={"a.2": half}, force=True)
 
 
 @pytest.mark.parametrize("regex", ["nothing_like_it", "plain("])
@@ -346,6 +392,7 @@ def test_the_command_prints_layers_and_totals(source, tmp_path):
     [
         [], ["--sparsity", 0.5, "--pattern", "1:4"], ["--pattern", "1-4"], ["--pattern", "5:4"], ["--sparsity", 1.5],
         ["--pattern", "1:4", "--group", 4], ["--sparsity", 0.5, "--tile", 0], ["--sparsity", 0.5, "--score", "l3"],
+        ["--sparsity", 0], ["--pattern", "4:4"], ["--sparsity", 0.5, "-o", "out.pt"],
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense(source, tmp_path, words):

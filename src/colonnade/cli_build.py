@@ -29,7 +29,9 @@ def build(
     isa: IsaName = None,
     dtype: Dtype = "f32",
     tune: Annotated[bool, typer.Option("--tune", help="Measure first what the records lack.")] = False,
-    budget: Annotated[str, typer.Option("--budget", help="Time that --tune may take, such as 120s.")] = "120s",
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Time that --tune may take, such as 120s (as without it).")
+    ] = None,
     db: Db = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch size; the model's own by default.")] = None,
     input_shape: InputShapes = None,
@@ -41,7 +43,9 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
 ) -> None:
     """Turn an ONNX model into a native bundle: library, program, weights, and a session for Python."""
-    limit = seconds(budget)
+    if budget is not None and not tune:
+        raise UserError("--budget is the time that --tune may take: give that too")
+    limit = seconds(budget or "120s")
     from rich.console import Console
 
     from colonnade.api import build as make

@@ -63,7 +63,7 @@ def examine_model(
     import numpy as np
 
     from colonnade.frontend import examine
-    from colonnade.onnx_io import load_written_out, module_of
+    from colonnade.onnx_io import load_written_out
     from colonnade.pattern import discover
     from colonnade.sparsify.onnx_file import read_layers
     from colonnade.sparsify.select import as_matrix
@@ -78,16 +78,16 @@ def examine_model(
         tile, kept, zeros = 0, 1.0, 0.0
         if weight is not None and weight.size and np.isfinite(weight).all():
             zeros = float((weight == 0).mean())
-            count = next((a.i for a in groups[report.name].attribute if a.name == "group"), 1)
+            count = next((a.i for a in groups[report.node].attribute if a.name == "group"), 1)
             if zeros and report.op != "ConvTranspose" and weight.shape[0] % count == 0 and weight[0].size > 1:
                 tiled = discover(as_matrix(weight).astype(np.float32), count)
                 if not tiled.is_dense:
                     tile = max(len(t.rows) for t in tiled.tiles)
                     kept = tiled.kept / (tiled.shape[0] * tiled.shape[1])
-        own = (report.weight.removesuffix(".weight"), report.name)
+        own = (report.weight.removesuffix(".weight"), report.name, report.node)
         layers.append(
             Layer(
-                own[0] if report.weight.endswith(".weight") else module_of(groups[report.name]) or report.name,
+                report.name,
                 report.op,
                 report.shape,
                 report.parameters if report.shape else 0,

@@ -53,11 +53,15 @@ def prune(
     """Prune an ONNX model column-wise, N of every M inside tiles of rows; the result is plain ONNX."""
     from colonnade.errors import UserError
 
+    if output.suffix != ".onnx":
+        raise UserError(f"{output}: the pruned model is an ONNX file: give a name that ends in .onnx")
     if plan is not None and (sparsity, group, pattern) != (None, None, None):
         raise UserError("--plan says what every layer loses: leave --sparsity, --group and --pattern out")
     if plan is not None and winograd:
         raise UserError("--plan says what every layer loses: leave --winograd out")
     chosen = replace(parse_pattern(sparsity, group, pattern, tile), winograd=winograd) if plan is None else None
+    if chosen is not None and chosen.sparsity == 0:
+        raise UserError("no column would be removed: give the share to remove, such as --sparsity 0.75")
 
     from rich.console import Console
     from rich.markup import escape

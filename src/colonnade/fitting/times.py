@@ -193,11 +193,12 @@ def _tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def step_names(layers: Sequence[Layer], known: Collection[str]) -> dict[str, str | None]:
-    """Of the `known` steps the one that computes each layer: it is called as the layer's weight or its node; None: no
-    step is."""
+    """Of the `known` steps the one that computes each layer, called as the layer, its weight or its node; None: no step
+    is."""
     found: dict[str, str | None] = {}
     for layer in layers:
-        own = (layer.node.input[1].removesuffix(".weight"), layer.tensor.name.removesuffix(".weight"), layer.name)
+        stored = (layer.node.input[1].removesuffix(".weight"), layer.tensor.name.removesuffix(".weight"))
+        own = (*stored, layer.name, layer.node.name or layer.node.output[0])
         found[layer.name] = next((name for name in own if name in known), None)
     return found
 

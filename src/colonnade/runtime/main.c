@@ -154,19 +154,45 @@ static int number(const char *option, const char *text, int least)
     return (int)value;
 }
 
-/* which port "NAME=FILE" or the next bare FILE means; *file becomes the file */
-static size_t port_of(const char **file, const colonnade_port *ports, size_t count, char **given, const char *what)
+/* the model's ports of one kind, and the file that each of them was given */
+typedef struct {
+    const char *what;
+    const colonnade_port *ports;
+    size_t count;
+    const char **files;
+} files;
+
+static size_t port_called(const files *all, const char *name, size_t length)
 {
-    const char *equals = strchr(*file, '=');
-    for (size_t i = 0; equals && i < count; i++) {
-        if (strlen(ports[i].name) != (size_t)(equals - *file) || strncmp(ports[i].name, *file, strlen(ports[i].name)) != 0)
-            continue;
-        *file = equals + 1;
-        return i;
+    size_t i = 0;
+    while (i < all->count && (strlen(all->ports[i].name) != length || strncmp(all->ports[i].name, name, length) != 0)) i++;
+    return i;
+}
+
+/* "NAME=FILE" is for that port, a bare FILE for the next one that has none */
+static void give(files *all, const char *text)
+{
+    const char *equals = strchr(text, '=');
+    size_t port = equals ? port_called(all, text, (size_t)(equals - text)) : all->count;
+    if (port < all->count) {
+        if (all->files[port]) quit(YOURS, "%s: %s %s has a file already", text, all->what, all->ports[port].name);
+        all->files[port] = equals + 1;
+        return;
     }
-    for (size_t i = 0; i < count; i++)
-        if (!given[i]) return i;
-    quit(YOURS, "%s: one %s too many, the model has %zu", *file, what, count);
+    if (equals && access(text, F_OK) != 0 && !memchr(text, '/', (size_t)(equals - text)))
+        quit(YOURS, "%s: the model has no %s of that name; --describe tells their names", text, all->what);
+    for (port = 0; port < all->count && all->files[port];) port++;
+    if (port == all->count) quit(YOURS, "%s: one %s too many, the model has %zu", text, all->what, all->count);
+    all->files[port] = text;
+}
+
+/* the files behind an option; how many */
+static int give_all(files *all, const char *option, char **texts)
+{
+    int count = 0;
+    for (; texts[count] && texts[count][0] != '-'; count++) give(all, texts[count]);
+    if (!count) quit(YOURS, "%s: expected a file", option);
+    return count;
 }
 
 static const char *beside_me(const char *name)
@@ -237,21 +263,23 @@ int main(int argc, char **argv)
 {
     size_t input_count, output_count;
     const colonnade_port *input = colonnade_inputs(&input_count), *output = colonnade_outputs(&output_count);
-    char **from = need(calloc(input_count + 1, sizeof *from)), **to = need(calloc(output_count + 1, sizeof *to));
+    files from = {"input", input, input_count, need(calloc(input_count + 1, sizeof *from.files))};
+    files to = {"output", output, output_count, need(calloc(output_count + 1, sizeof *to.files))};
     int threads = 0, repeat = 0, warmup = 0, profile = 0, json = 0;
     const char *weights = beside_me("weights.bin");
 
     for (int i = 1; i < argc; i++) {
-        const char *option = argv[i], *value = argv[i + 1];
+        const char *option = argv[i];
         if (strcmp(option, "--describe") == 0) return puts(colonnade_describe()) == EOF;
         if (strcmp(option, "-h") == 0 || strcmp(option, "--help") == 0) return fputs(usage, stdout) == EOF;
         if (strcmp(option, "--profile") == 0) {
             profile = 1;
         } else if (strcmp(option, "--json") == 0) {
             json = 1;
-        } else if (!value) {
-            fputs(usage, stderr);
-            quit(YOURS, "%s: unknown option, or it lacks its value", option);
+        } else if (strcmp(option, "-i") == 0 || strcmp(option, "--input") == 0) {
+            i += give_all(&from, option, argv + i + 1);
+        } else if (strcmp(option, "-o") == 0 || strcmp(option, "--output") == 0) {
+            i += give_all(&to, option, argv + i + 1);
         } else if (strcmp(option, "--threads") == 0) {
             threads = number(option, argv[++i], 1);
         } else if (strcmp(option, "--repeat") == 0) {
@@ -259,29 +287,16 @@ int main(int argc, char **argv)
         } else if (strcmp(option, "--warmup") == 0) {
             warmup = number(option, argv[++i], 0);
         } else if (strcmp(option, "--weights") == 0) {
-            weights = argv[++i];
-        } else if (strcmp(option, "-i") == 0 || strcmp(option, "--input") == 0) {
-            for (; argv[i + 1] && argv[i + 1][0] != '-'; i++) {
-                const char *file = argv[i + 1];
-                const size_t port = port_of(&file, input, input_count, from, "input");
-                from[port] = (char *)file;
-            }
-        } else if (strcmp(option, "-o") == 0 || strcmp(option, "--output") == 0) {
-            for (; argv[i + 1] && argv[i + 1][0] != '-'; i++) {
-                const char *file = argv[i + 1];
-                const size_t port = port_of(&file, output, output_count, to, "output");
-                to[port] = (char *)file;
-            }
+            if (!(weights = argv[++i])) quit(YOURS, "%s: expected a file", option);
         } else {
-            fputs(usage, stderr);
-            quit(YOURS, "%s: unknown option", option);
+            quit(YOURS, "%s: unknown option; --help tells what there is", option);
         }
     }
 
     void **inputs = need(calloc(input_count + 1, sizeof *inputs)), **outputs = need(calloc(output_count + 1, sizeof *outputs));
     for (size_t i = 0; i < input_count; i++) {
         inputs[i] = need(calloc(1, input[i].bytes));
-        if (from[i]) read_array(from[i], &input[i], inputs[i]);
+        if (from.files[i]) read_array(from.files[i], &input[i], inputs[i]);
     }
     for (size_t i = 0; i < output_count; i++) outputs[i] = need(calloc(1, output[i].bytes));
 
@@ -304,12 +319,12 @@ int main(int argc, char **argv)
         if (ran != COLONNADE_OK) quit(MINE, "the model failed with code %d", ran);
     }
     for (size_t i = 0; i < output_count; i++)
-        if (to[i]) write_array(to[i], &output[i], outputs[i]);
+        if (to.files[i]) write_array(to.files[i], &output[i], outputs[i]);
     if (repeat || profile || json) tell_times(total, each, times, json);
 
     colonnade_destroy(model);
     for (size_t i = 0; i < input_count; i++) free(inputs[i]);
     for (size_t i = 0; i < output_count; i++) free(outputs[i]);
-    free(inputs), free(outputs), free(from), free(to), free(total), free(each);
+    free(inputs), free(outputs), free(from.files), free(to.files), free(total), free(each);
     return fflush(stdout) == EOF;
 }

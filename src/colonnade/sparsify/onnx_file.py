@@ -29,6 +29,7 @@ METHODS = ("magnitude", "obs")
 class LayerReport:
     """One weighted layer.
 
+    node:     of the graph, which may have another name.
     shape:    of the weight in the file.        reason: why it stays dense; None if it was pruned.
     columns:  K, and `kept` of them in every tile.
     tiles:    number of tiles.                  retained: share of the score that is kept, 1 for a dense layer; with
@@ -36,6 +37,7 @@ class LayerReport:
     """
 
     name: str
+    node: str
     op: str
     weight: str
     shape: tuple[int, ...]
@@ -92,8 +94,8 @@ def prune_file(
                  Needs float32 weights and onnxruntime. Layers whose statistics cannot be gathered go by magnitude.
     calibration: samples of the model's inputs by name, axis 0 the samples; a few hundred. Labels are not needed.
     options:     settings of "obs".
-    patterns:    the pattern of single layers by name, in the place of `pattern`; None leaves one dense. Without a
-                 `pattern` (None) all others stay dense.
+    patterns:    the pattern of single layers by name or node, in the place of `pattern`; None leaves one dense. Without
+                 a `pattern` (None) all others stay dense.
     balance:     spread the multiply-adds that `pattern` leaves over the layers, by what pruning each of them alone does
                  to the answers on `calibration` (balance_onnx.py). Where statistics cannot be gathered `pattern` stays.
 
@@ -123,16 +125,17 @@ def prune_file(
         import onnxruntime  # noqa: F401  # which runs the model: missing, it is missed before anything is done
     model = load_written_out(source)
     layers = _layers(source, model, exclude)
-    _transform(source, model, layers, pattern, patterns or {})
+    patterns = _by_layer(layers, patterns or {})
+    _transform(source, model, layers, pattern, patterns)
     pattern = _as_stored(pattern)
-    patterns = {name: _as_stored(own) for name, own in patterns.items()} if patterns else patterns
+    patterns = {name: _as_stored(own) for name, own in patterns.items()}
     if balance:
         assert calibration is not None and pattern is not None
         free = _fitted(source, model.graph, [layer for layer in layers if layer.reason is None])
         count = len(free)
         told = (lambda share, name: progress(round(share * count), count, f"{name} alone")) if progress else None
-        patterns = balanced(model, _targets(model, free), calibration, pattern, method, told) if free else None
-    chosen = _patterns(layers, pattern, patterns or {})
+        patterns = balanced(model, _targets(model, free), calibration, pattern, method, told) if free else {}
+    chosen = _patterns(layers, pattern, patterns)
 
     reports: dict[int, tuple[int, int, int, float]] = {}
     todo = [layer for layer in layers if layer.reason is None]
@@ -241,10 +244,25 @@ def _report(layer: WeightedLayer, pruned: tuple[int, int, int, float] | None) ->
     shape = tuple(layer.weight.tensor.dims) if layer.weight else ()
     name = layer.weight.name if layer.weight else ""
     if pruned:
-        return LayerReport(layer.name, layer.op, name, shape, None, *pruned)
+        return LayerReport(layer.name, layer.node, layer.op, name, shape, None, *pruned)
     rows = shape[-1] if layer.transposed and shape else shape[0] if shape else 1
     columns = int(np.prod(shape)) // max(rows, 1) if shape else 0
-    return LayerReport(layer.name, layer.op, name, shape, layer.reason, columns, columns, 0, 1.0)
+    return LayerReport(layer.name, layer.node, layer.op, name, shape, layer.reason, columns, columns, 0, 1.0)
+
+
+def _by_layer(
+    layers: Sequence[WeightedLayer], own: Mapping[str, ColumnPattern | None]
+) -> dict[str, ColumnPattern | None]:
+    """Patterns of single layers, each called by its name or its node's, by the former."""
+    known = {layer.node: layer.name for layer in layers} | {layer.name: layer.name for layer in layers}
+    found: dict[str, ColumnPattern | None] = {}
+    for given, wanted in own.items():
+        if given not in known:
+            raise UserError(f"there is no layer {given!r}; {names_of(layers)}")
+        if known[given] in found:
+            raise UserError(f"layer {known[given]} is named twice, once by its node: leave one of them out")
+        found[known[given]] = wanted
+    return found
 
 
 def _patterns(
@@ -253,8 +271,6 @@ def _patterns(
     """The pattern of every layer that is pruned; layers with the pattern None are marked dense."""
     known = {layer.name: layer for layer in layers}
     for name, wanted in own.items():
-        if name not in known:
-            raise UserError(f"there is no layer {name!r}; {names_of(layers)}")
         if wanted is not None and (reason := known[name].reason):
             raise UserError(f"layer {name} stays dense ({reason}): take it out of the plan, or call it dense there")
     chosen = {}

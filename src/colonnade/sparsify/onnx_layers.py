@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,16 @@ class Constant:
 
 @dataclass
 class WeightedLayer:
-    """A node that multiplies by weights. reason: why it would stay dense; None: it can be pruned."""
+    """A node that multiplies by weights.
+
+    name:   as its author knows it: that of its weight without the ending or of its torch module, if no other layer has
+            it; else the node's.
+    node:   the node's own, or of its output where it has none.
+    reason: why it would stay dense; None: it can be pruned.
+    """
 
     name: str
+    node: str
     op: str
     groups: int
     transposed: bool  # rows are the last axis of the stored weight, as in x @ W
@@ -58,6 +66,7 @@ def weighted_layers(graph: onnx.GraphProto, exclude: Sequence[str]) -> list[Weig
     Raises UserError for a pattern that is invalid or matches nothing.
     """
     layers, weights = _read(graph)
+    _call_by_weights(layers)
     if layers:
         _keep_dense(graph, layers)
         _exclude(layers, exclude)
@@ -98,7 +107,7 @@ def _read(graph: onnx.GraphProto) -> tuple[list[WeightedLayer], list[Constant]]:
             continue
         source = constants.get(node.input[position])
         layer = WeightedLayer(
-            name, node.op_type, int(_attribute(node, "group", 1)), False, at, source, None, module_of(node)
+            name, name, node.op_type, int(_attribute(node, "group", 1)), False, at, source, None, module_of(node)
         )
         if node.op_type == "ConvTranspose":
             layer.reason = "transposed convolution: every phase of its output has columns of its own"
@@ -119,6 +128,17 @@ def _read(graph: onnx.GraphProto) -> tuple[list[WeightedLayer], list[Constant]]:
             constants[output.name].others.append("graph output")
     distinct = {id(weight): weight for weight in constants.values() if weight.layers}
     return layers, list(distinct.values())
+
+
+def _call_by_weights(layers: Sequence[WeightedLayer]) -> None:
+    """Name layers as their author does. Exporters number nodes, but keep what weights are called."""
+    stored = [layer.weight.name if layer.weight else "" for layer in layers]
+    own = [name.removesuffix(".weight") if name.endswith(".weight") else "" for name in stored]
+    better = [name or layer.module for name, layer in zip(own, layers, strict=True)]
+    taken = Counter(better) + Counter(layer.node for layer in layers)
+    for layer, name in zip(layers, better, strict=True):
+        if name and (taken[name] == 1 or (taken[name] == 2 and name == layer.node)):
+            layer.name = name
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
@@ -197,15 +217,16 @@ def _exclude(layers: list[WeightedLayer], patterns: Sequence[str]) -> None:
             regex = re.compile(pattern)
         except re.error as error:
             raise UserError(f"--exclude {pattern!r} is no regular expression ({error}); {names_of(layers)}") from None
-        hits = [
-            layer
-            for layer in layers
-            if any(regex.search(n) for n in (layer.name, layer.weight.name if layer.weight else "", layer.module))
-        ]
+        hits = [layer for layer in layers if any(regex.search(name) for name in _names(layer))]
         if not hits:
             raise UserError(f"--exclude {pattern!r} matches no layer; {names_of(layers)}")
         for layer in hits:
             layer.reason = layer.reason or f"excluded by {pattern!r}"
+
+
+def _names(layer: WeightedLayer) -> tuple[str, ...]:
+    """All that a layer may be called."""
+    return layer.name, layer.node, layer.weight.name if layer.weight else "", layer.module
 
 
 def names_of(layers: Sequence[WeightedLayer]) -> str:
