@@ -252,7 +252,7 @@ def test_a_connection_lost_in_mid_tuning_and_taken_up_again(
     assert again.returncode == 0, again.stderr
     assert count() > kept and "measurements of" in again.stdout
     deadline = time.monotonic() + 30
-    while left := shell(name, "ls .cache/colonnade/runs").split():
+    while left := shell(name, "ls .cache/colonnade/board/runs").split():
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
 

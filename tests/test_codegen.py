@@ -189,6 +189,13 @@ def test_user_mistakes_are_one_line(bundle: Bundle, tmp_path: Path) -> None:
         assert done.stderr.startswith("run: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["--json", "--repeat", "2"], ["--profile"]])
+def test_times_that_cannot_be_told_are_a_failure(bundle: Bundle, words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([bundle.path / "run", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "run: standard output cannot be written\n"
+
+
 def test_full_disk_leaves_no_output(bundle: Bundle, tmp_path: Path) -> None:
     code = (
         "import resource, signal, subprocess, sys\n"
@@ -239,8 +246,10 @@ def test_build_script_rebuilds_by_hand(copied: Path) -> None:
         environment["CC"] = compiler
     else:  # the compiler it was built with, by the name that build.sh gives it
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    copied = copied.rename(copied.with_name("a copy ü"))
     script = subprocess.run([copied / "build.sh"], env=environment, capture_output=True, text=True)
     assert script.returncode == 0, script.stderr
+    Bundle.load(copied)  # which looks at the files' sizes
     assert not re.search(r"^(model|runtime|machine|pool|main)\.[ch]:.*warning", script.stderr, re.M), script.stderr
     assert run(copied, "--repeat", "2").returncode == 0
 

@@ -100,6 +100,15 @@ def test_functions_far_out(isa, name):
     check(arrange.case(Unary(Function.of(name), (1, 8)), [a], b), isa, [x], 1, tolerance=1e-5)
 
 
+def test_acosh_below_its_domain(isa):
+    """No C library is asked: one of them has numbers there."""
+    arrange = Arranger()
+    a, b = dense(arrange, "a", (1, 8)), dense(arrange, "b", (1, 8))
+    x = np.array([[-1000, -104, -1, 0, 0.99, 1, 7, np.nan]], np.float32)
+    with np.errstate(invalid="ignore"):
+        check(arrange.case(Unary(Function.of("acosh"), (1, 8)), [a], b), isa, [x], 1, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("function", ["silu", "sigmoid"])
 def test_function_behind_a_convolution_and_a_linear_layer(isa, function):
     act = Activation(function=Function.of(function))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from colonnade.codegen.in_process import Program
 from colonnade.frontend import load, parts, reference
+from colonnade.frontend.feeding import LayoutCosts
 from colonnade.kernels.isa import isa
 from colonnade.pattern import discover
 from colonnade.plan import Plan
@@ -97,3 +98,17 @@ def test_a_map_is_read_where_it_was_just_written(tile: int) -> None:
 def test_a_map_that_somebody_else_reads_stays_whole() -> None:
     model = network("shared", 32, 33, 1, 0, 0)
     assert len(cut(model).steps) == len(load(model).steps)
+
+
+def test_a_part_of_one_channel_writes_no_panels() -> None:
+    """It is a convolution of one group and one channel, and its plane is one of many that its reader multiplies."""
+    b = Builder()
+    y = b.op("Relu", b.conv(b.input("x", (1, 3, 70, 103)), 3, 65, 1))
+    y = b.conv(y, 65, 65, 3, groups=65, pads=(1, 1, 1, 1))
+    model = b.build(b.conv(y, 65, 8, 1))
+    plan = load(model, layout_costs=LayoutCosts(plane=1.0))
+    assert [s.workload.out_channels for s in plan.steps if isinstance(s.workload, Conv2d)].count(1) == 2
+    x = np.random.default_rng(0).standard_normal((1, 3, 70, 103)).astype(np.float32)
+    for name, wanted in onnxruntime_outputs(model, {"x": x}).items():
+        found = Program(plan, PORTABLE).run({"x": x})[name]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -178,6 +180,31 @@ def test_weights_are_checked(copied: Path, tmp_path: Path) -> None:
     Session(copied).close()
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_library_that_is_cut_off(copied: Path, share: float) -> None:
+    """The loader maps what is not there, and dies where it reads it."""
+    library = copied / "libmodel.so"
+    os.truncate(library, int(share * library.stat().st_size))
+    with pytest.raises(SessionError, match=r"libmodel\.so: truncated or changed"):
+        Session(copied)
+
+
+def test_a_manifest_of_another_bundle(copied: Path) -> None:
+    """Buffers are as large as it says, and the library fills what it was built for."""
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["outputs"][0]["shape"][0] = 1
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SessionError, match=r"libmodel\.so: of another bundle than manifest\.json"):
+        Session(copied)
+
+
+def test_sessions_are_not_copied(portable: Bundle) -> None:
+    with Session(portable.path) as session:
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(SessionError, match="cannot be copied or pickled"):
+                make(session)
+
+
 def test_bundle_of_another_machine(tmp_path: Path, copied: Path) -> None:
     plan = affine_only()
     needy = dataclasses.replace(isa("portable"), flags=("fma", "unobtainium"))
@@ -195,7 +222,8 @@ def test_bundle_of_another_machine(tmp_path: Path, copied: Path) -> None:
 def test_broken_bundle(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(SessionError, match="not a bundle"):
         Session(tmp_path / "nowhere")
-    (copied / "libmodel.so").write_bytes(b"not a library")
+    library = copied / "libmodel.so"
+    library.write_bytes(b"not a library".ljust(library.stat().st_size))
     with pytest.raises(SessionError, match=r"libmodel\.so: cannot be loaded"):
         Session(copied)
     manifest = json.loads((copied / "manifest.json").read_text())

@@ -70,7 +70,7 @@ def ssh(board: Path):  # type: ignore[no-untyped-def]
 
 
 def folder(board: Path) -> Path:
-    return board / "home" / ".cache" / "colonnade"
+    return board / "home" / ".cache" / "colonnade" / "board"
 
 
 def tool(board: Path, name: str, body: str) -> None:
@@ -310,7 +310,10 @@ def test_a_board_that_never_answers(ssh: Ssh, board: Path, monkeypatch: pytest.M
     ("said", "match"),
     [
         ("Host key verification failed.", "host key is not known yet.*ssh -p 2200 me@board"),
-        ("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", "ssh-keygen -R board"),
+        (
+            "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
+            r"ssh-keygen -R '\[board\]:2200'",
+        ),
         ("me@board: Permission denied (publickey).", "no key of yours is accepted.*ssh-copy-id"),
         ("ssh: connect to host board port 2200: Connection refused", "cannot connect .*Connection refused"),
     ],

@@ -251,7 +251,7 @@ else
     program="{toolchain.shell("program", arch)}"
     kernels="{" ".join(toolchain.features(f"kernels_{isa.name}.c", arch))}"
 fi
-flags="{" ".join(FLAGS)} -I$out"
+flags="{" ".join(FLAGS)} -I.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd source
@@ -264,7 +264,12 @@ for kind in shared program; do
     done
 done
 rm "$work/main.shared.o"
-$shared -shared -s "$work"/*.shared.o {" ".join(LINK)} -o "$work/libmodel.so"
+$shared -shared -Wl,-soname,libmodel.so -s "$work"/*.shared.o {" ".join(LINK)} -o "$work/libmodel.so"
 $program -static -s "$work"/*.program.o {" ".join(LINK)} -o "$work/run"
 mv "$work/libmodel.so" "$work/run" "$out/"
+cd "$out" # which sizes a whole bundle's files have stands in its manifest
+for file in libmodel.so run; do
+    sed "s/\\"$file\\": [0-9][0-9]*/\\"$file\\": $(wc -c <$file | tr -d ' ')/" manifest.json >"$work/manifest.json"
+    mv "$work/manifest.json" manifest.json
+done
 """

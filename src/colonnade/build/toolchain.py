@@ -41,6 +41,10 @@ FLAGS = (
     "-fno-trapping-math", "-Wall", "-Wextra",
 )  # fmt: skip
 LINK = ("-lm", "-lpthread")
+SHAPES: dict[str, tuple[str, ...]] = {
+    "shared": ("-shared", "-Wl,-z,defs", "-Wl,-soname,libmodel.so"),
+    "program": ("-static",),
+}
 
 _BASELINE = {"x86_64": "x86_64", "riscv64": "baseline_rv64"}  # zig's names of the oldest machine of an architecture
 _FULL_DISK = "No space left on device"
@@ -143,7 +147,7 @@ class Toolchain:
             name: _digest([*base, *self.features(name, arch)], {name: sources[name], **headers}) for name in units
         }
         suffix = ".so" if kind == "shared" else ".bin"
-        whole = _digest([*base, kind, *LINK], digests)
+        whole = _digest([*base, kind, *LINK, *SHAPES[kind]], digests)
         if (made := cache.get(whole, suffix)) is not None:
             return made
         self._announce(target, cache)
@@ -162,9 +166,9 @@ class Toolchain:
             with ThreadPoolExecutor(JOBS) as jobs:
                 objects = list(jobs.map(one, units))
             made = work / "out"
-            shape = ("-shared", "-Wl,-z,defs") if kind == "shared" else ("-static",)
             self._call(
-                [*target, *self.features("", arch), *shape, "-s", *map(str, objects), *LINK, "-o", str(made)], work
+                [*target, *self.features("", arch), *SHAPES[kind], "-s", *map(str, objects), *LINK, "-o", str(made)],
+                work,
             )
             self._used(target, cache)
             return cache.put(whole, suffix, made)

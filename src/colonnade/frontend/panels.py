@@ -81,6 +81,7 @@ def _writes(step: Draft) -> bool:
         and not is_depthwise(conv)
         and conv.epilogue.activation.function is None  # it works on planes, in place
         and output is not None
+        and step.channels is None  # a part of a map, which others write too
         and output.phases == (1, 1)
     )
 

@@ -168,5 +168,8 @@ def page(found: Mapping[str, Any]) -> str:
     environment.filters |= {"number": number, "percent": percent}
     source = (resources.files("colonnade.report") / "page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
-        found=found, figures=figures, plotly=plotly.offline.get_plotlyjs(), duels=any("dense_ms" in r for r in layers)
+        found=found,
+        figures=figures,
+        plotly=plotly.offline.get_plotlyjs(),
+        duels=any(r.get("dense_ms") is not None for r in layers),
     )

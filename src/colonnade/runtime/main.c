@@ -326,5 +326,6 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < input_count; i++) free(inputs[i]);
     for (size_t i = 0; i < output_count; i++) free(outputs[i]);
     free(inputs), free(outputs), free(from.files), free(to.files), free(total), free(each);
-    return fflush(stdout) == EOF;
+    if (fflush(stdout) == EOF || ferror(stdout)) quit(YOURS, "standard output cannot be written");
+    return 0;
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -20,10 +21,12 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 FORMAT = 1
 _ERROR_BYTES = 512
@@ -63,10 +66,17 @@ class Session:
         self.threads = threads if threads is not None else int(self.manifest["threads"])
         self._inputs = _ports(self.manifest["inputs"])
         self._outputs = _ports(self.manifest["outputs"])
-        self._library = _library(self.path / "libmodel.so")
+        library = self.path / "libmodel.so"
+        size = self.manifest["bytes"][library.name]
+        if library.is_file() and library.stat().st_size != size:  # the loader maps what is not there, and reads it
+            raise SessionError(f"{library}: truncated or changed; build or copy the bundle again")
+        self._library = _library(library)
+        described = self.describe()
+        if any(described[ports] != self.manifest[ports] for ports in ("inputs", "outputs")):
+            raise SessionError(f"{library}: of another bundle than manifest.json; build or copy the bundle again")
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         model = ctypes.c_void_p()
-        weights = str(self.path / "weights.bin").encode()
+        weights = os.fsencode(self.path / "weights.bin")
         if self._library.colonnade_create(weights, self.threads, ctypes.byref(model), error, _ERROR_BYTES) != 0:
             raise SessionError(error.value.decode(errors="replace"))
         self._model = model.value
@@ -97,7 +107,7 @@ class Session:
         arrays = self._feeds(feeds)
         outputs = self._empty()
         self._call(self._library.colonnade_run, arrays, outputs)
-        return {port.name: array for port, array in zip(self._outputs, outputs, strict=True)}
+        return {port.name: outputs[at] for at, port in enumerate(self._outputs)}  # zip's strict is of Python 3.10
 
     def profile(self, feeds: Mapping[str, npt.ArrayLike], repeat: int = 10) -> npt.NDArray[np.uint64]:
         """Time of every step in ns, uint64 [repeat, steps]; ``steps`` tells which is which. Runs once more before."""
@@ -116,6 +126,11 @@ class Session:
             model, self._model = self._model, None
             if model is not None:
                 self._library.colonnade_destroy(model)
+
+    def __reduce__(self) -> str:  # copies too
+        raise SessionError(
+            "a session has memory and threads of its own, and cannot be copied or pickled; open another one"
+        )
 
     def __enter__(self) -> Session:
         return self

@@ -31,18 +31,20 @@ cd {old}
 """
 
 
-def _trim(limit: int) -> str:
-    """The least recently used objects go while there are more than ``limit`` bytes."""
+def _trim(limit: int, keep: Sequence[str] = ()) -> str:
+    """The least recently used objects but ``keep`` go while there are more than ``limit`` bytes."""
     kilo = limit >> 10
     return f"""used=$(du -sk objects 2>/dev/null | cut -f 1)
 if [ "${{used:-0}}" -gt {kilo} ]; then
-ls -tr objects | while read -r o && [ "$(du -sk objects | cut -f 1)" -gt {kilo} ]; do rm -f "objects/$o"; done
+ls -tr objects | while read -r o && [ "$(du -sk objects | cut -f 1)" -gt {kilo} ]; do
+case " {" ".join(keep)} " in *" $o "*) ;; *) rm -f "objects/$o" ;; esac
+done
 fi
 """
 
 
 # in the order in which they are tried
-PLACES = '"${XDG_CACHE_HOME:-${HOME:-/nowhere}/.cache}/colonnade" "${TMPDIR:-/tmp}/colonnade-$(id -u)"'
+PLACES = '"${XDG_CACHE_HOME:-${HOME:-/nowhere}/.cache}/colonnade/board" "${TMPDIR:-/tmp}/colonnade-$(id -u)"'
 
 
 def hello(token: str, folder: str, limit: int) -> str:
@@ -121,7 +123,7 @@ sync 2>/dev/null
 mv -f {" ".join(objects)} ../../objects/ || fail "objects cannot be written"
 cd ../..
 rm -rf runs/{quote(run)}
-{_trim(limit)}say pushed
+{_trim(limit, [*objects, *keep])}say pushed
 finish
 """
 

@@ -114,7 +114,9 @@ class Ssh:
             reply = self._exchange(scripts.capture(self._token, self._folder, agent, ["probe"]), ANSWER_S)
             facts = probe.facts(reply.payload)
             if not facts.files:
-                raise TargetError(f"{self.name}: the probe told nothing: {reply.last_error() or 'no output'}")
+                raise TargetError(
+                    f"{self.name}: the probe told nothing: {self._why(reply.last_error()) or 'no output'}"
+                )
             if self._arch == "riscv64" and (refusal := probe.vector_refusal(facts)):
                 raise TargetError(f"{self.name}: {refusal}")
             self._machine = probe.machine(facts, self._arch)
@@ -204,7 +206,7 @@ class Ssh:
         self._there.clear()
         self.close()
         _sweep()
-        self._socket = str(Path(tempfile.mkdtemp(prefix=f"cn-{os.getpid()}-")) / "s")
+        self._socket = str(Path(tempfile.mkdtemp(prefix=f"cn-{os.getpid()}-", dir=_sockets())) / "s")
         self._master = self._start(
             scripts.hello(self._token, os.environ.get("COLONNADE_BOARD_DIR", ""), BOOKED), master=True
         )
@@ -256,9 +258,10 @@ class Ssh:
             login = f"{self.user}@{self.host}" if self.user else self.host
             port = f"-p {self.port} " if self.port else ""
             if "REMOTE HOST IDENTIFICATION" in reply.errors:
+                place = f"'[{self.host}]:{self.port}'" if self.port else self.host
                 return TargetError(
                     f"{self.name}: the board's host key has changed; make sure that it is your board, then "
-                    f"ssh-keygen -R {self.host}"
+                    f"ssh-keygen -R {place}"
                 )
             return TargetError(
                 f"{self.name}: its host key is not known yet; connect once by hand and compare it: ssh {port}{login}"
@@ -270,15 +273,20 @@ class Ssh:
         again = "; what was finished is kept, run it again" if what != "cannot connect" else ""
         return TargetError(f"{self.name}: {what}" + (f" ({said})" if said else "") + again)
 
+    def _why(self, trouble: str) -> str:
+        """What the board said of a program that did not start, with what to do."""
+        if "Permission denied" in trouble:
+            trouble += f"; is {self._folder} mounted noexec? COLONNADE_BOARD_DIR may name another folder there"
+        return trouble
+
     def _outcome(self, reply: Reply) -> Outcome:
         verdict = [(word, rest) for word, rest in reply.marks if word in ("exit", "signal", "timeout")]
         if not verdict and reply.said("gone"):
             raise self._lost(reply, "the connection was lost, or the board is shutting down")
         if not verdict:
             trouble = next((rest for w, rest in reply.marks if w in ("trouble", "cannot")), "") or reply.last_error()
-            if "Permission denied" in trouble:
-                trouble += f"; is {self._folder} mounted noexec? COLONNADE_BOARD_DIR may name another folder there"
-            raise TargetError(f"{self.name}: the board could not run a program: {trouble or 'it was ended there'}")
+            trouble = self._why(trouble) or "it was ended there"
+            raise TargetError(f"{self.name}: the board could not run a program: {trouble}")
         word, rest = verdict[0]
         files: dict[str, bytes] = {}
         if reply.payload:
@@ -375,9 +383,15 @@ def _alive(pid: str) -> bool:
     return True
 
 
+def _sockets() -> str:
+    """Where sockets go: a name that ssh takes as it is, and of which the kernel takes 108 bytes with what ssh adds."""
+    folder = tempfile.gettempdir()
+    return folder if re.fullmatch(r"[\w./-]{1,50}", folder, re.ASCII) else "/tmp"
+
+
 def _sweep() -> None:
     """Remove the folders of sockets whose process was killed."""
-    for folder in Path(tempfile.gettempdir()).glob("cn-*-*"):
+    for folder in Path(_sockets()).glob("cn-*-*"):
         with contextlib.suppress(OSError):
             if folder.stat().st_uid == os.getuid() and not _alive(folder.name.split("-")[1]):
                 shutil.rmtree(folder, ignore_errors=True)

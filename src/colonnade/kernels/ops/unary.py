@@ -71,9 +71,10 @@ def _rounded(kind: SmallFloat) -> str:
 # C expressions of x, a and b, one element at a time
 SCALAR = {
     **{name: f"__builtin_{name}f(x)" for name in (
-        "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "floor", "log", "sin", "sinh", "sqrt",
+        "acos", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "floor", "log", "sin", "sinh", "sqrt",
         "tan", "trunc",
     )},
+    "acosh": '__builtin_acoshf(x < 1.0f ? __builtin_nanf("") : x)',  # musl's has numbers below -1
     "half": "(float)(_Float16)x",
     "round": "__builtin_rintf(x)",
     "pow": "__builtin_powf(x, a)",
