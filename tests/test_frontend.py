@@ -342,6 +342,14 @@ def test_reduce(kind: str, keep: int) -> None:
     check(b.build(b.op(kind, x, b.constant([-1, 2]), keepdims=keep)))
 
 
+@pytest.mark.parametrize("axis", [1, 3])
+def test_log_softmax_of_large_numbers(axis: int) -> None:
+    """1,000 less a logarithm would have three digits behind the point."""
+    b = Builder()
+    x = b.input("x", (2, 3, 5, 6))
+    check(b.build(b.op("LogSoftmax", b.op("Add", x, b.constant(np.float32(3000))), axis=axis)))
+
+
 def test_reduce_with_axes_as_attribute() -> None:
     b = Builder()
     check(b.build(b.op("ReduceMean", b.input("x", (2, 3, 5, 6)), axes=(2, 3), keepdims=0), opset=13))

@@ -235,6 +235,22 @@ def test_reduce(isa, kind):
         check(arrange.case(Reduce(kind, outer, count, inner), [x], y), isa, [data], 2, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("kind", ["max", "min", "logsumexp"])
+def test_reductions_of_what_is_no_number(isa, kind, inner):
+    """A NaN stays, whatever follows it; infinities are numbers."""
+    x = np.zeros((6, 70, inner), np.float32)
+    x[:, 1], x[:, 2] = 9, -9
+    x[0, 17], x[1, 69], x[2, 0] = np.nan, np.nan, np.nan
+    x[3, 5] = np.inf
+    x[4, 5], x[4, 40] = np.inf, -np.inf
+    x[5] = -np.inf
+    arrange = Arranger()
+    a, b = dense(arrange, "x", (6, 70 * inner)), dense(arrange, "y", (6, inner))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        check(arrange.case(Reduce(kind, 6, 70, inner), [a], b), isa, [x.reshape(6, -1)], 2, tolerance=1e-5)
+
+
 @FEW
 @given(
     batches=st.sampled_from([((), ()), ((2,), (2,)), ((2, 3), (1, 3)), ((), (4,))]), m=st.integers(1, 14),

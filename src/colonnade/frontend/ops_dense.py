@@ -101,16 +101,19 @@ def softmax(importer: Importer, node: ir.Node) -> None:
 
 
 def log_softmax(importer: Importer, node: ir.Node) -> None:
-    """LogSoftmax: x less the logarithm of the sum of its exponentials."""
+    """LogSoftmax: x less its largest, less the logarithm of the sum of the exponentials of that."""
     x = importer.array(node, 0)
     rank = len(x.shape)
     old = importer.graph.opset_imports.get("", 13) < 13
     axis = node.attributes.get_int("axis", 1 if old else -1) % rank
     last = rank if old else axis + 1
     outer, count, inner = prod(x.shape[:axis]), prod(x.shape[axis:last]), prod(x.shape[last:])
-    sums = importer.dense_step(node, Reduce("logsumexp", outer, count, inner), [x], (outer, 1, inner))
-    shapes = ((outer, count, inner), sums.shape)
-    importer.dense_step(node, Elementwise("sub", shapes), [x.seen(shapes[0]), sums], shapes[0])
+    whole, one = (outer, count, inner), (outer, 1, inner)
+    largest = importer.dense_step(node, Reduce("max", *whole), [x], one)
+    # large numbers less their sum's logarithm would be rounded as large ones are
+    low = importer.dense_step(node, Elementwise("sub", (whole, one)), [x.seen(whole), largest], whole)
+    sums = importer.dense_step(node, Reduce("logsumexp", *whole), [low], one)
+    importer.dense_step(node, Elementwise("sub", (whole, one)), [low, sums], whole)
     importer.reshape(node, x.shape)
 
 

@@ -145,8 +145,14 @@ REDUCE: dict[str, Callable[[npt.NDArray[np.float64]], Any]] = {
     "l2": lambda x: np.sqrt((x * x).sum(1)),
     "sumsq": lambda x: (x * x).sum(1),
     "logsum": lambda x: np.log(x.sum(1)),
-    "logsumexp": lambda x: np.log(np.exp(x - x.max(1, keepdims=True)).sum(1)) + x.max(1),
+    "logsumexp": lambda x: _log_sum_exp(x),
 }
+
+
+def _log_sum_exp(x: npt.NDArray[np.float64]) -> Any:
+    top = x.max(1, keepdims=True)
+    top[np.isinf(top)] = 0  # what is less than an infinity would be no number
+    return np.log(np.exp(x - top).sum(1)) + top[:, 0]
 
 
 @dataclass(frozen=True)
