@@ -196,6 +196,10 @@ def test_a_manifest_of_another_bundle(copied: Path) -> None:
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SessionError, match=r"libmodel\.so: of another bundle than manifest\.json"):
         Session(copied)
+    del manifest["bytes"]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SessionError, match=r"manifest\.json: damaged"):
+        Session(copied)
 
 
 def test_sessions_are_not_copied(portable: Bundle) -> None:

@@ -202,7 +202,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found, arch = manifest["format"], manifest["arch"]
+        found, arch, _ = manifest["format"], manifest["arch"], manifest["bytes"]["libmodel.so"]
     except OSError as error:
         raise SessionError(f"{folder}: not a bundle: {path.name}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
