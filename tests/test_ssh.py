@@ -358,7 +358,7 @@ def told(vlenb: str, vsetvli: str, hwprobe: str = "", cpuinfo: bytes = CPUINFO) 
 
 def test_vectors_of_version_one() -> None:
     found = probe.facts(told("32", "8 d0", "hwprobe0 710\nhwprobe4 7\n"))
-    assert probe.vector_refusal(found) == ""
+    assert probe.vector_refusal(found) == probe.vector_refusal(probe.facts(told("128", "32 d0"))) == ""
     machine = probe.machine(found, "riscv64")
     assert (machine.vlenb, machine.cores, machine.isas[0].name) == (32, 4, "rvv") and machine.isa_text == "rv64imafdcv"
 
@@ -372,6 +372,7 @@ def test_vectors_of_version_one() -> None:
         (told("16", "0 8000000000000000", "hwprobe0 5b7\n"), r"0\.7\.1, XTheadVector\) \(a T-Head core\)"),
         (told("16", "4 d0", "hwprobe0 5b7\nhwprobe4 3\n"), "the kernel says that the vectors"),
         (told("16", "8 d0"), r"0\.7\.1"),
+        (told("256", "64 d0"), "vectors of 2048 bits: memory is laid out for up to 1024"),
     ],
 )
 def test_other_vectors_are_refused(output: bytes, match: str) -> None:

@@ -56,6 +56,14 @@ static int is_vector_1_0(void)
     return type == TYPE;
 }
 
+/* Memory is laid out for vectors of up to 1024 bits. */
+static int is_too_long(void)
+{
+    uint64_t lanes;
+    __asm__ volatile(".4byte 0x0d007557\n\tmv %0, a0" : "=r"(lanes) : : "a0", "memory");
+    return lanes > 1024 / 32;
+}
+
 /* Extensions of several letters, as newer kernels answer riscv_hwprobe, or as others list them in /proc/cpuinfo. */
 static int has_named(const char *feature)
 {
@@ -89,7 +97,11 @@ static int has(const char *feature) { return (void)feature, 0; }
 
 const char *cn_machine_lacks(const char *const *features)
 {
-    for (; *features; features++)
+    for (; *features; features++) {
         if (!has(*features)) return *features;
+#ifdef __riscv
+        if (!strcmp(*features, "v") && is_too_long()) return "vectors of 1024 bits or less";
+#endif
+    }
     return NULL;
 }

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from colonnade.layout import VECTOR_LANES
 from colonnade.targets.base import Cache, Machine
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -95,6 +96,7 @@ HWPROBE_BITS = {
     30: "zvfh",
     31: "zvfhmin",
 }
+LONGEST = 32 * VECTOR_LANES  # bits
 E32_M1_TA_MA = 0xD0
 THEAD = 0x5B7
 
@@ -160,6 +162,8 @@ def vector_refusal(found: Facts) -> str:
         return f"old vectors (version 0.7.1, XTheadVector){chip}: Colonnade needs RVV 1.0; nothing was run"
     if extensions is not None and not extensions & HWPROBE_V:
         return f"the kernel says that the vectors{chip} are not RVV 1.0; nothing was run"
+    if 8 * found.vlenb > LONGEST:
+        return f"vectors of {8 * found.vlenb} bits{chip}: memory is laid out for up to {LONGEST}; nothing was run"
     return ""
 
 
