@@ -299,6 +299,22 @@ def test_a_database_that_cannot_be_read_is_named(tmp_path: Path, how: str) -> No
             Database(path).count()
 
 
+def test_records_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder on a read-only disk takes no files of SQLite's beside the database."""
+    path, spot = tmp_path / "t 1%.db", Place("portable", "cc", "m", 1)
+    known = Database(path)
+    known.add("w", spot, Candidate("k"), "s", 0, Measurement("ok", "", (1,)))
+    known.close()
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("colonnade.tune.database.os.access", lambda *_: False)
+    sealed = Database(path)
+    assert [record.candidate for record in sealed.records("w", spot)] == [Candidate("k").key()]
+    with pytest.raises(UserError, match=r"cannot record a measurement .*readonly.*choose another --db"):
+        sealed.add("w", spot, Candidate("k"), "s", 0, Measurement("ok", "", (1,)))
+    sealed.close()
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_database_of_another_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.db"
     with sqlite3.connect(path) as connection:

@@ -65,7 +65,10 @@ class Database:
         self.path = path or default_path()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
+            # records that may only be read: SQLite would make files beside them, for others that write
+            sealed = self.path.is_file() and not os.access(self.path.parent, os.W_OK)
+            name = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1" if sealed else str(self.path)
+            self._connection = sqlite3.connect(name, timeout=PATIENCE, isolation_level=None, uri=sealed)
             version = self._connection.execute("pragma user_version").fetchone()[0]
             # in WAL mode this still survives the death of the process; only a power cut may lose the last rows
             self._connection.execute("pragma synchronous = normal")
