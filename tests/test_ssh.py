@@ -260,14 +260,18 @@ def test_what_a_reboot_left_is_cleared_and_orphans_are_ended(ssh: Ssh, board: Pa
         f"0123456789-{dead.stdout.strip()}-bb": f"{sleepers[1].pid} {boot}",  # another machine's: not ours to judge
         f"{client}-1-cc": f"{os.getpid()} another-boot",
         f"{client}-1-dd": "",
+        f"{client}-1-ee": f"{os.getpid()} another-boot another-board",  # which shares the folder
+        f"{client}-1-ff": f"{os.getpid()} another-boot another-board",
     }
     for name, owner in owners.items():
         (runs / name).mkdir()
         (runs / name / ".shell").write_text(owner + "\n")
+    days_ago = time.time() - 5 * 86400
+    os.utime(runs / f"{client}-1-ff", (days_ago, days_ago))
     again = Ssh.parse("ssh://board")
     assert again.run(program).code == 0
     again.close()
-    assert [path.name[-2:] for path in runs.iterdir()] == ["bb"]
+    assert sorted(path.name[-2:] for path in runs.iterdir()) == ["bb", "ee"]
     assert sleepers[0].wait(5) != 0 and sleepers[1].poll() is None
     sleepers[1].kill()
     sleepers[1].wait()

@@ -26,7 +26,8 @@ def _enter(run: str) -> str:
     """Into a folder of this run, whose owner can be told dead from alive at the next visit."""
     new, old = quote(f"runs/.{run}"), quote(f"runs/{run}")
     return f"""boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)
-why=$({{ mkdir {new} && echo "$$ $boot" >{new}/.shell && mv {new} {old}; }} 2>&1) || {{ rm -rf {new}; fail "$why"; }}
+me="$$ $boot $(uname -n)"
+why=$({{ mkdir {new} && echo "$me" >{new}/.shell && mv {new} {old}; }} 2>&1) || {{ rm -rf {new}; fail "$why"; }}
 cd {old}
 """
 
@@ -65,9 +66,11 @@ done
 boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)
 for run in runs/*-*-*; do
 [ -d "$run" ] || continue
-pid= was=
-read -r pid was <"$run/.shell" 2>/dev/null
-if [ -n "$pid" ] && [ "$was" = "$boot" ] && kill -0 "$pid" 2>/dev/null; then say alive "${{run#runs/}}"
+pid= was= host=
+read -r pid was host <"$run/.shell" 2>/dev/null
+# another board may share this folder, and its runs are not ours to judge, unless they are days old
+if [ "${{host:-$(uname -n)}}" != "$(uname -n)" ] && [ -z "$(find "$run" -prune -mtime +2 2>/dev/null)" ]; then continue
+elif [ -n "$pid" ] && [ "$was" = "$boot" ] && kill -0 "$pid" 2>/dev/null; then say alive "${{run#runs/}}"
 else rm -rf "$run"; fi
 done
 {_trim(limit)}say folder "$(pwd -P)"
