@@ -174,6 +174,18 @@ def test_photos_beside_folders(tmp_path):
         samples(tmp_path, preprocess=SPEC)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3, 4, 4), (1, 1, 1)])
+def test_answers_that_are_no_classes(shape):
+    """The largest of one number is always the same, and that of a map of scores is a pixel's."""
+    with pytest.raises(UserError, match="expected a score for each of two classes or more"):
+        evaluate(lambda batch: np.zeros((len(batch), *shape)), np.zeros((4, 3, 2, 2), np.float32))
+
+
+def test_answers_on_maps_of_one_pixel():
+    found = evaluate(lambda batch: np.zeros((len(batch), 3, 1, 1)), np.zeros((4, 3, 2, 2), np.float32))
+    assert found.answers.shape == (4,)
+
+
 def test_answers_that_are_none():
     x = np.zeros((4, 3, 2, 2), np.float32)
     with pytest.raises(UserError, match="NaN"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,41 @@ def test_a_checkpoint_of_another_pruning_is_refused(
     sparser = cn.remove_masks(copy.deepcopy(start))
     cn.sparsify_(sparser, cn.ColumnPattern(0.875, tile=4), data[1].tensors[0][:1])
     tune(copy.deepcopy(start), data, epochs=1, checkpoint_dir=tmp_path)
-    with pytest.raises(UserError, match=r"of a run with other masks \(of .*\): remove it, or give another folder"):
-        tune(sparser, data, epochs=1, checkpoint_dir=tmp_path)
+    torch.manual_seed(0)
+    smaller = SmallResNet((16, 16, 24))
+    cn.sparsify_(smaller, cn.ColumnPattern(0.5, tile=4), data[1].tensors[0][:1])  # as many zeros
+    for other in (sparser, smaller):
+        with pytest.raises(UserError, match=r"of a run with other masks \(of .*\): remove it, or give another folder"):
+            tune(other, data, epochs=1, checkpoint_dir=tmp_path)
+
+
+def test_a_checkpoint_of_another_pattern_is_refused(
+    start: nn.Module, data: tuple[Shifted, TensorDataset], tmp_path: Path
+) -> None:
+    """Masks that move are none that could be compared."""
+    for pattern in (cn.ColumnPattern(0.75), cn.ColumnPattern(0.75, tile=4), cn.ColumnPattern(0.5)):
+        model = cn.remove_masks(copy.deepcopy(start))
+        cn.sparsify_(model, pattern, data[1].tensors[0][:1], movable=True)
+        options = {"epochs": 1, "checkpoint_dir": tmp_path, "rechoose": cn.Rechoose()}
+        if pattern == cn.ColumnPattern(0.75):
+            tune(model, data, **options)
+        else:
+            with pytest.raises(UserError, match="other options"):
+                tune(model, data, **options)
+
+
+def test_a_validation_loader_without_a_batch(start: nn.Module, data: tuple[Shifted, TensorDataset]) -> None:
+    few = DataLoader(data[1], 10**6, drop_last=True)
+    with pytest.raises(UserError, match="the validation loader has no batch"):
+        cn.finetune(copy.deepcopy(start), DataLoader(data[0], 32), few, epochs=1, lr=0.05, progress=False)
+
+
+def test_averages_are_of_weights(start: nn.Module, data: tuple[Shifted, TensorDataset]) -> None:
+    """A buffer of infinities, such as a mask of classes, has no average."""
+    model = copy.deepcopy(start)
+    model.register_buffer("barred", torch.tensor([0.0, -math.inf]))
+    tune(model, data, epochs=1, ema=0.9)
+    assert model.barred.tolist() == [0.0, -math.inf]
 
 
 def test_bfloat16_leaves_no_wrapper(start: nn.Module, data: tuple[Shifted, TensorDataset]) -> None:

@@ -86,6 +86,22 @@ def test_which_modules_stay(model):
         winograd_(model, "3")
 
 
+def test_a_module_under_two_names_stays_one(model, calibration):
+    model.again, model.one.weight.requires_grad = model.one, False
+    before = model(calibration)
+    assert winograd_(model) == ["one", "two"] and model.again is model.one
+    assert torch.allclose(model(calibration), before, atol=1e-5)
+    assert not model.one.weight.requires_grad and model.two.weight.requires_grad
+
+
+def test_weights_that_cannot_be_replaced(model):
+    model.two.weight = model.one.weight
+    with pytest.raises(UserError, match="one shares its weight with another module"):
+        winograd_(model)
+    with pytest.raises(UserError, match="Conv2d has no 3x3 convolution at stride 1"):
+        winograd_(nn.Conv2d(16, 16, 3, padding=1))  # there is no module to put another one into
+
+
 @pytest.mark.parametrize("size, most", [("2x2", 512), ("4x1", 455), ("4x4", 227)])
 def test_how_many_channels_are_too_many(size, most):
     layers = nn.Sequential(nn.Conv2d(most, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, most + 1, 3, padding=1))

@@ -89,6 +89,11 @@ def network(options: argparse.Namespace) -> torch.nn.Module:
     return model
 
 
+def beside(output: Path, ending: str) -> Path:
+    """A file of this run; what stands behind a dot of ``output`` is a part of its name, as in resnet50-0.75."""
+    return output.with_name(output.name + ending)
+
+
 def main() -> None:
     options = arguments()
     recipe = preset(options.preset)
@@ -105,20 +110,20 @@ def main() -> None:
     layers = cn.sparsify_(model, pattern, example, movable=moving, **recipe.prune)
     history = cn.finetune(
         model, train, validation, teacher=teacher, mixed_precision=options.precision,
-        checkpoint_dir=options.output.with_suffix(".checkpoints"), **settings,
+        checkpoint_dir=beside(options.output, ".checkpoints"), **settings,
     )  # fmt: skip
     if not Accelerator().is_main_process:
         return
     plain = cn.remove_masks(model.cpu())
     save_file({key: value.contiguous().clone() for key, value in plain.state_dict().items()},
-              options.output.with_suffix(".safetensors"))  # fmt: skip
-    cn.export(plain, example, options.output.with_suffix(".onnx"))
+              beside(options.output, ".safetensors"))  # fmt: skip
+    cn.export(plain, example, beside(options.output, ".onnx"))
     record = {
         "model": options.model, "preset": options.preset, "pattern": str(pattern), "batch": batch,
         "pruned": [layer.name for layer in layers if layer.pattern is not None], "best": history.best,
         "accuracy": history.accuracy, "epochs": [asdict(epoch) for epoch in history.epochs],
     }  # fmt: skip
-    options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    beside(options.output, ".json").write_text(json.dumps(record, indent=1) + "\n")
     print(
         f"{options.output}: epoch {history.best}, {100 * (history.accuracy or 0):.2f} % of the validation photos right"
     )

@@ -194,7 +194,8 @@ def evaluate(
     data:  see `samples`, as for preprocess (default: the bundle's own, else ``imagenet``), limit and seed.
     batch: images at once, where the model leaves that free.
 
-    Raises UserError for a model or images that cannot be read or do not fit each other.
+    Raises UserError for a model or images that cannot be read or do not fit each other, and for answers that are no
+    scores of classes.
     """
     run, fixed, own = _runner(model, threads)
     size = fixed or batch
@@ -207,6 +208,9 @@ def evaluate(
         if fixed and count < fixed:  # the last batch is filled up with its first image
             part = np.concatenate([part, np.repeat(part[:1], fixed - count, axis=0)])
         scores = np.asarray(run(np.ascontiguousarray(part)))[:count]
+        if scores.ndim < 2 or scores.shape[1] < 2 or scores.size != count * scores.shape[1]:
+            shape = "×".join(map(str, scores.shape[1:])) or "one number"
+            raise UserError(f"the model answers {shape} an image: expected a score for each of two classes or more")
         scores = scores.reshape(count, -1)
         if not np.isfinite(scores).all():
             raise UserError(f"the model answers NaN or infinity on images {start} to {start + count - 1}")

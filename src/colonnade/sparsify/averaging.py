@@ -18,6 +18,9 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        # other buffers are what they are: masks, tables, infinities
+        self.averaged = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.averaged |= {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -27,7 +30,7 @@ class Average:
         state = model.state_dict()
         for name, mine in self.model.state_dict().items():
             value = state[name].detach()
-            if mine.is_floating_point():
+            if name in self.averaged and mine.is_floating_point():
                 mine.lerp_(value.to(mine.dtype), share)
             else:
                 mine.copy_(value)

@@ -108,7 +108,7 @@ class Checkpoints:
             stored = load_file(newest / "model.safetensors")
             for name, part in model.named_modules():  # masks that may move have their pattern among the options
                 mask = stored.get(f"{name}.mask")
-                if type(part) is ColumnMask and mask is not None and mask.sum() != part.mask.cpu().sum():
+                if type(part) is ColumnMask and mask is not None and not torch.equal(mask, part.mask.cpu()):
                     where = name.split(".parametrizations")[0]
                     raise UserError(
                         f"{newest} is of a run with other masks (of {where}): remove it, or give another folder"

@@ -26,8 +26,9 @@ from colonnade.errors import UserError
 from colonnade.sparsify.averaging import Average
 from colonnade.sparsify.checkpoints import Checkpoints, Epoch, History
 from colonnade.sparsify.distil import BlockOutputs, answers_distance, blocks_distance, chosen_blocks
+from colonnade.sparsify.masks import masks
 from colonnade.sparsify.parallel import Batches, synchronized_batchnorm
-from colonnade.sparsify.rechoose import Rechoose, Rechooser, freeze
+from colonnade.sparsify.rechoose import MovableMask, Rechoose, Rechooser, freeze
 
 FORMAT = 1
 Loss = Callable[[Any, Any], Tensor]
@@ -126,6 +127,8 @@ def finetune(
     steps = len(train)
     if steps == 0:
         raise UserError("the training loader has no batch: give it data, or a smaller batch with drop_last")
+    if validation is not None and len(validation) == 0:
+        raise UserError("the validation loader has no batch: give it data, or leave drop_last out")
     moving = Rechooser(model, rechoose, epochs * steps) if rechoose is not None else None
     if moving is None:
         freeze(model)
@@ -139,6 +142,7 @@ def finetune(
         # None where they are not used, so that checkpoints from before they were known fit
         "decay_epochs": decay_epochs, "block_weight": block_weight or None, "ema": ema,
         "rechoose": asdict(rechoose) if rechoose is not None else None,
+        "patterns": {name: str(mask.pattern) for name, mask in masks(model) if isinstance(mask, MovableMask)} or None,
     }  # fmt: skip
     keeper = Checkpoints(Path(checkpoint_dir), options) if checkpoint_dir is not None else None
     history = History()

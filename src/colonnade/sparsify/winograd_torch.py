@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable
 from math import prod
 from typing import cast
@@ -85,21 +86,31 @@ def winograd_(model: nn.Module, size: str = "2x2", *, least: int = 16, exclude: 
     channels that a convolution has at least on both sides, a stem has fewer. exclude: names or globs. Convolutions of
     more than MOST_COLUMNS transformed columns stay.
 
-    Raises UserError for another size, and for a model without such a convolution.
+    Raises UserError for another size, for a model without such a convolution, or that is one itself, and for weights
+    that several modules share.
     """
     m = _size(size)
     globs, done = list(exclude), []
-    for name, module in list(model.named_modules()):
-        if not fits(module) or any(fnmatch.fnmatchcase(name, glob) for glob in globs):
+    replaced: dict[nn.Module, WinogradConv2d] = {}  # a module may have several names
+    owners = Counter(id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d))
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not name or not fits(module) or any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             continue
         convolution = cast(nn.Conv2d, module)
         few = min(convolution.in_channels, convolution.out_channels) < least
         if few or convolution.in_channels * prod(seen(m)) > MOST_COLUMNS:
             continue
-        made = WinogradConv2d(convolution, size).train(convolution.training)
+        if owners[id(convolution.weight)] > 1:
+            raise UserError(f"{name} shares its weight with another module: exclude both, or give each its own")
+        if module not in replaced:
+            made = WinogradConv2d(convolution, size).train(convolution.training)
+            for ours, theirs in ((made.weight, convolution.weight), (made.bias, convolution.bias)):
+                if ours is not None and theirs is not None:
+                    ours.requires_grad_(theirs.requires_grad)
+            replaced[module] = made
+            done.append(name)
         above, _, last = name.rpartition(".")
-        setattr(model.get_submodule(above), last, made)
-        done.append(name)
+        setattr(model.get_submodule(above), last, replaced[module])
     if not done:
         raise UserError(f"{type(model).__name__} has no 3x3 convolution at stride 1 whose weights could be transformed")
     return done
