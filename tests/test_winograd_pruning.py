@@ -95,9 +95,12 @@ def test_a_module_under_two_names_stays_one(model, calibration):
 
 
 def test_weights_that_cannot_be_replaced(model):
+    model.one, model.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
     model.two.weight = model.one.weight
+    model.stem = nn.Conv2d(16, 16, 3, padding=1)  # which comes before them
     with pytest.raises(UserError, match="one shares its weight with another module"):
         winograd_(model)
+    assert not [name for name, module in model.named_modules() if isinstance(module, Transformed)]
     with pytest.raises(UserError, match="Conv2d has no 3x3 convolution at stride 1"):
         winograd_(nn.Conv2d(16, 16, 3, padding=1))  # there is no module to put another one into
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from colonnade import codegen
 from colonnade.build.cache import write_error, writing
-from colonnade.build.toolchain import FLAGS, LINK, Toolchain, cc_features, host
+from colonnade.build.toolchain import FLAGS, LINK, SHAPES, Toolchain, cc_features, host
 from colonnade.codegen import model as lowered
 from colonnade.errors import UserError
 from colonnade.kernels.call import Call, Const
@@ -264,8 +264,8 @@ for kind in shared program; do
     done
 done
 rm "$work/main.shared.o"
-$shared -shared -Wl,-soname,libmodel.so -s "$work"/*.shared.o {" ".join(LINK)} -o "$work/libmodel.so"
-$program -static -s "$work"/*.program.o {" ".join(LINK)} -o "$work/run"
+$shared {" ".join(SHAPES["shared"])} -s "$work"/*.shared.o {" ".join(LINK)} -o "$work/libmodel.so"
+$program {" ".join(SHAPES["program"])} -s "$work"/*.program.o {" ".join(LINK)} -o "$work/run"
 mv "$work/libmodel.so" "$work/run" "$out/"
 cd "$out" # which sizes a whole bundle's files have stands in its manifest
 for file in libmodel.so run; do

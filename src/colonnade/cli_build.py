@@ -45,7 +45,7 @@ def build(
     """Turn an ONNX model into a native bundle: library, program, weights, and a session for Python."""
     if budget is not None and not tune:
         raise UserError("--budget is the time that --tune may take: give that too")
-    limit = seconds(budget or "120s")
+    limit = seconds("120s" if budget is None else budget)
     from rich.console import Console
 
     from colonnade.api import build as make

@@ -63,7 +63,7 @@ def examine_model(
     import numpy as np
 
     from colonnade.frontend import examine
-    from colonnade.onnx_io import load_written_out
+    from colonnade.onnx_io import load_written_out, node_name
     from colonnade.pattern import discover
     from colonnade.sparsify.onnx_file import read_layers
     from colonnade.sparsify.select import as_matrix
@@ -72,7 +72,7 @@ def examine_model(
     found = read_layers(model, exclude)
     steps, unsupported = examine(model, batch=batch, input_shapes=input_shapes, outputs=outputs)
     macs = {name: workload.macs for name, workload in steps}
-    groups = {node.name or node.output[0]: node for node in model.graph.node}
+    groups = {node_name(node): node for node in model.graph.node}
     layers = []
     for report, weight in found:
         tile, kept, zeros = 0, 1.0, 0.0
@@ -84,7 +84,7 @@ def examine_model(
                 if not tiled.is_dense:
                     tile = max(len(t.rows) for t in tiled.tiles)
                     kept = tiled.kept / (tiled.shape[0] * tiled.shape[1])
-        own = (report.weight.removesuffix(".weight"), report.name, report.node)
+        own = (report.weight.removesuffix(".weight"), report.node)
         layers.append(
             Layer(
                 report.name,

@@ -109,6 +109,16 @@ def graph_inputs(graph: "onnx.GraphProto") -> "list[onnx.ValueInfoProto]":
     return [value for value in graph.input if value.name not in stored]
 
 
+def node_name(node: "onnx.NodeProto") -> str:
+    """What a node is called, or its output where it has no name."""
+    return node.name or node.output[0]
+
+
+def layer_of(weight: str) -> str:
+    """The layer that a weight's name tells, as torch's do by their ending; empty where it tells none."""
+    return weight.removesuffix(".weight") if weight.endswith(".weight") else ""
+
+
 def module_of(node: "onnx.NodeProto") -> str:
     """The torch module that a node came from, as torch's exporter notes it; empty where it does not."""
     noted = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")

@@ -23,6 +23,7 @@ from colonnade.build.toolchain import Toolchain
 from colonnade.frontend import imported
 from colonnade.kernels.isa import Isa
 from colonnade.kernels.ops import then
+from colonnade.onnx_io import node_name
 from colonnade.onnx_winograd import rewrite
 from colonnade.pattern import ColumnPattern
 from colonnade.plan import Step
@@ -193,12 +194,11 @@ def _tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def step_names(layers: Sequence[Layer], known: Collection[str]) -> dict[str, str | None]:
-    """Of the `known` steps the one that computes each layer, called as the layer, its weight or its node; None: no step
-    is."""
+    """Of the `known` steps the one that computes each layer, called as its weight or its node; None: no step is."""
     found: dict[str, str | None] = {}
     for layer in layers:
         stored = (layer.node.input[1].removesuffix(".weight"), layer.tensor.name.removesuffix(".weight"))
-        own = (*stored, layer.name, layer.node.name or layer.node.output[0])
+        own = (*stored, node_name(layer.node))
         found[layer.name] = next((name for name in own if name in known), None)
     return found
 

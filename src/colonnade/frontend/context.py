@@ -13,6 +13,7 @@ import onnx_ir as ir
 from colonnade.frontend.draft import Draft, Tensor, Value, is_import, whole
 from colonnade.frontend.feeding import LayoutCosts
 from colonnade.frontend.tokens import Tokens, row_major
+from colonnade.onnx_io import layer_of
 from colonnade.plan import Port
 from colonnade.workload import (
     Array,
@@ -438,9 +439,7 @@ def layer_name(node: ir.Node) -> str:
     """The name of a layer as its author knows it: that of its weight without the ending, if it has one."""
     weight = node.inputs[1]
     name = weight.name if weight is not None else None
-    if name and name.endswith(".weight"):
-        return name.removesuffix(".weight")
-    return node.name or node.outputs[0].name or node.op_type
+    return layer_of(name or "") or node.name or node.outputs[0].name or node.op_type
 
 
 def separable(tables: list[npt.NDArray[np.int64]], width: int) -> bool:

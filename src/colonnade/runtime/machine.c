@@ -46,22 +46,29 @@ static int has(const char *feature)
 #elif defined(__riscv)
 /* Kernels of vendors set the bit of V for the vectors of draft 0.7.1 too. Both drafts and 1.0 have vsetvli, but only 1.0
  * takes this type (e32, m1, tail and mask agnostic); others answer with vill, the top bit. */
+static uint64_t vector_lanes(uint64_t *type)
+{
+    uint64_t lanes;
+    __asm__ volatile(".4byte 0x0d007557\n\t" /* vsetvli a0, zero, e32, m1, ta, ma */
+                     "mv %0, a0\n\t"
+                     "csrr %1, 0xc21"         /* vtype */
+                     : "=&r"(lanes), "=r"(*type) : : "a0", "memory");
+    return lanes;
+}
+
 static int is_vector_1_0(void)
 {
     enum { TYPE = 0xd0 };
     uint64_t type;
-    __asm__ volatile(".4byte 0x0d007557\n\t" /* vsetvli a0, zero, e32, m1, ta, ma */
-                     "csrr %0, 0xc21"         /* vtype */
-                     : "=r"(type) : : "a0", "memory");
+    vector_lanes(&type);
     return type == TYPE;
 }
 
 /* Memory is laid out for vectors of up to 1024 bits. */
 static int is_too_long(void)
 {
-    uint64_t lanes;
-    __asm__ volatile(".4byte 0x0d007557\n\tmv %0, a0" : "=r"(lanes) : : "a0", "memory");
-    return lanes > 1024 / 32;
+    uint64_t type;
+    return vector_lanes(&type) > 1024 / 32;
 }
 
 /* Extensions of several letters, as newer kernels answer riscv_hwprobe, or as others list them in /proc/cpuinfo. */

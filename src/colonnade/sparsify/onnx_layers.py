@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from colonnade.errors import UserError
-from colonnade.onnx_io import module_of
+from colonnade.onnx_io import layer_of, module_of, node_name
 from colonnade.onnx_winograd import OPERATORS, size_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _read(graph: onnx.GraphProto) -> tuple[list[WeightedLayer], list[Constant]]:
 
     layers = []
     for at, node in enumerate(graph.node):
-        name = node.name or node.output[0]
+        name = node_name(node)
         position = _weight_position(node, constants)
         for index, value in enumerate(node.input):
             if value in constants and index != position and node.output[0] not in passed:
@@ -132,9 +132,7 @@ def _read(graph: onnx.GraphProto) -> tuple[list[WeightedLayer], list[Constant]]:
 
 def _call_by_weights(layers: Sequence[WeightedLayer]) -> None:
     """Name layers as their author does. Exporters number nodes, but keep what weights are called."""
-    stored = [layer.weight.name if layer.weight else "" for layer in layers]
-    own = [name.removesuffix(".weight") if name.endswith(".weight") else "" for name in stored]
-    better = [name or layer.module for name, layer in zip(own, layers, strict=True)]
+    better = [layer_of(layer.weight.name if layer.weight else "") or layer.module for layer in layers]
     taken = Counter(better) + Counter(layer.node for layer in layers)
     for layer, name in zip(layers, better, strict=True):
         if name and (taken[name] == 1 or (taken[name] == 2 and name == layer.node)):

@@ -44,6 +44,9 @@ class WinogradConv2d(nn.Conv2d):
             self.weight.copy_(torch.from_numpy(transform(weight.detach().float().cpu().numpy(), m)))
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
+                self.bias.requires_grad_(bias.requires_grad)
+        self.weight.requires_grad_(weight.requires_grad)
+        self.train(convolution.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, IC, H, W] → [N, OC, H, W]"""
@@ -90,8 +93,8 @@ def winograd_(model: nn.Module, size: str = "2x2", *, least: int = 16, exclude: 
     that several modules share.
     """
     m = _size(size)
-    globs, done = list(exclude), []
-    replaced: dict[nn.Module, WinogradConv2d] = {}  # a module may have several names
+    globs = list(exclude)
+    found: dict[nn.Conv2d, list[str]] = {}  # a module may have several names
     owners = Counter(id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d))
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or not fits(module) or any(fnmatch.fnmatchcase(name, glob) for glob in globs):
@@ -102,15 +105,12 @@ def winograd_(model: nn.Module, size: str = "2x2", *, least: int = 16, exclude: 
             continue
         if owners[id(convolution.weight)] > 1:
             raise UserError(f"{name} shares its weight with another module: exclude both, or give each its own")
-        if module not in replaced:
-            made = WinogradConv2d(convolution, size).train(convolution.training)
-            for ours, theirs in ((made.weight, convolution.weight), (made.bias, convolution.bias)):
-                if ours is not None and theirs is not None:
-                    ours.requires_grad_(theirs.requires_grad)
-            replaced[module] = made
-            done.append(name)
-        above, _, last = name.rpartition(".")
-        setattr(model.get_submodule(above), last, replaced[module])
-    if not done:
+        found.setdefault(convolution, []).append(name)
+    if not found:
         raise UserError(f"{type(model).__name__} has no 3x3 convolution at stride 1 whose weights could be transformed")
-    return done
+    for convolution, names in found.items():
+        made = WinogradConv2d(convolution, size)
+        for name in names:
+            above, _, last = name.rpartition(".")
+            setattr(model.get_submodule(above), last, made)
+    return [names[0] for names in found.values()]

@@ -64,12 +64,13 @@ break
 done
 [ -n "$found" ] || fail "no folder can be written to on the board (tried$tried); name one in COLONNADE_BOARD_DIR"
 boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)
+here=$(uname -n)
 for run in runs/*-*-*; do
 [ -d "$run" ] || continue
 pid= was= host=
 read -r pid was host <"$run/.shell" 2>/dev/null
 # another board may share this folder, and its runs are not ours to judge, unless they are days old
-if [ "${{host:-$(uname -n)}}" != "$(uname -n)" ] && [ -z "$(find "$run" -prune -mtime +2 2>/dev/null)" ]; then continue
+if [ "${{host:-$here}}" != "$here" ] && [ -z "$(find "$run" -prune -mtime +2 2>/dev/null)" ]; then continue
 elif [ -n "$pid" ] && [ "$was" = "$boot" ] && kill -0 "$pid" 2>/dev/null; then say alive "${{run#runs/}}"
 else rm -rf "$run"; fi
 done
